@@ -1,0 +1,52 @@
+"""Language models of the laboratory: a backbone (AWD-LSTM or transformer) under any head."""
+
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from uncork.lab.errors import LabError
+from uncork.lab.models.awd_lstm import AWDLSTM, AWDLSTMConfig
+from uncork.lab.models.language_model import Backbone, BackboneOutput, LanguageModel, ModelOutput
+from uncork.lab.models.transformer import Transformer, TransformerConfig
+
+ModelConfig: TypeAlias = AWDLSTMConfig | TransformerConfig
+
+__all__ = [
+    "AWDLSTM",
+    "AWDLSTMConfig",
+    "Backbone",
+    "BackboneOutput",
+    "LanguageModel",
+    "ModelConfig",
+    "ModelOutput",
+    "Transformer",
+    "TransformerConfig",
+    "build_model",
+    "model_config_from_dict",
+]
+
+
+def build_model(config: ModelConfig, head: nn.Module, vocab_size: int) -> LanguageModel:
+    """A language model with the config's backbone under `head`, whose `in_features` is `config.feature_size`.
+
+    Raises LabError when the head's sizes do not fit the config's, as tied weights of different sizes.
+    """
+    try:
+        return LanguageModel(config.build(vocab_size), head, tie_weights=config.tie_weights)
+    except ValueError as error:
+        raise LabError(f"model and head do not fit: {error}") from error
+
+
+def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The config that `to_dict` wrote, of whatever kind.
+
+    >>> model_config_from_dict({"kind": "transformer", "width": 64}).feature_size
+    64
+
+    Raises LabError for an unknown kind, an unknown field or a bad value.
+    """
+    kinds: dict[str, type[ModelConfig]] = {cls.kind: cls for cls in (AWDLSTMConfig, TransformerConfig)}
+    kind = values.get("kind")
+    if kind not in kinds:
+        raise LabError(f"model kind must be one of {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind].from_dict(values)

@@ -1,0 +1,212 @@
+"""AWD-LSTM: an LSTM language model with weight drop, locked dropouts and activation penalties.
+
+Merity, Keskar, Socher (2017), *Regularizing and Optimizing LSTM Language Models*, arXiv 1708.02182.
+Shapes in comments: B batch, T time, D features, H hidden units, V vocabulary.
+"""
+
+import dataclasses
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uncork.lab.errors import LabError
+from uncork.lab.models.language_model import (
+    Backbone,
+    BackboneConfig,
+    BackboneOutput,
+    require_bool,
+    require_dropout,
+    require_non_negative,
+    require_size,
+    require_tokens,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AWDLSTMConfig(BackboneConfig):
+    """Settings of an AWD-LSTM; with every dropout and penalty 0 it is a plain LSTM.
+
+    >>> config = AWDLSTMConfig(hidden_sizes=(64, 32), out_features=8)
+    >>> config.feature_size
+    8
+    >>> AWDLSTMConfig.from_dict(config.to_dict()) == config
+    True
+    """
+
+    kind: ClassVar[str] = "awd-lstm"
+
+    embedding_size: int = 400
+    """Size of the word embeddings."""
+    hidden_sizes: tuple[int, ...] = (1150, 1150, 400)
+    """Hidden units of each LSTM layer, first to last."""
+    out_features: int | None = None
+    """Features given to the head: a linear map follows the last layer. None: the last layer's size, without a map."""
+    tie_weights: bool = False
+    """The head's weight is the embedding."""
+    weight_drop: float = 0.0
+    """Probability of dropping an element of the hidden-to-hidden matrices (DropConnect, one mask per call)."""
+    embedding_dropout: float = 0.0
+    """Probability of dropping a whole word from the embedding."""
+    input_dropout: float = 0.0
+    """Locked dropout (one mask for all time steps) of the embedded words."""
+    hidden_dropout: float = 0.0
+    """Locked dropout between LSTM layers."""
+    output_dropout: float = 0.0
+    """Locked dropout of the features given to the head."""
+    activation_penalty: float = 0.0
+    """AR: this times the mean square of the dropped features is added to the training loss."""
+    temporal_penalty: float = 0.0
+    """TAR: this times the mean square of the features' change from step to step is added to the training loss."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hidden_sizes, tuple) or not self.hidden_sizes:
+            raise LabError(f"hidden_sizes must be a tuple of at least one layer, got {self.hidden_sizes!r}")
+        require_size("embedding_size", self.embedding_size)
+        for size in self.hidden_sizes:
+            require_size("each of hidden_sizes", size)
+        if self.out_features is not None:
+            require_size("out_features", self.out_features)
+        require_bool("tie_weights", self.tie_weights)
+        for name in ("weight_drop", "embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout"):
+            require_dropout(name, getattr(self, name))
+        for name in ("activation_penalty", "temporal_penalty"):
+            require_non_negative(name, getattr(self, name))
+
+    @property
+    def feature_size(self) -> int:
+        return self.hidden_sizes[-1] if self.out_features is None else self.out_features
+
+    def build(self, vocab_size: int) -> "AWDLSTM":
+        return AWDLSTM(self, vocab_size)
+
+
+def locked_dropout(input: Tensor, probability: float, training: bool) -> Tensor:
+    """Dropout of input (B, T, D) with one mask for all time steps, drawn for each sequence and feature."""
+    if not training or probability == 0.0:
+        return input
+    keep = 1.0 - probability
+    return input * input.new_empty(input.shape[0], 1, input.shape[2]).bernoulli_(keep).div_(keep)
+
+
+class WeightDropLSTM(nn.Module):
+    """One LSTM layer, batch first, whose hidden-to-hidden matrix is dropped element by element (DropConnect).
+
+        weight_hh' = weight_hh * mask / (1 - p),  one mask for all time steps of a call; no mask in evaluation
+
+    It owns plain parameters, initialised as in nn.LSTM, and hands the dropped matrix to torch.lstm as an ordinary
+    tensor: autograd reaches the raw weight, and no parameter is swapped behind a module's back.
+
+    Args:
+        in_features: size D of the input.
+        hidden_size: number H of hidden units.
+        weight_drop: the probability p, in [0, 1).
+    """
+
+    def __init__(self, in_features: int, hidden_size: int, weight_drop: float = 0.0) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.weight_drop = weight_drop
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, in_features))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias_ih = nn.Parameter(torch.empty(4 * hidden_size))
+        self.bias_hh = nn.Parameter(torch.empty(4 * hidden_size))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(hidden_size**-0.5), hidden_size**-0.5)
+
+    def forward(self, input: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (B, T, H), hidden and cell (B, H) after input (B, T, D), from hidden and cell (B, H)."""
+        weight_hh = F.dropout(self.weight_hh, self.weight_drop, self.training)
+        weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
+        if input.is_cuda:
+            weights = in_one_block(weights)
+        state = (hidden.unsqueeze(0), cell.unsqueeze(0))
+        output, hidden, cell = torch.lstm(input, state, weights, True, 1, 0.0, self.training, False, True)
+        return output, hidden.squeeze(0), cell.squeeze(0)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight_ih.shape[1]}, {self.hidden_size}, weight_drop={self.weight_drop}"
+
+
+def in_one_block(weights: list[Tensor]) -> list[Tensor]:
+    """The same weights as views of one new block of memory, in their order; autograd goes through.
+
+    cuDNN wants a layer's weights side by side. It copies them at every call when they are not, and warns about it.
+    """
+    block = torch.cat([weight.flatten() for weight in weights])
+    parts = torch.split(block, [weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+class AWDLSTM(Backbone):
+    """Embedding, LSTM layers with the dropouts of AWD-LSTM, and a linear map to `out_features` where asked.
+
+    The state is (hidden, cell) of each layer in turn, each (B, H). The penalty in training, with features x before
+    and x' after the output dropout (the ones that the head receives):
+
+        activation_penalty * mean(x'^2) + temporal_penalty * mean((x[:, 1:] - x[:, :-1])^2)
+
+    Reference: Merity et al. (2017), arXiv 1708.02182.
+    """
+
+    def __init__(self, config: AWDLSTMConfig, vocab_size: int) -> None:
+        super().__init__()
+        require_size("vocab_size", vocab_size)
+        self.config = config
+        self.out_features = config.feature_size
+        self.embedding = nn.Embedding(vocab_size, config.embedding_size)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        sizes = pairwise((config.embedding_size, *config.hidden_sizes))
+        self.layers = nn.ModuleList(WeightDropLSTM(*size, config.weight_drop) for size in sizes)
+        last = config.hidden_sizes[-1]
+        self.projection: nn.Module = nn.Identity() if last == self.out_features else nn.Linear(last, self.out_features)
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, ...]:
+        weight = self.embedding.weight
+        return tuple(weight.new_zeros(batch_size, size) for size in self.config.hidden_sizes for _ in ("h", "c"))
+
+    def forward(self, tokens: Tensor, state: tuple[Tensor, ...] = ()) -> BackboneOutput:
+        require_tokens(tokens)
+        state = self._checked_state(state, tokens.shape[0])
+        x = locked_dropout(self._embed(tokens), self.config.input_dropout, self.training)
+        new_state: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                x = locked_dropout(x, self.config.hidden_dropout, self.training)
+            x, hidden, cell = layer(x, state[2 * i], state[2 * i + 1])
+            new_state += [hidden, cell]
+        x = self.projection(x)
+        features = locked_dropout(x, self.config.output_dropout, self.training)
+        return BackboneOutput(features, tuple(new_state), self._penalty(x, features))
+
+    def _checked_state(self, state: tuple[Tensor, ...], batch_size: int) -> tuple[Tensor, ...]:
+        if not state:
+            return self.initial_state(batch_size)
+        got = [tuple(part.shape) for part in state]
+        expected = [(batch_size, size) for size in self.config.hidden_sizes for _ in ("h", "c")]
+        if got != expected:
+            raise ValueError(f"state must have the shapes {expected}, got {got}")
+        return state
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.embedding(tokens)
+        if not self.training or self.config.embedding_dropout == 0.0:
+            return embedded
+        keep = 1.0 - self.config.embedding_dropout
+        # One draw per word of the vocabulary: all occurrences of a word in the batch fall together.
+        mask = embedded.new_empty(self.embedding.num_embeddings).bernoulli_(keep).div_(keep)
+        return embedded * mask[tokens].unsqueeze(-1)
+
+    def _penalty(self, raw: Tensor, dropped: Tensor) -> Tensor:
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        penalty = raw.new_zeros((), dtype=wide)
+        if not self.training:
+            return penalty
+        if self.config.activation_penalty > 0:
+            penalty = penalty + self.config.activation_penalty * dropped.to(wide).square().mean()
+        # One time step has no change, and the mean of nothing would be nan.
+        if self.config.temporal_penalty > 0 and raw.shape[1] > 1:
+            penalty = penalty + self.config.temporal_penalty * raw.to(wide).diff(dim=1).square().mean()
+        return penalty

@@ -1,0 +1,280 @@
+"""What every logit function is: elementwise, increasing, continuous, one for all words."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uncork.functional import at_least_float32
+from uncork.logit_functions.operations import Operation
+
+Spec = dict[str, Any]
+_REGISTRY: dict[str, type["LogitFunction"]] = {}
+
+
+def pass_impossible(transform: Any, scores: Tensor) -> Tensor:
+    """transform(scores), where a score of -inf (an impossible word) stays -inf and adds nothing to any gradient."""
+    impossible = scores == -torch.inf
+    return torch.where(impossible, scores, transform(scores.masked_fill(impossible, 0)))
+
+
+class LogitFunction(nn.Module, ABC):
+    """An increasing function f on the logits: softmax(f(W h + b)).
+
+    An increasing function never changes which word is likeliest; it changes how likely. A subclass gives its equation
+    (`transform`), its derivative, what a kernel needs (`tables`, `operations`) and its hyper-parameters (`options`).
+
+    Class attributes say which of the five properties of a useful function hold:
+        increasing, continuous: True for all that stand here.
+        unbounded: whether the image is all of R. A bounded function caps the probability of any word below 1.
+        nonlinear: a linear function leaves the rank of the log-probabilities at d + 1.
+    Every function is differentiable but at finitely many points, where `derivative` is the right-hand one.
+    """
+
+    increasing: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+    unbounded: ClassVar[bool] = True
+    nonlinear: ClassVar[bool] = True
+    version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _REGISTRY[cls.__name__] = cls
+
+    @abstractmethod
+    def transform(self, scores: Tensor) -> Tensor:
+        """f at finite scores of float32 or float64."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain JSON."""
+
+    def operations(self) -> tuple[Operation, ...] | None:
+        """The primitives that f is made of, first to last; None where only autograd can serve it."""
+        return None
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """The operations' tables, in their order, differentiable in the parameters; computed in float64."""
+        return ()
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """f(scores), elementwise.
+
+        Args:
+            scores: any shape, floating. Half precision is computed, and returned, in float32.
+
+        Returns:
+            logits of the same shape. -inf stays -inf (an impossible word) and passes no gradient; +inf gives the
+            supremum of the image; NaN stays NaN.
+
+        Raises:
+            TypeError: if the scores are not floating.
+        """
+        z = checked_scores(scores)
+        return pass_impossible(self.transform, z)
+
+    def derivative(self, scores: Tensor) -> Tensor:
+        """f'(scores), elementwise, from the right at a kink; at +-inf its limit. Shapes and dtypes as `forward`."""
+        x = checked_scores(scores)
+        operations = self.operations()
+        if operations is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither operations() nor derivative()")
+        product: Tensor | None = None
+        for operation, tables in with_tables(operations, self.tables(x.dtype), x.device):
+            factor = operation.derivative(x, tables)
+            product = factor if product is None else product * factor
+            x = operation.forward(x, tables)
+        return torch.ones_like(x) if product is None else product
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        """The scores with f(scores) = logits, by bisection in float64 (subclasses with a closed form use that).
+
+        Args:
+            logits: any shape, floating, inside the image of f; outside it the result is +-inf or NaN.
+        """
+        y = checked_scores(logits)
+        wide = y.detach().double().nan_to_num(0, posinf=0, neginf=0)
+        with torch.no_grad():
+            reach = wide.abs().clamp(min=1)
+            while bool(((self(reach) < wide) | (self(-reach) > wide)).any()):
+                reach = 2 * reach
+            low, high = -reach, reach
+            for _ in range(128):
+                middle = (low + high) / 2
+                above = self(middle) > wide
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return torch.where(y.isfinite(), ((low + high) / 2).to(y.dtype), y)
+
+    def spec(self) -> Spec:
+        """Name, version and hyper-parameters as plain JSON; parameters travel in the state_dict."""
+        return {"name": type(self).__name__, "version": self.version, "options": self.options()}
+
+    @staticmethod
+    def from_spec(spec: Spec) -> "LogitFunction":
+        """The function that `spec()` described, at its start; load a state_dict for its parameters.
+
+        >>> from uncork import LogitFunction, Softcap
+        >>> LogitFunction.from_spec(Softcap(30.0).spec())
+        Softcap(cap=30.0)
+
+        Raises:
+            ValueError: if the name or the version is not known here.
+        """
+        name, version = spec.get("name"), spec.get("version")
+        cls = _REGISTRY.get(str(name))
+        if cls is None:
+            raise ValueError(f"spec: expected a name among {sorted(_REGISTRY)}, got {name!r}")
+        if version != cls.version:
+            raise ValueError(f"spec: {name} is at version {cls.version} here, got version {version!r}")
+        return cls._from_options(spec.get("options", {}))
+
+    @classmethod
+    def _from_options(cls, options: dict[str, Any]) -> "LogitFunction":
+        return cls(**options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+
+
+class Compose(LogitFunction):
+    """f(z) = f_n(... f_2(f_1(z))): several functions, the first argument applied first.
+
+    Args:
+        functions: LogitFunctions, in the order of application.
+
+    >>> from uncork import Scale, Softcap
+    >>> Compose(Scale(0.5), Softcap(10.0))(torch.tensor([20.0]))
+    tensor([7.6159])
+
+    Raises:
+        TypeError: if an argument is no LogitFunction.
+    """
+
+    def __init__(self, *functions: LogitFunction) -> None:
+        super().__init__()
+        for function in functions:
+            if not isinstance(function, LogitFunction):
+                raise TypeError(f"Compose: expected LogitFunctions, got {type(function).__name__}")
+        self.functions = nn.ModuleList(functions)
+
+    def _parts(self) -> list[LogitFunction]:
+        return list(self.functions)  # type: ignore[arg-type]
+
+    @property
+    def unbounded(self) -> bool:  # type: ignore[override]
+        """Whether every part is."""
+        return all(f.unbounded for f in self._parts())
+
+    @property
+    def nonlinear(self) -> bool:  # type: ignore[override]
+        """Whether any part is."""
+        return any(f.nonlinear for f in self._parts())
+
+    def transform(self, scores: Tensor) -> Tensor:
+        for function in self._parts():
+            scores = function(scores)
+        return scores
+
+    def derivative(self, scores: Tensor) -> Tensor:
+        x = checked_scores(scores)
+        product = torch.ones_like(x)
+        for function in self._parts():
+            product = product * function.derivative(x)
+            x = function(x)
+        return product
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        for function in reversed(self._parts()):
+            logits = function.inverse(logits)
+        return logits
+
+    def operations(self) -> tuple[Operation, ...] | None:
+        parts = [f.operations() for f in self._parts()]
+        return None if any(p is None for p in parts) else tuple(op for p in parts for op in p or ())
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        return tuple(table for f in self._parts() for table in f.tables(dtype))
+
+    def options(self) -> dict[str, Any]:
+        return {"functions": [f.spec() for f in self._parts()]}
+
+    @classmethod
+    def _from_options(cls, options: dict[str, Any]) -> "LogitFunction":
+        return cls(*(LogitFunction.from_spec(spec) for spec in options["functions"]))
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+def checked_scores(scores: Tensor) -> Tensor:
+    """Floating scores, half precision raised to float32."""
+    if not scores.is_floating_point():
+        raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
+    return at_least_float32(scores)
+
+
+def with_tables(
+    operations: Sequence[Operation], tables: Sequence[Tensor], device: torch.device
+) -> list[tuple[Operation, tuple[Tensor, ...]]]:
+    """Each operation with its own tables, on the device of the scores."""
+    pairs, start = [], 0
+    for operation in operations:
+        own = tuple(t.to(device) for t in tables[start : start + operation.num_tables])
+        pairs.append((operation, own))
+        start += operation.num_tables
+    return pairs
+
+
+def table_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: tables are small, and prefix sums of a hundred thousand slopes are not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def positive(name: str, value: float) -> float:
+    """The value as a float if it is finite and above 0; a ValueError that names it otherwise."""
+    number = float(value)
+    if not (number > 0 and number < float("inf")):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    return number
+
+
+def positive_int(name: str, value: int) -> int:
+    """The value if it is a whole number of at least 1; a ValueError that names it otherwise."""
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, function_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """An optimiser's groups: logit functions' parameters get their own learning rate and no weight decay.
+
+    Decaying a slope or a knot pulls the function towards nothing in particular; the published PLIF trains its slopes
+    at 0.02 beside 20 or 30 for the rest (`function_lr_scale` = 1e-3).
+
+    Args:
+        model: any module that holds LogitFunctions.
+        lr: learning rate of all other parameters. weight_decay: theirs too.
+        function_lr_scale: factor on lr for the functions' parameters.
+
+    >>> from uncork import build_head
+    >>> groups = parameter_groups(build_head("plif", 8, 100), lr=1e-3, weight_decay=0.1, function_lr_scale=2.0)
+    >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
+    [(2, 0.001, 0.1), (1, 0.002, 0.0)]
+    """
+    if lr < 0 or weight_decay < 0 or function_lr_scale < 0:
+        raise ValueError(
+            "lr, weight_decay, function_lr_scale: expected numbers of at least 0, "
+            f"got {lr}, {weight_decay}, {function_lr_scale}"
+        )
+    functions = (m for m in model.modules() if isinstance(m, LogitFunction))
+    own = {id(p): p for f in functions for p in f.parameters() if p.requires_grad}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    groups = [
+        {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"params": list(own.values()), "lr": lr * function_lr_scale, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,258 @@
+"""Functions with a closed form: identity, scale, softcaps, sigmoids."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncork import functional
+from uncork.logit_functions.base import LogitFunction, positive
+from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
+
+
+class Identity(LogitFunction):
+    """f(z) = z: the plain softmax, as a function.
+
+    >>> Identity()(torch.tensor([1.5]))
+    tensor([1.5000])
+    """
+
+    nonlinear = False
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """The scores themselves."""
+        return scores
+
+    def transform(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def operations(self) -> tuple[Operation, ...]:
+        return ()
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+
+class Scale(LogitFunction):
+    """f(z) = s z, s = factor * exp(log_gain): a logit scale, or a temperature 1 / s.
+
+    Equivalent code: ``factor * scores``. Linear: the rank of the log-probabilities stays at most d + 1.
+
+    Args:
+        factor: s > 0 at the start. learnable: whether log_gain (a scalar parameter, 0 at the start) is trained.
+
+    >>> Scale(0.5)(torch.tensor([3.0]))
+    tensor([1.5000])
+
+    Guo et al. 2017, arXiv 1706.04599.
+    """
+
+    nonlinear = False
+
+    def __init__(self, factor: float = 1.0, *, learnable: bool = False) -> None:
+        super().__init__()
+        self.factor, self.learnable = positive("factor", factor), bool(learnable)
+        self.log_gain = nn.Parameter(torch.zeros(())) if learnable else None
+
+    def _slope(self, dtype: torch.dtype) -> Tensor:
+        slope = torch.tensor(self.factor, dtype=dtype)
+        return slope if self.log_gain is None else slope.to(self.log_gain.device) * self.log_gain.to(dtype).exp()
+
+    def transform(self, scores: Tensor) -> Tensor:
+        return functional.scale(scores, self._slope(scores.dtype).to(scores.device))
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        return logits / self._slope(logits.dtype).to(logits.device)
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (Affine(),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        slope = self._slope(dtype)
+        return (torch.stack([slope, torch.zeros_like(slope)]),)
+
+    def options(self) -> dict[str, Any]:
+        return {"factor": self.factor, "learnable": self.learnable}
+
+
+class Softcap(LogitFunction):
+    """f(z) = c tanh(z / c): the logits stay within (-c, c). Its image is bounded.
+
+    Equivalent code: ``cap * torch.tanh(scores / cap)``, with a gradient that survives saturation.
+
+    Args:
+        cap: c > 0, in logits.
+
+    >>> Softcap(30.0)(torch.tensor([-100.0, 10.0]))
+    tensor([-29.9237,   9.6454])
+
+    Bello et al. 2017, arXiv 1611.09940; Gemma 2 (c = 30), arXiv 2408.00118.
+    """
+
+    unbounded = False
+
+    def __init__(self, cap: float = 30.0) -> None:
+        super().__init__()
+        self.cap = positive("cap", cap)
+
+    def transform(self, scores: Tensor) -> Tensor:
+        return functional.softcap(scores, self.cap)
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        return self.cap * torch.atanh(logits / self.cap)
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (Tanh(),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        return (torch.tensor([self.cap, self.cap], dtype=dtype),)
+
+    def options(self) -> dict[str, Any]:
+        return {"cap": self.cap}
+
+
+class AsymmetricSoftcap(LogitFunction):
+    """f(z) = c tanh(z / c) with one cap below 0 and one above, learnable on request. Its image is (-lower, upper).
+
+    Args:
+        lower, upper: positive caps at the start, in logits.
+        learnable: whether their logarithms are trained (`log_gain`, two numbers, 0 at the start). A cap that is to
+            start as nearly the identity starts large.
+
+    >>> AsymmetricSoftcap(5.0, 50.0)(torch.tensor([-100.0, 100.0]))
+    tensor([-5.0000, 48.2014])
+    """
+
+    unbounded = False
+
+    def __init__(self, lower: float = 30.0, upper: float = 30.0, *, learnable: bool = False) -> None:
+        super().__init__()
+        self.lower, self.upper = positive("lower", lower), positive("upper", upper)
+        self.learnable = bool(learnable)
+        self.log_gain = nn.Parameter(torch.zeros(2)) if learnable else None
+
+    def transform(self, scores: Tensor) -> Tensor:
+        lower, upper = self.tables(scores.dtype)[0].to(scores.device)
+        return functional.asymmetric_softcap(scores, lower, upper)
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        lower, upper = self.tables(logits.dtype)[0].to(logits.device)
+        cap = torch.where(logits > 0, upper, lower)
+        return cap * torch.atanh(logits / cap)
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (Tanh(),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        caps = torch.tensor([self.lower, self.upper], dtype=dtype)
+        return (caps if self.log_gain is None else caps.to(self.log_gain.device) * self.log_gain.to(dtype).exp(),)
+
+    def options(self) -> dict[str, Any]:
+        return {"lower": self.lower, "upper": self.upper, "learnable": self.learnable}
+
+
+class ScaledSigmoid(LogitFunction):
+    """f(z) = a sigmoid((z + b) / c): the logits stay within (0, a). Its image is bounded.
+
+    Args:
+        height: a > 0. shift: b. width: c > 0; all in logits. The default is modded-nanogpt's hand-tuned one.
+
+    >>> ScaledSigmoid()(torch.tensor([-5.0, 10.0]))
+    tensor([11.5000, 20.2583])
+    """
+
+    unbounded = False
+
+    def __init__(self, height: float = 23.0, shift: float = 5.0, width: float = 7.5) -> None:
+        super().__init__()
+        self.height, self.width, self.shift = positive("height", height), positive("width", width), float(shift)
+        if not math.isfinite(self.shift):
+            raise ValueError(f"shift: expected a finite number, got {shift!r}")
+
+    def transform(self, scores: Tensor) -> Tensor:
+        return functional.scaled_sigmoid(scores, self.height, self.shift, self.width)
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        return self.width * torch.logit(logits / self.height) - self.shift
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (Sigmoid(),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        return (torch.tensor([self.height, self.shift, self.width], dtype=dtype),)
+
+    def options(self) -> dict[str, Any]:
+        return {"height": self.height, "shift": self.shift, "width": self.width}
+
+
+class GeneralizedSigsoftmax(LogitFunction):
+    """f(z) = z + (k - 1) log sigmoid(z - c): slope k at -inf, 1 at +inf.
+
+    Equivalent code: ``k * (z - c) + c - (k - 1) * F.softplus(z - c)``, which is nan at z = inf.
+
+    Args:
+        center: c, any finite number. steepness: k > 0; k = 1 is the softmax, (0, 2) sigsoftmax.
+
+    >>> GeneralizedSigsoftmax(-1.5, 2.5)(torch.tensor([-2.0, 0.0]))
+    tensor([-3.4611, -0.3021])
+
+    Parthiban, Mao, Inkpen, AAAI 2021 (the default is theirs for Penn Treebank).
+    """
+
+    def __init__(self, center: float = -1.5, steepness: float = 2.5) -> None:
+        super().__init__()
+        self.center, self.steepness = float(center), positive("steepness", steepness)
+        if not math.isfinite(self.center):
+            raise ValueError(f"center: expected a finite number, got {center!r}")
+
+    @property
+    def nonlinear(self) -> bool:  # type: ignore[override]
+        """Whether k differs from 1."""
+        return self.steepness != 1
+
+    def transform(self, scores: Tensor) -> Tensor:
+        return functional.generalized_sigsoftmax(scores, self.center, self.steepness)
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (Softplus(),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        return (torch.tensor([self.center, self.steepness - 1], dtype=dtype),)
+
+    def options(self) -> dict[str, Any]:
+        return {"center": self.center, "steepness": self.steepness}
+
+
+class Sigsoftmax(LogitFunction):
+    """f(z) = z + log sigmoid(z): softmax(f(z)) is proportional to exp(z) sigmoid(z). No parameters; concave.
+
+    Equivalent code: ``scores + F.logsigmoid(scores)``.
+
+    >>> Sigsoftmax()(torch.tensor([-2.0, 0.0, 100.0]))
+    tensor([ -4.1269,  -0.6931, 100.0000])
+
+    Kanai et al. 2018, arXiv 1805.10829.
+    """
+
+    def transform(self, scores: Tensor) -> Tensor:
+        return functional.sigsoftmax(scores)
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        y = logits
+        # exp(y) = u^2 / (1 + u), u = exp(z): the positive root, in the form that does not overflow on either side.
+        positive_side = y + torch.log((1 + torch.sqrt(1 + 4 * torch.exp(-y.clamp(min=0)))) / 2)
+        negative_side = y / 2 + torch.log((torch.exp(y.clamp(max=0) / 2) + torch.sqrt(y.clamp(max=0).exp() + 4)) / 2)
+        return torch.where(y > 0, positive_side, negative_side)
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (Softplus(),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        return (torch.tensor([0.0, 1.0], dtype=dtype),)
+
+    def options(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,178 @@
+"""The monotone network: one hidden layer with positive weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncork.functional import sech2, tanh
+from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
+from uncork.logit_functions.operations import Elementwise, Operation, PiecewiseLinear
+from uncork.logit_functions.plif import excess_slope, piecewise_inverse
+
+
+class MonotoneNetwork(LogitFunction):
+    """One hidden layer of positive weights over U learned thresholds; any increasing function as U grows.
+
+    units="relu": each threshold carries the two units relu(z - t_u) and -relu(t_u - z) with positive weights
+    a_u, b_u (1 / U each at the start), so the function bends either way there::
+
+        f(z) = sum_u a_u relu(z - t_u) - b_u relu(t_u - z) + constant,    f(0) = 0
+
+    which is piecewise linear: sorted thresholds and one bisection compute it, without a (N, V, U) tensor. Its image is
+    all of R.
+
+    units="tanh": the literature's saturating units, beside a fixed increasing linear term that keeps the image
+    unbounded::
+
+        f(z) = (z - g_0(z)) + g(z),    g(z) = sum_u w_u tanh(r_u (z - t_u)),    w_u, r_u > 0
+
+    where g_0 is g at the start, of slope at most 0.52. It costs U passes over the scores; no kernel serves it but
+    autograd's.
+
+    Either starts as the identity to the bit, or at random (`init="random"`: weights scattered by `spread`).
+
+    Args:
+        num_units: U >= 1 thresholds. bound: they start evenly spread over [-bound, bound], in logits.
+        units: "relu" or "tanh". init: "identity" or "random". spread: standard deviation of the random start.
+        frozen: keep the function as it starts.
+
+    >>> f = MonotoneNetwork(num_units=10, bound=5.0)
+    >>> f(torch.tensor([-7.0, 0.3])).detach()
+    tensor([-7.0000,  0.3000])
+
+    Daniels & Velikova 2010; Ganea et al. 2019, arXiv 1902.08077. The seed's activation and start are not published.
+    """
+
+    def __init__(
+        self,
+        num_units: int = 100,
+        bound: float = 20.0,
+        *,
+        units: str = "relu",
+        init: str = "identity",
+        spread: float = 1.0,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_units, self.bound = positive_int("num_units", num_units), positive("bound", bound)
+        if units not in ("relu", "tanh"):
+            raise ValueError(f'units: expected "relu" or "tanh", got {units!r}')
+        if init not in ("identity", "random"):
+            raise ValueError(f'init: expected "identity" or "random", got {init!r}')
+        self.units, self.init, self.spread, self.frozen = units, init, positive("spread", spread), bool(frozen)
+        scatter = self.spread if init == "random" else 0.0
+        trained = not self.frozen
+        self.thresholds = nn.Parameter(self._start_thresholds(torch.float32), requires_grad=trained)
+        names = ("raw_right", "raw_left") if units == "relu" else ("raw_weights", "raw_rates")
+        for name in names:
+            start = torch.randn(self.num_units) * scatter if scatter else torch.zeros(self.num_units)
+            self.register_parameter(name, nn.Parameter(start, requires_grad=trained))
+
+    def _spacing(self) -> float:
+        return 2 * self.bound / self.num_units
+
+    def _start_thresholds(self, dtype: torch.dtype) -> Tensor:
+        steps = torch.arange(self.num_units, dtype=torch.float64) - (self.num_units - 1) / 2
+        # Rounded once to float32, so that the start is the same number in every dtype.
+        return (steps * self._spacing()).float().to(dtype)
+
+    def transform(self, scores: Tensor) -> Tensor:
+        if self.units == "tanh":
+            return torch.where(scores == torch.inf, scores, self._tanh_network(scores))
+        tables = (t.to(scores.device) for t in self.tables(scores.dtype))
+        logits = Elementwise.apply(scores, PiecewiseLinear(), *tables)
+        return torch.where(scores == torch.inf, scores, logits)
+
+    def _tanh_units(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        # Evenly spaced units of rate 1 / spacing and weight spacing / 4 add up to a slope of 1/2.
+        spacing = self._spacing()
+        start = self._start_thresholds(dtype).to(self.thresholds.device)
+        weights0, rates0 = torch.full_like(start, spacing / 4), torch.full_like(start, 1 / spacing)
+        weights = weights0 * self.get_parameter("raw_weights").to(dtype).exp()
+        rates = rates0 * self.get_parameter("raw_rates").to(dtype).exp()
+        return self.thresholds.to(dtype), weights, rates, start, weights0, rates0
+
+    def _tanh_network(self, scores: Tensor) -> Tensor:
+        return _TanhNetwork.apply(scores, *(t.to(scores.device) for t in self._tanh_units(scores.dtype)))
+
+    def derivative(self, scores: Tensor) -> Tensor:
+        if self.units == "relu":
+            return super().derivative(scores)
+        x = checked_scores(scores)
+        t, w, r, t0, w0, r0 = (p.to(x.device) for p in self._tanh_units(x.dtype))
+        slope = torch.ones_like(x)
+        for u in range(self.num_units):
+            slope = slope + (w[u] * r[u] * sech2(r[u] * (x - t[u])) - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u])))
+        return slope
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        if self.units == "tanh":
+            return super().inverse(logits)
+        y = checked_scores(logits)
+        return piecewise_inverse(y, *(t.to(y.device) for t in self.tables(y.dtype)))
+
+    def operations(self) -> tuple[Operation, ...] | None:
+        return (PiecewiseLinear(),) if self.units == "relu" else None
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        if self.units == "tanh":
+            return ()
+        wide = table_dtype(self.thresholds.device)
+        thresholds, order = self.thresholds.to(wide).sort()
+        right = excess_slope(self.get_parameter("raw_right").to(wide))[order] / self.num_units
+        left = excess_slope(self.get_parameter("raw_left").to(wide))[order] / self.num_units
+        # Piece i lies right of its first i thresholds. Sums with no term are 0; all are 0 at the start.
+        slopes = _sum_before(right) + _sum_after(left)
+        intercepts = -(_sum_before(right * thresholds) + _sum_after(left * thresholds))
+        origin = (right * (-thresholds).clamp(min=0) + left * (-thresholds).clamp(max=0)).sum()
+        knots = thresholds.detach().to(dtype)
+        knots = torch.cat([knots[:1], knots])
+        values = slopes * knots.to(wide) + intercepts - origin
+        return knots, values.to(dtype), slopes.to(dtype)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "num_units": self.num_units,
+            "bound": self.bound,
+            "units": self.units,
+            "init": self.init,
+            "spread": self.spread,
+            "frozen": self.frozen,
+        }
+
+
+def _sum_before(x: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(x[:1]), x.cumsum(0)])
+
+
+def _sum_after(x: Tensor) -> Tensor:
+    return torch.cat([x.flip(0).cumsum(0).flip(0), torch.zeros_like(x[:1])])
+
+
+class _TanhNetwork(torch.autograd.Function):
+    """z + g(z) - g_0(z), unit by unit in both directions: nothing of size N x V x U is ever kept."""
+
+    @staticmethod
+    def forward(ctx, x, t, w, r, t0, w0, r0):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, t, w, r, t0, w0, r0)
+        y = torch.zeros_like(x)
+        for u in range(t.numel()):
+            y += w[u] * tanh(r[u] * (x - t[u])) - w0[u] * tanh(r0[u] * (x - t0[u]))
+        return y.add_(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, t, w, r, t0, w0, r0 = ctx.saved_tensors
+        slope = torch.ones_like(x)
+        sums = torch.zeros(3, t.numel(), dtype=torch.float64, device=x.device)
+        for u in range(t.numel()):
+            distance = x - t[u]
+            bend = sech2(r[u] * distance)
+            slope += w[u] * r[u] * bend - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u]))
+            by_unit = grad * bend
+            sums[0, u] = -w[u] * r[u] * by_unit.sum(dtype=torch.float64)
+            sums[1, u] = (grad * tanh(r[u] * distance)).sum(dtype=torch.float64)
+            sums[2, u] = w[u] * (by_unit * distance).sum(dtype=torch.float64)
+        return (grad * slope, *sums.to(t.dtype), None, None, None)

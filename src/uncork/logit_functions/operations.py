@@ -1,0 +1,190 @@
+"""The handful of primitives that every kernel knows: what a logit function looks like from below.
+
+A `LogitFunction` hands its kernel a list of operations and, for each, a fixed number of *tables* (small tensors made
+from the parameters by ordinary autograd). An operation maps scores elementwise, and returns the gradient to the scores
+and to its tables; sums over elements are taken in float64, in a fixed order. Softplus, prefix sums, anchors and
+constraints stay with the tables' maker, so a kernel never sees them.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from uncork.functional import sech2, tanh
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64)
+
+
+class Operation(ABC):
+    """One elementwise primitive y = f(x; tables)."""
+
+    num_tables: ClassVar[int]
+
+    @abstractmethod
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        """y, elementwise; x is float32 or float64, the tables have its dtype and device."""
+
+    @abstractmethod
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        """dy/dx, elementwise."""
+
+    @abstractmethod
+    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Sums over all elements of grad * dy/dtable, in float64, one per table."""
+
+
+@dataclass(frozen=True)
+class Affine(Operation):
+    """y = a x + b. Tables: (a, b) of shape (2,)."""
+
+    num_tables: ClassVar[int] = 1
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        slope, offset = tables[0]
+        return x * slope + offset
+
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        return tables[0][0].expand_as(x)
+
+    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.stack([_total(grad * x), _total(grad)]),)
+
+
+@dataclass(frozen=True)
+class Tanh(Operation):
+    """y = c tanh(x / c), c = lower for x <= 0 and upper for x > 0. Tables: (lower, upper) of shape (2,)."""
+
+    num_tables: ClassVar[int] = 1
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        cap = torch.where(x > 0, tables[0][1], tables[0][0])
+        return cap * tanh(x / cap)
+
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        return sech2(x / torch.where(x > 0, tables[0][1], tables[0][0]))
+
+    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        above = x > 0
+        u = x / torch.where(above, tables[0][1], tables[0][0])
+        by_cap = grad * (tanh(u) - u * sech2(u))
+        return (torch.stack([_total(by_cap.masked_fill(above, 0)), _total(by_cap.masked_fill(~above, 0))]),)
+
+
+@dataclass(frozen=True)
+class Sigmoid(Operation):
+    """y = a sigmoid((x + b) / c). Tables: (a, b, c) of shape (3,)."""
+
+    num_tables: ClassVar[int] = 1
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        height, shift, width = tables[0]
+        u = (x + shift) / width
+        return height * torch.where(u > 0, 1 - torch.sigmoid(-u), torch.sigmoid(u))
+
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        height, shift, width = tables[0]
+        u = (x + shift) / width
+        return (height / width) * torch.sigmoid(u) * torch.sigmoid(-u)
+
+    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        _, shift, width = tables[0]
+        u = (x + shift) / width
+        by_shift = grad * self.derivative(x, tables)
+        return (torch.stack([_total(grad * torch.sigmoid(u)), _total(by_shift), -_total(by_shift * u)]),)
+
+
+@dataclass(frozen=True)
+class Softplus(Operation):
+    """y = x - w softplus(c - x) = x + w log sigmoid(x - c). Tables: (c, w) of shape (2,)."""
+
+    num_tables: ClassVar[int] = 1
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        center, weight = tables[0]
+        return x + weight * F.logsigmoid(x - center)
+
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        center, weight = tables[0]
+        return 1 + weight * torch.sigmoid(center - x)
+
+    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        center, weight = tables[0]
+        by_center = -weight * torch.sigmoid(center - x)
+        return (torch.stack([_total(grad * by_center), _total(grad * F.logsigmoid(x - center))]),)
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear(Operation):
+    """y = x + values[i] + slopes[i] (x - knots[i]), i the piece of x. Tables: knots, values, slopes of shape (P,) each.
+
+    Piece i reaches from knots[i] to knots[i + 1]; the first and the last go on without end. All-zero values and slopes
+    are the identity to the bit. The knots are the local origins of the pieces and carry no gradient of their own: a
+    maker whose knots move writes `values` as a function of them (see `MonotoneNetwork`).
+
+    Args:
+        bound: for P equal pieces over [-bound, bound], which are found without a search; None for sorted knots.
+    """
+
+    bound: float | None = None
+    num_tables: ClassVar[int] = 3
+
+    def index(self, x: Tensor, knots: Tensor) -> Tensor:
+        """The piece of every element, int64; NaN goes to piece 0 (its value stays NaN)."""
+        num_pieces = knots.numel()
+        if self.bound is None:
+            return torch.bucketize(x, knots[1:], right=True)
+        # floor((x + T) P / 2T) with the addition made after the rounding down: near 0 the former loses the digits of x.
+        piece = torch.floor(x * (num_pieces / (2 * self.bound)) + (num_pieces % 2) / 2) + num_pieces // 2
+        return piece.clamp_(0, num_pieces - 1).nan_to_num_(0).long()
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        knots, values, slopes = tables
+        index = self.index(x, knots)
+        return torch.addcmul(values[index], slopes[index], x - knots[index]).add_(x)
+
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        knots, _, slopes = tables
+        return (1 + slopes)[self.index(x, knots)]
+
+    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        knots = tables[0]
+        index = self.index(x, knots)
+        wide = grad.double()
+        by_value = _histogram(index, wide, knots.numel())
+        by_slope = _histogram(index, wide * (x - knots[index]), knots.numel())
+        return torch.zeros_like(by_value), by_value, by_slope
+
+
+def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
+    """Sums of weight per bin, in an order that does not depend on threads."""
+    if index.device.type == "cpu":
+        return torch.bincount(index.flatten(), weight.flatten(), minlength=size)
+    # Elsewhere bincount adds atomically, in any order; accumulating index_put_ sorts first.
+    total = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+    return total.index_put_((index.flatten(),), weight.flatten(), accumulate=True)
+
+
+class Elementwise(torch.autograd.Function):
+    """An operation under autograd that keeps the scores alone and sums table gradients in float64."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, operation: Operation, *tables: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.operation = operation
+        ctx.save_for_backward(x, *tables)
+        return operation.forward(x, tables)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, *tables = ctx.saved_tensors
+        grad_x = grad * ctx.operation.derivative(x, tables) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return (grad_x, None, *[None] * len(tables))
+        sums = ctx.operation.table_gradients(x, grad, tables)
+        return (grad_x, None, *(s.to(t.dtype) for s, t in zip(sums, tables, strict=True)))

@@ -1,0 +1,165 @@
+"""PLIF, the piecewise linear increasing function."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
+from uncork.logit_functions.operations import Elementwise, Operation, PiecewiseLinear
+
+# Slopes are MIN_SLOPE + (1 - MIN_SLOPE) softplus(v), so that one plus their rounded distance to 1 stays positive.
+MIN_SLOPE = 1e-6
+SOFTPLUS_ONE = math.log(math.e - 1)  # softplus(SOFTPLUS_ONE) = 1
+
+
+def excess_slope(raw: Tensor) -> Tensor:
+    """softplus(raw + log(e - 1)) - 1 >= -1 + MIN_SLOPE, exactly 0 at raw = 0; in raw's dtype."""
+    # The second softplus is taken elementwise too: vector and scalar code differ in the last bit.
+    start = torch.full_like(raw, SOFTPLUS_ONE)
+    return (1 - MIN_SLOPE) * (F.softplus(raw + SOFTPLUS_ONE) - F.softplus(start))
+
+
+def piecewise_inverse(logits: Tensor, knots: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
+    """The inverse of z + values[i] + slopes[i] (z - knots[i]): again a search and a line."""
+    heights = knots + values
+    index = torch.bucketize(logits, heights[1:].contiguous(), right=True)
+    inner = knots[index] + (logits - heights[index]) / (1 + slopes[index])
+    return torch.where(logits.isinf(), logits, inner)
+
+
+class PLIF(LogitFunction):
+    """Piecewise linear increasing function: P equal pieces over [-T, T], a learned slope each, linear beyond.
+
+    f(z) = z + r(z), r piecewise linear with slopes s_i - 1 and r(0) = 0, where s_i = softplus(v_i) > 0 and v_i are
+    the parameters (`raw_slopes` holds v_i - log(e - 1), so zeros are the identity to the bit). The forward is one
+    look-up in two tables, the backward two histograms. The published form has f(-T) = 0 in place of f(0) = 0: a
+    constant that softmax cannot see.
+
+    Equivalent code::
+
+        i = floor((z + T) * P / (2 * T)).clamp(0, P - 1).long()
+        f = (z - knots[i]) * slopes[i] + delta * (slopes.cumsum(0) - slopes)[i] + constant
+
+    Args:
+        num_pieces: P >= 1. bound: T > 0, in logits.
+        init: "identity", or "random" for the published start v_i ~ N(0, spread^2) + log(e - 1).
+        spread: standard deviation of the random start.
+        frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
+
+    >>> f = PLIF(num_pieces=4, bound=2.0)
+    >>> f(torch.tensor([-5.0, 0.5])).detach()
+    tensor([-5.0000,  0.5000])
+    >>> with torch.no_grad():
+    ...     f.raw_slopes[3] = 2.0
+    ...     f(torch.tensor([0.5, 1.5, 3.0])), f.derivative(torch.tensor([1.5]))
+    (tensor([0.5000, 2.3086, 6.2343]), tensor([2.6171]))
+
+    Ganea, Gelly, Becigneul, Severyn 2019, arXiv 1902.08077 (P = 100,000, T = 20, random start).
+    """
+
+    def __init__(
+        self,
+        num_pieces: int = 100,
+        bound: float = 20.0,
+        *,
+        init: str = "identity",
+        spread: float = 1.0,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces), positive("bound", bound)
+        if init not in ("identity", "random"):
+            raise ValueError(f'init: expected "identity" or "random", got {init!r}')
+        self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)
+        start = torch.randn(self.num_pieces) * self.spread if init == "random" else torch.zeros(self.num_pieces)
+        self.raw_slopes = nn.Parameter(start, requires_grad=not frozen)
+        self.fit_error: float | None = None
+
+    @classmethod
+    def from_function(
+        cls, function: Callable[[Tensor], Tensor], num_pieces: int = 100, bound: float = 20.0, *, frozen: bool = False
+    ) -> "PLIF":
+        """The PLIF that meets an increasing function at its knots, up to the constant that makes f(0) = 0.
+
+        `fit_error` holds the largest |f(z) - (function(z) - function(0))| over 16 points per piece, in logits.
+
+        Args:
+            function: increasing, elementwise; called on float64 points of [-bound, bound].
+
+        Raises:
+            ValueError: if the function is not finite, or does not rise by at least 1e-6 of a unit slope in a piece.
+
+        >>> from uncork import Softcap
+        >>> f = PLIF.from_function(Softcap(30.0), num_pieces=100)
+        >>> round(f.fit_error, 4), f(torch.tensor([20.0])).detach()
+        (0.0005, tensor([17.4835]))
+        """
+        plif = cls(num_pieces, bound, frozen=frozen)
+        with torch.no_grad():
+            knots = torch.linspace(-plif.bound, plif.bound, plif.num_pieces + 1, dtype=torch.float64)
+            heights = function(knots).double()
+            slopes = (heights.diff() / knots.diff() - MIN_SLOPE) / (1 - MIN_SLOPE)
+            if not bool((slopes > 0).all()):
+                worst = int((slopes > 0).int().argmin())
+                raise ValueError(
+                    f"function: expected finite and increasing, got values {heights[worst]:.6g} and "
+                    f"{heights[worst + 1]:.6g} at {knots[worst]:.6g} and {knots[worst + 1]:.6g}"
+                )
+            raw = slopes + torch.log(-torch.expm1(-slopes))  # softplus inverted
+            plif.raw_slopes.copy_(raw - SOFTPLUS_ONE)
+            points = torch.linspace(-plif.bound, plif.bound, 16 * plif.num_pieces + 1, dtype=torch.float64)
+            origin = function(torch.zeros(1, dtype=torch.float64)).double()
+            plif.fit_error = float((plif(points) - (function(points).double() - origin)).abs().max())
+        return plif
+
+    def slopes(self) -> Tensor:
+        """The slopes s_i, (P,) float64, differentiable."""
+        return 1 + excess_slope(self.raw_slopes.to(table_dtype(self.raw_slopes.device)))
+
+    def knots(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The left ends of the pieces, (P,)."""
+        steps = torch.arange(self.num_pieces, dtype=torch.float64) - self.num_pieces / 2
+        return (steps * (2 * self.bound / self.num_pieces)).to(self.raw_slopes.device, dtype)
+
+    def transform(self, scores: Tensor) -> Tensor:
+        tables = (t.to(scores.device) for t in self.tables(scores.dtype))
+        logits = Elementwise.apply(scores, self.operations()[0], *tables)
+        return torch.where(scores == torch.inf, scores, logits)
+
+    def inverse(self, logits: Tensor) -> Tensor:
+        y = checked_scores(logits)
+        return piecewise_inverse(y, *(t.to(y.device) for t in self.tables(y.dtype)))
+
+    def operations(self) -> tuple[Operation, ...]:
+        return (PiecewiseLinear(bound=self.bound),)
+
+    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        wide = table_dtype(self.raw_slopes.device)
+        knots = self.knots(dtype)
+        excess = excess_slope(self.raw_slopes.to(wide))
+        # Rises are summed outwards from 0, over the knots as they are rounded: no digit is lost near 0, none at a knot.
+        right_end = torch.full_like(knots[:1], self.bound)
+        rises = excess * torch.cat([knots, right_end]).to(wide).diff()
+        middle = self.num_pieces // 2
+        if self.num_pieces % 2:  # 0 lies in the middle of a piece
+            at_middle = excess[middle : middle + 1] * knots[middle].to(wide)
+            left = at_middle - rises[:middle].flip(0).cumsum(0)
+            right = at_middle + rises[middle:-1].cumsum(0)
+            values = torch.cat([left.flip(0), at_middle, right])
+        else:
+            right = torch.cat([torch.zeros_like(rises[:1]), rises[middle:-1].cumsum(0)])
+            values = torch.cat([-rises[:middle].flip(0).cumsum(0).flip(0), right])
+        return knots, values.to(dtype), excess.to(dtype)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "num_pieces": self.num_pieces,
+            "bound": self.bound,
+            "init": self.init,
+            "spread": self.spread,
+            "frozen": self.frozen,
+        }

@@ -1,0 +1,196 @@
+"""One validated call: what the public functions hand to an implementation, and the checks that make it one."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uncork.loss.target import IndexTarget, ProbabilityTarget, Target
+
+
+class Statistics(NamedTuple):
+    """Per token: cross_entropy, logsumexp, entropy (N,) in float32 or better, argmax (N,) int64; None if not asked."""
+
+    cross_entropy: Tensor | None
+    logsumexp: Tensor
+    entropy: Tensor | None
+    argmax: Tensor | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """Flattened arguments. N tokens, D features, K components, V vocabulary."""
+
+    input: Tensor  # (N, D), or the latent (N, K, D) of a mixture
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    prior_logits: Tensor | None  # (N, K), of a mixture
+    function: nn.Module | None
+    target: Target | None
+    details: bool = False  # entropy and argmax too
+    chunk_size: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scores, function, softmax and loss."""
+        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+
+    @property
+    def tokens(self) -> int:
+        return self.input.shape[0]
+
+    @property
+    def components(self) -> int:
+        return 1 if self.prior_logits is None else self.input.shape[1]
+
+
+def _expect(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    return value
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that F.linear would compute in under the autocast in force, if any."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _checked_matrix(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str) -> None:
+    _expect(linear_weight.dim() == 2, "linear_weight", "shape (V, D)", tuple(linear_weight.shape))
+    vocab_size, features = linear_weight.shape
+    _expect(vocab_size > 0, "linear_weight", "at least one class", tuple(linear_weight.shape))
+    _expect(
+        input.dim() >= 1 and input.shape[-1] == features,
+        name,
+        f"shape (..., {features}) to match linear_weight {tuple(linear_weight.shape)}",
+        tuple(input.shape),
+    )
+    named = {name: input, "linear_weight": linear_weight}
+    if linear_bias is not None:
+        _expect(tuple(linear_bias.shape) == (vocab_size,), "linear_bias", f"({vocab_size},)", tuple(linear_bias.shape))
+        named["linear_bias"] = linear_bias
+    for key, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{key}: expected a floating dtype, got {tensor.dtype}")
+        _expect(tensor.device == input.device, key, f"device {input.device} as {name}", tensor.device)
+        if autocast_dtype(input.device) is None:
+            _expect(tensor.dtype == input.dtype, key, f"dtype {input.dtype} as {name}", tensor.dtype)
+
+
+def _checked_target(
+    target: Tensor, leading: tuple[int, ...], vocab_size: int, ignore_index: int, device: torch.device
+) -> Tensor:
+    """The target flattened to (N,) integers or (N, V) probabilities."""
+    _expect(target.device == device, "target", f"device {device} as the input", target.device)
+    if target.is_floating_point():
+        _expect(
+            tuple(target.shape) == (*leading, vocab_size),
+            "target",
+            f"shape {(*leading, vocab_size)} for probabilities",
+            tuple(target.shape),
+        )
+        _expect(not target.requires_grad, "target", "no gradient (requires_grad=False)", "requires_grad=True")
+        _expect(ignore_index < 0, "ignore_index", "a negative number with probability targets", ignore_index)
+        return target.reshape(-1, vocab_size)
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(f"target: expected integers (indices) or a floating dtype (probabilities), got {target.dtype}")
+    _expect(tuple(target.shape) == leading, "target", f"shape {leading} for indices", tuple(target.shape))
+    flat = target.reshape(-1)
+    if device.type == "cpu":
+        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
+        if bool(wrong.any()):
+            where = int(wrong.int().argmax())
+            raise IndexError(
+                f"target: expected classes in [0, {vocab_size}) or ignore_index {ignore_index}, "
+                f"got {int(flat[where])} at position {where}"
+            )
+    return flat
+
+
+def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if weight is None:
+        return None
+    _expect(tuple(_tensor("weight", weight).shape) == (vocab_size,), "weight", f"({vocab_size},)", tuple(weight.shape))
+    _expect(weight.device == device, "weight", f"device {device} as the input", weight.device)
+    _expect(not weight.requires_grad, "weight", "no gradient (requires_grad=False)", "requires_grad=True")
+    return weight.to(dtype)
+
+
+def check_function(function: nn.Module | None) -> None:
+    """A logit function has to be a module, the same one each time that it is called."""
+    if function is None:
+        return
+    if not isinstance(function, nn.Module):
+        raise TypeError(f"logit_function: expected an nn.Module or None, got {type(function).__name__}")
+    for module in function.modules():
+        _expect(
+            not isinstance(module, nn.modules.dropout._DropoutNd),
+            "logit_function",
+            "a deterministic elementwise module",
+            f"one that holds {type(module).__name__}",
+        )
+
+
+def build_call(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    *,
+    prior_logits: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    logit_function: nn.Module | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+    details: bool = False,
+) -> tuple[Call, tuple[int, ...]]:
+    """Checks the arguments; returns the call and the leading shape of its tokens.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what was expected and what came.
+    """
+    mixture = prior_logits is not None
+    name = "latent" if mixture else "input"
+    _tensor(name, input), _tensor("linear_weight", linear_weight)
+    _checked_matrix(input, linear_weight, linear_bias, name)
+    check_function(logit_function)
+    _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    if chunk_size is not None:
+        whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
+        _expect(whole, "chunk_size", "a whole number of at least 1 (rows of scores), or None", chunk_size)
+    leading = tuple(input.shape[:-1])
+    if prior_logits is not None:
+        _expect(input.dim() >= 2, "latent", "shape (..., K, D)", tuple(input.shape))
+        shape = tuple(_tensor("prior_logits", prior_logits).shape)
+        _expect(shape == leading, "prior_logits", f"shape {leading} to match latent {tuple(input.shape)}", shape)
+        _expect(leading[-1] > 0, "latent", "at least one component", tuple(input.shape))
+        _expect(prior_logits.device == input.device, "prior_logits", f"device {input.device}", prior_logits.device)
+        prior_logits = prior_logits.reshape(-1, leading[-1])
+        leading = leading[:-1]
+    vocab_size, features = linear_weight.shape
+    cast = autocast_dtype(input.device)
+    if cast is not None and input.dtype != torch.float64:
+        input, linear_weight = input.to(cast), linear_weight.to(cast)
+        linear_bias = None if linear_bias is None else linear_bias.to(cast)
+    flat = input.reshape(-1, *input.shape[-2:]) if mixture else input.reshape(-1, features)
+    call = Call(flat, linear_weight, linear_bias, prior_logits, logit_function, None, details, chunk_size)
+    if target is None:
+        return call, leading
+    rows = _checked_target(_tensor("target", target), leading, vocab_size, ignore_index, input.device)
+    class_weight = _checked_weight(weight, vocab_size, call.dtype, input.device)
+    prepared: Target
+    if rows.is_floating_point():
+        prepared = ProbabilityTarget.build(rows, class_weight, label_smoothing, call.dtype)
+    else:
+        like = torch.empty((), dtype=call.dtype, device=input.device)
+        prepared = IndexTarget.build(rows, ignore_index, class_weight, label_smoothing, vocab_size, like)
+    return replace(call, target=prepared), leading

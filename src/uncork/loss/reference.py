@@ -1,0 +1,48 @@
+"""The definition: keeps the logits, leaves every gradient to autograd."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uncork.functional import mixture_log_softmax
+from uncork.logit_functions.base import LogitFunction, pass_impossible
+from uncork.loss.call import Call, Statistics
+
+
+def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
+    """f(scores), with -inf kept as it is for a user's module as for our own."""
+    if function is None:
+        return scores
+    return function(scores) if isinstance(function, LogitFunction) else pass_impossible(function, scores)
+
+
+def statistics(call: Call) -> Statistics:
+    """Per-token statistics, differentiable but for argmax."""
+    with torch.autocast(call.input.device.type, enabled=False):
+        bias = None if call.bias is None else call.bias.to(call.dtype)
+        scores = F.linear(call.input.to(call.dtype), call.weight.to(call.dtype), bias)
+        logits = apply_function(call.function, scores)
+        if call.prior_logits is not None:
+            logits = mixture_log_softmax(logits, call.prior_logits.to(call.dtype))
+        lse = torch.logsumexp(logits, -1)
+        if call.prior_logits is not None:
+            lse = torch.zeros_like(lse)  # log-probabilities are normalised already; what is left is rounding
+        ce = None if call.target is None else call.target.cross_entropy(logits, lse)
+        if not call.details:
+            return Statistics(ce, lse, None, None)
+        log_prob = logits - lse[:, None]
+        prob = log_prob.exp()
+        entropy = -torch.where(prob == 0, 0, prob * log_prob.masked_fill(prob == 0, 0)).sum(-1)
+        ranked = logits if call.prior_logits is not None else scores
+        return Statistics(ce, lse, entropy, ranked.argmax(-1))
+
+
+def weighted_sum(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
+    """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2."""
+    ce, lse, _, _ = statistics(call)
+    assert ce is not None
+    assert call.target is not None
+    total = (ce_factor * ce).sum()
+    if lse_factor is not None:
+        total = total + (lse_factor * torch.where(call.target.kept, lse, 0).square()).sum()
+    return total

@@ -1,0 +1,216 @@
+"""The tile in plain torch: any function, any device. A tile is a block of scores of C tokens and all V words.
+
+What a driver asks of a tile: the statistics of its rows (lse, cross-entropy, on request entropy and argmax), and, given
+each row's upstream factors, the gradient to the scores and the sums over elements that the function's tables need.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from uncork.logit_functions.base import LogitFunction, with_tables
+from uncork.logit_functions.operations import Operation
+from uncork.loss.target import IndexTarget, Target
+
+
+class Upstream(NamedTuple):
+    """(C,) each: the upstream gradients of a row's cross-entropy, logsumexp and entropy."""
+
+    cross_entropy: Tensor | None
+    logsumexp: Tensor | None
+    entropy: Tensor | None
+
+
+class FunctionRunner(Protocol):
+    """A logit function inside a tile: no autograd graph outlives a call."""
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
+        """(logits, what backward needs)."""
+
+    def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """(gradient to the scores, sums over elements for each parameter, in float64)."""
+
+
+class NoFunction:
+    """The plain softmax."""
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
+        return scores.clone(), scores == -torch.inf
+
+    def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        return grad.masked_fill_(context, 0), []
+
+
+class OperationsRunner:
+    """A chain of primitives over tables."""
+
+    def __init__(self, operations: Sequence[Operation], tables: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        device = tables[0].device
+        self.chain = with_tables(operations, tables, device)
+        self.needs = list(needs)
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
+        impossible = scores == -torch.inf
+        x = scores.masked_fill(impossible, 0)
+        stages = []
+        for operation, tables in self.chain:
+            stages.append(x)
+            x = operation.forward(x, tables)
+        return x.masked_fill_(impossible, -torch.inf), (impossible, stages)
+
+    def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        impossible, stages = context
+        grad = grad.masked_fill_(impossible, 0)
+        sums: list[Tensor | None] = []
+        end = len(self.needs)
+        for (operation, tables), x in zip(reversed(self.chain), reversed(stages), strict=True):
+            wanted = any(self.needs[end - len(tables) : end])
+            own = operation.table_gradients(x, grad, tables) if wanted else [None] * len(tables)
+            sums = [*own, *sums]
+            end -= len(tables)
+            grad = grad * operation.derivative(x, tables)
+        return grad, sums
+
+
+class ModuleRunner:
+    """A user's own elementwise module, by autograd on the tile; its parameters are the leaves."""
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.module, self.parameters = module, list(parameters)
+
+    def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
+        impossible = scores == -torch.inf
+        with torch.enable_grad():
+            leaf = scores.masked_fill(impossible, 0).requires_grad_()
+            logits = self.module(leaf)
+        if logits.shape != leaf.shape:
+            raise ValueError(
+                f"logit_function: expected an elementwise module, but it turned shape {tuple(leaf.shape)} "
+                f"into {tuple(logits.shape)}"
+            )
+        return logits.detach().masked_fill(impossible, -torch.inf), (impossible, leaf, logits)
+
+    def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        impossible, leaf, logits = context
+        grad = grad.masked_fill_(impossible, 0).to(logits.dtype)
+        by_scores, *by_parameter = torch.autograd.grad(logits, [leaf, *self.parameters], grad, allow_unused=True)
+        sums = [None if s is None else s.double() for s in by_parameter]
+        return torch.zeros_like(leaf) if by_scores is None else by_scores, sums
+
+
+class LinearTile:
+    """Scores (C, V) of C tokens under one softmax."""
+
+    def __init__(self, runner: FunctionRunner, scores: Tensor, target: Target | None, details: bool) -> None:
+        self.runner, self.target = runner, target
+        self.logits, self.context = runner.forward(scores)
+        self.lse = torch.logsumexp(self.logits, -1)
+        self.cross_entropy = None if target is None else target.cross_entropy(self.logits, self.lse)
+        self.entropy = torch.special.entr((self.logits - self.lse[:, None]).exp()).sum(-1) if details else None
+        self.argmax = scores.argmax(-1) if details else None
+
+    def gradient(self, upstream: Upstream) -> tuple[Tensor, None, Sequence[Tensor | None]]:
+        """(gradient to the scores (C, V), None for the prior, table sums); uses the logits up."""
+        log_prob = self.logits.sub_(self.lse[:, None])
+        by_entropy = None
+        if upstream.entropy is not None and self.entropy is not None:
+            by_entropy = upstream.entropy[:, None] * (
+                self.entropy[:, None] + log_prob.masked_fill(log_prob == -torch.inf, 0)
+            )
+        grad = log_prob.exp_()
+        factor = torch.zeros_like(self.lse) if upstream.logsumexp is None else upstream.logsumexp
+        if upstream.cross_entropy is not None and self.target is not None:
+            factor = factor + upstream.cross_entropy * self.target.mass()
+        grad = grad * factor[:, None] if by_entropy is None else grad * (factor[:, None] - by_entropy)
+        if upstream.cross_entropy is not None and self.target is not None:
+            self.target.subtract_from(grad, upstream.cross_entropy)
+            grad.masked_fill_(~self.target.kept[:, None] & (factor == 0)[:, None], 0)
+        by_scores, sums = self.runner.backward(self.context, grad)
+        return by_scores, None, sums
+
+
+class MixtureTile:
+    """Scores (C, K, V) of C tokens under K softmaxes and a prior.
+
+    An index target without smoothing needs only each component's probability of it: K linear tiles whose row factor is
+    the posterior. Anything else needs log p_v of the mixture and the responsibilities r_kv.
+    """
+
+    def __init__(
+        self, runner: FunctionRunner, scores: Tensor, prior_logits: Tensor, target: Target | None, details: bool
+    ) -> None:
+        self.runner, self.target = runner, target
+        self.log_prior = prior_logits.log_softmax(-1)
+        logits, self.context = runner.forward(scores.flatten(0, 1))
+        self.log_prob = logits.view_as(scores)  # log softmax of each component, (C, K, V)
+        self.log_prob.sub_(torch.logsumexp(self.log_prob, -1, keepdim=True))
+        self.lse = torch.zeros_like(self.log_prior[:, 0])
+        self.sparse = isinstance(target, IndexTarget) and not target.spread and not details
+        self.cross_entropy: Tensor | None = None
+        self.entropy: Tensor | None = None
+        self.argmax: Tensor | None = None
+        if self.sparse:
+            assert isinstance(target, IndexTarget)
+            self.joint = self.log_prior + target.at(self.log_prob)
+            loss = -target.hit * torch.logsumexp(self.joint, -1)
+            self.cross_entropy = torch.where(target.kept, loss, 0)
+        else:
+            self.mixed = torch.logsumexp(self.log_prior[..., None] + self.log_prob, 1)
+            self.cross_entropy = None if target is None else target.cross_entropy(self.mixed, self.lse)
+        if details:
+            self.entropy = torch.special.entr(self.mixed.exp()).sum(-1)
+            self.argmax = self.mixed.argmax(-1)
+
+    def gradient(self, upstream: Upstream) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """(gradient to the scores (C K, V), to the prior's logits (C, K), table sums)."""
+        by_logits, by_component = self._sparse(upstream) if self.sparse else self._dense(upstream)
+        by_prior = by_component - self.log_prior.exp() * by_component.sum(-1, keepdim=True)
+        by_scores, sums = self.runner.backward(self.context, by_logits.flatten(0, 1))
+        return by_scores, by_prior, sums
+
+    def _sparse(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
+        target = self.target
+        assert isinstance(target, IndexTarget)
+        assert upstream.cross_entropy is not None
+        posterior = (self.joint - torch.logsumexp(self.joint, -1, keepdim=True)).exp()
+        factor = torch.where(target.kept, upstream.cross_entropy * target.hit, 0)[:, None] * posterior
+        by_logits = self.log_prob.exp().mul_(factor[..., None])
+        index = target.index[:, None, None].expand(*factor.shape, 1)
+        by_logits.scatter_add_(-1, index, -factor[..., None])
+        by_logits.masked_fill_(~target.kept[:, None, None], 0)
+        return by_logits, -factor
+
+    def _dense(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
+        by_mixed = torch.zeros_like(self.mixed)  # dL / d log p_v
+        if upstream.cross_entropy is not None and self.target is not None:
+            self.target.subtract_from(by_mixed, upstream.cross_entropy)
+        if upstream.entropy is not None:
+            prob = self.mixed.exp()
+            by_mixed -= upstream.entropy[:, None] * (prob - torch.special.entr(prob))
+        share = (self.log_prior[..., None] + self.log_prob - self.mixed[:, None]).exp()
+        share.masked_fill_((self.mixed == -torch.inf)[:, None], 0)
+        by_logits = share.mul_(by_mixed[:, None])
+        by_component = by_logits.sum(-1)
+        by_logits = by_logits - self.log_prob.exp().mul_(by_component[..., None])
+        return by_logits, by_component
+
+
+def make_runner(function: nn.Module | None, parameters: Sequence[Tensor], needs: Sequence[bool]) -> FunctionRunner:
+    """The runner of a function whose differentiable tensors are `parameters` (see `function_parameters`)."""
+    if function is None:
+        return NoFunction()
+    operations = function.operations() if isinstance(function, LogitFunction) else None
+    if operations is None:
+        return ModuleRunner(function, parameters)  # type: ignore[arg-type]
+    return OperationsRunner(operations, parameters, needs) if operations else NoFunction()
+
+
+def function_parameters(function: nn.Module | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What a tile differentiates for: a LogitFunction's tables, or any other module's trainable parameters."""
+    if function is None:
+        return []
+    if isinstance(function, LogitFunction) and function.operations() is not None:
+        return [table.to(device) for table in function.tables(dtype)]
+    return [p for p in function.parameters() if p.requires_grad]

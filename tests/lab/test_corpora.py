@@ -1,0 +1,303 @@
+"""Corpora: honest counts, a cache that is never wrong, and one clear error for each damaged file or option."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from uncork.lab import corpora
+from uncork.lab.corpora import encode_text, load_corpus
+from uncork.lab.errors import LabError
+from uncork.lab.sources import SPLITS
+from uncork.lab.tokenization import BPETokenizer, Tokenizer, WordTokenizer
+
+LINES = [
+    f"Line {i}: the {word} of {other}." for i in range(10) for word in ("war", "peace") for other in ("men", "law")
+]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNCORK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("UNCORK_DATA", raising=False)
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(LINES), encoding="utf-8")
+    return path
+
+
+def cache_file(tmp_path):
+    (path,) = (tmp_path / "cache").iterdir()
+    return path
+
+
+def same(one, other):
+    return (
+        one.fingerprint == other.fingerprint
+        and all(torch.equal(one.splits[split], other.splits[split]) for split in SPLITS)
+        and torch.equal(one.counts, other.counts)
+        and (one.words, one.bytes, one.name) == (other.words, other.bytes, other.name)
+        and one.tokenizer.spec() == other.tokenizer.spec()
+    )
+
+
+# --- a file -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_cut_at_lines_in_its_own_order(book):
+    corpus = load_corpus(str(book))
+    text = "".join(corpus.tokenizer.decode(corpus.splits[split].tolist()) for split in SPLITS)
+    assert corpus.name == "book"
+    assert text == "".join(line.lower().replace(f"line {i // 4}", "line <num>") + "\n" for i, line in enumerate(LINES))
+    assert [int((corpus.splits[split] == corpus.tokenizer.eos_id).sum()) for split in SPLITS] == [36, 2, 2]
+
+
+def test_counts_words_and_bytes_are_those_of_the_text(book):
+    corpus = load_corpus(str(book))
+    assert corpus.bytes is not None
+    assert sum(corpus.bytes.values()) == sum(len(line) + 1 for line in LINES)
+    assert (
+        corpus.words
+        == {split: len(ids) for split, ids in corpus.splits.items()}
+        == {"train": 324, "valid": 18, "test": 18}
+    )
+    assert all(ids.dtype == torch.int64 and ids.dim() == 1 for ids in corpus.splits.values())
+    assert corpus.counts.shape == (corpus.vocab_size,)
+    assert corpus.counts.sum() == len(corpus.splits["train"])
+    assert corpus.counts[corpus.tokenizer.eos_id] == 36
+
+
+def test_the_vocabulary_comes_from_the_training_split_alone(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("a b\n" * 18 + "a zebra\n" + "b yak\n")
+    corpus = load_corpus(str(path))
+    assert corpus.tokenizer.tokens() == ["<unk>", "<eos>", "a", "b"]
+    assert corpus.splits["valid"].tolist() == [2, 0, 1]
+    assert corpus.splits["test"].tolist() == [3, 0, 1]
+
+
+def test_an_unk_that_training_never_sees_is_said(tmp_path, caplog):
+    path = tmp_path / "book.txt"
+    path.write_text("a b\n" * 18 + "a zebra\n" + "b yak\n")
+    with caplog.at_level(logging.WARNING):
+        load_corpus(str(path))
+    assert "<unk> never occurs in the training split, but 1 times in valid and 1 times in test" in caplog.text
+
+
+def test_windows_line_ends_and_a_byte_order_mark_change_nothing(book, tmp_path):
+    other = tmp_path / "windows" / "book.txt"
+    other.parent.mkdir()
+    other.write_bytes(b"\xef\xbb\xbf" + book.read_bytes().replace(b"\n", b"\r\n"))
+    assert same(load_corpus(str(book)), load_corpus(str(other)))
+
+
+@pytest.mark.parametrize("limit", [2, 3, 9, 10, 17, 323])
+def test_a_truncated_training_split_keeps_the_vocabulary(book, limit):
+    whole = load_corpus(str(book))
+    part = load_corpus(str(book), max_train_tokens=limit)
+    assert part.tokenizer.spec() == whole.tokenizer.spec()
+    assert torch.equal(part.splits["train"], whole.splits["train"][:limit])
+    assert torch.equal(part.splits["test"], whole.splits["test"])
+    assert part.words["train"] == limit == int(part.counts.sum())
+    assert part.bytes is not None
+    # 9 tokens a line: Line <num> : the war of men . <eos>
+    full, rest = divmod(limit, 9)
+    partial = {0: "", 1: "Line", 2: "Line 0", 3: "Line 0:", 8: LINES[min(full, 39)]}[rest]
+    assert part.bytes["train"] == sum(len(line) + 1 for line in LINES[:full]) + len(partial)
+
+
+def test_a_limit_beyond_the_split_changes_nothing(book):
+    assert same(load_corpus(str(book)), load_corpus(str(book), max_train_tokens=10**9))
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 8}, {"min_count": 20}])
+def test_rare_words_become_unk(book, options):
+    corpus = load_corpus(str(book), **options)
+    assert corpus.tokenizer.tokens() == ["<unk>", "<eos>", ".", ":", "<num>", "line", "of", "the"]
+    assert corpus.counts.tolist() == [72, 36, 36, 36, 36, 36, 36, 36]
+
+
+def test_subwords_count_the_same_words_and_bytes(book):
+    word, bpe = load_corpus(str(book)), load_corpus(str(book), tokenization="bpe", vocab_size=280)
+    assert isinstance(bpe.tokenizer, BPETokenizer)
+    assert bpe.vocab_size == 280
+    assert bpe.words == word.words
+    assert bpe.bytes == word.bytes
+    assert "".join(bpe.tokenizer.decode(bpe.splits[split].tolist()) for split in SPLITS) == "\n".join([*LINES, ""])
+
+
+def test_truncated_subwords_count_their_own_part(book):
+    part = load_corpus(str(book), tokenization="bpe", vocab_size=280, max_train_tokens=50)
+    text = part.tokenizer.decode(part.splits["train"].tolist())
+    assert part.bytes is not None
+    assert part.bytes["train"] == len(text.encode())
+    assert part.words["train"] == len(part.tokenizer.words(text)) - (not text.endswith("\n"))
+
+
+def test_encode_text_agrees_with_the_corpus(book):
+    for corpus in (load_corpus(str(book)), load_corpus(str(book), tokenization="bpe", vocab_size=280)):
+        ids, words, size = encode_text(Tokenizer.from_spec(corpus.tokenizer.spec()), "\r\n".join(LINES[:36]) + "\n\n")
+        assert corpus.bytes is not None
+        assert torch.equal(ids, corpus.splits["train"])
+        assert (words, size) == (corpus.words["train"], corpus.bytes["train"])
+
+
+def test_encode_text_of_nothing_is_empty():
+    ids, words, size = encode_text(WordTokenizer(["<unk>", "<eos>", "a"], "raw"), "")
+    assert (ids.shape, ids.dtype, words, size) == ((0,), torch.int64, 0, 0)
+
+
+# --- damaged inputs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"bad.txt is empty"),
+        (b"good text\n\xff\xfe\x00", r"bad.txt is not UTF-8 text: byte 10 is 0xff"),
+        (b"caf\xe9", r"bad.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (b"abc\x00\x00", r"bad.txt is not text: byte 3 is 0x00"),
+        (b"\n \n", r"bad.txt has 0 lines of text; three splits need at least 3"),
+        (b"one\n\ntwo\n", r"bad.txt has 2 lines"),
+        (b"word word\n" * 40, r"at least 2 words besides <unk> and <eos>, got 1"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, data, message):
+    (tmp_path / "bad.txt").write_bytes(data)
+    with pytest.raises(LabError, match=message):
+        load_corpus(str(tmp_path / "bad.txt"))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenization": "char"}, "tokenization must be 'word' or 'bpe', got 'char'"),
+        ({"vocab_size": 3}, "vocab_size must be at least 4 for tokenization 'word', got 3"),
+        ({"vocab_size": -1}, "vocab_size must be at least 4"),
+        ({"vocab_size": 256, "tokenization": "bpe"}, "vocab_size must be at least 257 for tokenization 'bpe', got 256"),
+        ({"min_count": 0}, "min_count must be at least 1, got 0"),
+        ({"max_train_tokens": 1}, "max_train_tokens must be at least 2, got 1"),
+    ],
+)
+def test_options_out_of_range(book, options, message):
+    with pytest.raises(LabError, match=message):
+        load_corpus(str(book), **options)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_one_clear_error(book):
+    book.chmod(0)
+    with pytest.raises(LabError, match="cannot be read: Permission denied"):
+        load_corpus(str(book))
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """How often a corpus was tokenised."""
+    calls: list[str] = []
+    build = corpora._build
+
+    def counted(source, *options):
+        calls.append(source.name)
+        return build(source, *options)
+
+    monkeypatch.setattr(corpora, "_build", counted)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"tokenization": "bpe", "vocab_size": 280}, {"max_train_tokens": 20}])
+def test_the_cache_gives_the_same_corpus(book, built, tmp_path, options):
+    first, second = load_corpus(str(book), **options), load_corpus(str(book), **options)
+    assert len(built) == 1
+    assert same(first, second)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
+
+
+def test_the_cache_follows_the_source_and_the_options(book, built):
+    first = load_corpus(str(book))
+    stat = book.stat()
+    book.write_text(book.read_text().replace("peace", "taxes"))
+    os.utime(book, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert book.stat().st_size == stat.st_size
+    second = load_corpus(str(book))
+    assert len(built) == 2
+    assert first.fingerprint != second.fingerprint
+    every: list[dict[str, Any]] = [
+        {"min_count": 2},
+        {"vocab_size": 9},
+        {"max_train_tokens": 9},
+        {"tokenization": "bpe"},
+    ]
+    for options in every:
+        before = len(built)
+        load_corpus(str(book), **options)
+        load_corpus(str(book), **options)
+        assert len(built) == before + 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "token", "header", "words", "other file"])
+def test_a_damaged_cache_is_built_again(book, built, tmp_path, damage, caplog):
+    first = load_corpus(str(book))
+    path = cache_file(tmp_path)
+    data = path.read_bytes()
+    counts = json.dumps(json.dumps(first.words))[1:-1].encode()
+    changes = {
+        "empty": b"",
+        "half": data[: len(data) // 2],
+        "token": data[:-1] + bytes([data[-1] ^ 64]),
+        "header": data[:12] + b"\xff" + data[13:],
+        "words": data.replace(counts, counts.replace(b"324", b"325")),
+        "other file": json.dumps({"not": "a cache"}).encode(),
+    }
+    assert changes[damage] != data
+    path.write_bytes(changes[damage])
+    with caplog.at_level(logging.WARNING):
+        assert same(load_corpus(str(book)), first)
+    assert "is damaged" in caplog.text
+    assert len(built) == 2
+    assert same(load_corpus(str(book)), first)
+    assert len(built) == 2
+
+
+def test_a_cache_that_cannot_be_written_only_warns(book, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        corpus = load_corpus(str(book))
+    assert corpus.words["train"] == 324
+    assert "cannot be written" in caplog.text
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(book, tmp_path, monkeypatch, caplog):
+    def full(tensors, filename, header):
+        Path(filename).write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(corpora, "save_file", full)
+    with caplog.at_level(logging.WARNING):
+        assert load_corpus(str(book)).words["train"] == 324
+    assert "No space left on device" in caplog.text
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_where_the_cache_is(monkeypatch, book, tmp_path):
+    load_corpus(str(book), cache_dir=tmp_path / "mine")
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+    monkeypatch.delenv("UNCORK_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load_corpus(str(book))
+    assert len(list((tmp_path / "xdg" / "uncork").iterdir())) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    load_corpus(str(book))
+    assert len(list((tmp_path / "home" / ".cache" / "uncork").iterdir())) == 1
