@@ -1,4 +1,66 @@
-"""Output layers that break the softmax bottleneck at the cost of a plain softmax."""
+"""uncork: output layers that break the softmax bottleneck at the cost of a plain softmax.
 
-from uncork.logit_functions import *  # noqa: F403
-from uncork.loss import *  # noqa: F403
+An increasing function on the logits never changes which word is likeliest; it changes how likely.
+"""
+
+from importlib.metadata import version
+
+from uncork.heads import (
+    HEAD_NAMES,
+    ContextMixtureHead,
+    Head,
+    LinearHead,
+    MixtureHead,
+    build_head,
+    head_from_spec,
+)
+from uncork.logit_functions import (
+    PLIF,
+    AsymmetricSoftcap,
+    Compose,
+    GeneralizedSigsoftmax,
+    Identity,
+    LogitFunction,
+    MonotoneNetwork,
+    Scale,
+    ScaledSigmoid,
+    Sigsoftmax,
+    Softcap,
+    parameter_groups,
+)
+from uncork.loss import (
+    TokenStatistics,
+    linear_cross_entropy,
+    mixture_cross_entropy,
+    mixture_token_statistics,
+    token_statistics,
+)
+
+__version__ = version("uncork")
+
+__all__ = [
+    "HEAD_NAMES",
+    "PLIF",
+    "AsymmetricSoftcap",
+    "Compose",
+    "ContextMixtureHead",
+    "GeneralizedSigsoftmax",
+    "Head",
+    "Identity",
+    "LinearHead",
+    "LogitFunction",
+    "MixtureHead",
+    "MonotoneNetwork",
+    "Scale",
+    "ScaledSigmoid",
+    "Sigsoftmax",
+    "Softcap",
+    "TokenStatistics",
+    "build_head",
+    "head_from_spec",
+    "linear_cross_entropy",
+    "mixture_cross_entropy",
+    "mixture_token_statistics",
+    "parameter_groups",
+    "token_statistics",
+]

@@ -17,7 +17,7 @@ _REGISTRY: dict[str, type["LogitFunction"]] = {}
 def pass_impossible(transform: Any, scores: Tensor) -> Tensor:
     """transform(scores), where a score of -inf (an impossible word) stays -inf and adds nothing to any gradient."""
     impossible = scores == -torch.inf
-    return torch.where(impossible, scores, transform(scores.masked_fill(impossible, 0)))
+    return transform(scores.masked_fill(impossible, 0)).masked_fill(impossible, -torch.inf)
 
 
 class LogitFunction(nn.Module, ABC):
@@ -242,7 +242,7 @@ def positive(name: str, value: float) -> float:
 
 def positive_int(name: str, value: int) -> int:
     """The value if it is a whole number of at least 1; a ValueError that names it otherwise."""
-    if isinstance(value, bool) or int(value) != value or value < 1:
+    if isinstance(value, bool) or not 1 <= value < float("inf") or int(value) != value:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
     return int(value)
 

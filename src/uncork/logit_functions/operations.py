@@ -138,7 +138,7 @@ class PiecewiseLinear(Operation):
         """The piece of every element, int64; NaN goes to piece 0 (its value stays NaN)."""
         num_pieces = knots.numel()
         if self.bound is None:
-            return torch.bucketize(x, knots[1:], right=True)
+            return torch.bucketize(x.contiguous(), knots[1:], right=True)
         # floor((x + T) P / 2T) with the addition made after the rounding down: near 0 the former loses the digits of x.
         piece = torch.floor(x * (num_pieces / (2 * self.bound)) + (num_pieces % 2) / 2) + num_pieces // 2
         return piece.clamp_(0, num_pieces - 1).nan_to_num_(0).long()

@@ -26,7 +26,7 @@ def excess_slope(raw: Tensor) -> Tensor:
 def piecewise_inverse(logits: Tensor, knots: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
     """The inverse of z + values[i] + slopes[i] (z - knots[i]): again a search and a line."""
     heights = knots + values
-    index = torch.bucketize(logits, heights[1:].contiguous(), right=True)
+    index = torch.bucketize(logits.contiguous(), heights[1:].contiguous(), right=True)
     inner = knots[index] + (logits - heights[index]) / (1 + slopes[index])
     return torch.where(logits.isinf(), logits, inner)
 
@@ -103,8 +103,9 @@ class PLIF(LogitFunction):
             knots = torch.linspace(-plif.bound, plif.bound, plif.num_pieces + 1, dtype=torch.float64)
             heights = function(knots).double()
             slopes = (heights.diff() / knots.diff() - MIN_SLOPE) / (1 - MIN_SLOPE)
-            if not bool((slopes > 0).all()):
-                worst = int((slopes > 0).int().argmin())
+            rising = (slopes > 0) & slopes.isfinite()
+            if not bool(rising.all()):
+                worst = int(rising.int().argmin())
                 raise ValueError(
                     f"function: expected finite and increasing, got values {heights[worst]:.6g} and "
                     f"{heights[worst + 1]:.6g} at {knots[worst]:.6g} and {knots[worst + 1]:.6g}"
@@ -115,6 +116,11 @@ class PLIF(LogitFunction):
             origin = function(torch.zeros(1, dtype=torch.float64)).double()
             plif.fit_error = float((plif(points) - (function(points).double() - origin)).abs().max())
         return plif
+
+    @property
+    def nonlinear(self) -> bool:  # type: ignore[override]
+        """Whether there is more than one piece."""
+        return self.num_pieces > 1
 
     def slopes(self) -> Tensor:
         """The slopes s_i, (P,) float64, differentiable."""

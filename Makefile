@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target that needs it makes. `make demo` and `make test` need nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-slow check format docs clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "uncork needs Python 3.11 or newer; say PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
+	@touch $(READY)
+
+demo: $(READY) ## train three output layers on real text and compare them: ten minutes on 2 cores
+	$(BIN)/uncork compare --preset demo --out-dir runs/demo
+
+test: $(READY) ## all tests but the slow ones
+	$(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
+
+test-slow: $(READY) ## the slow tests
+	$(BIN)/pytest -q -m slow
+
+check: $(READY) ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the sources as `check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what the build made (not runs/)
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

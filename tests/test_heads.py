@@ -1,0 +1,290 @@
+"""The heads: drop-in for nn.Linear, fused loss equal to the plain one, and the rank that each can reach."""
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import uncork
+from uncork import HEAD_NAMES, ContextMixtureHead, LinearHead, MixtureHead, build_head, head_from_spec
+
+D, V = 6, 40
+LINEAR = ["softmax", "temperature", "moc"]  # those whose log-probabilities stay at rank d + 1 (+ 1 with a bias)
+
+
+def scattered(name: str, **options) -> uncork.Head:
+    """A head whose parameters are all random, the function's too."""
+    torch.manual_seed(3)
+    head = build_head(name, options.pop("d", D), options.pop("v", V), **options)
+    with torch.no_grad():
+        for key, p in head.named_parameters():
+            if not key.endswith("thresholds"):
+                p.add_(0.5 * torch.randn_like(p))
+    return head
+
+
+def log_prob_rank(head: uncork.Head, contexts: int = 60) -> int:
+    torch.manual_seed(5)
+    h = 2 * torch.randn(contexts, head.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        matrix = head.double().log_prob(h)
+    sigma = torch.linalg.svdvals(matrix)
+    return int((sigma > 0.5 * sum(matrix.shape, 1) ** 0.5 * sigma[0] * torch.finfo(torch.float64).eps).sum())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_rank_of_the_log_probabilities(name, bias):
+    rank = log_prob_rank(scattered(name, bias=bias))
+    if name in LINEAR:
+        assert rank == D + 1 + bias
+    else:
+        assert rank > D + 2
+
+
+def test_rank_of_a_mixture_of_contexts_follows_the_latent_width():
+    assert log_prob_rank(scattered("moc", latent_features=9, bias=False)) == 10
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum", "label_smoothing": 0.1}, {"reduction": "none", "ignore_index": 3}, {"impl": "reference"}],
+    ids=lambda o: ",".join(o) or "default",
+)
+def test_loss_is_the_cross_entropy_of_the_logits(name, options):
+    head = scattered(name).double()
+    h = torch.randn(3, 5, D, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, V, (3, 5))
+    target[0, 0] = options.get("ignore_index", -100)
+    plain_options = {k: v for k, v in options.items() if k != "impl"}
+    plain = F.cross_entropy(head(h).flatten(0, -2), target.flatten(), **plain_options)
+    fused = head.loss(h, target, **options)
+    torch.testing.assert_close(fused.flatten(), plain.flatten(), rtol=1e-10, atol=1e-12)
+    up = torch.randn_like(fused)
+    leaves = [h, *(p for p in head.parameters() if p.requires_grad)]
+    by_fused = torch.autograd.grad(fused, leaves, up)
+    by_plain = torch.autograd.grad(plain, leaves, up.view_as(plain))
+    for a, b in zip(by_fused, by_plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_probability_targets_and_token_weights(name):
+    head = scattered(name).double()
+    h, target = torch.randn(4, D, dtype=torch.float64), torch.rand(4, V, dtype=torch.float64)
+    torch.testing.assert_close(head.loss(h, target), F.cross_entropy(head(h), target))
+    weight = torch.tensor([0.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    index = torch.randint(0, V, (4,))
+    expected = (F.cross_entropy(head(h), index, reduction="none") * weight).sum() / weight.sum()
+    torch.testing.assert_close(head.loss(h, index, token_weight=weight), expected)
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_predict_topk_statistics_and_log_prob_agree(name):
+    head = scattered(name)
+    h, target = torch.randn(2, 3, D), torch.randint(0, V, (2, 3))
+    log_prob = head.log_prob(h)
+    torch.testing.assert_close(log_prob.exp().sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(log_prob, head(h).log_softmax(-1))
+    values, ids = head.topk(h, 5)
+    expected, order = log_prob.topk(5, dim=-1)
+    assert torch.equal(ids, order)
+    torch.testing.assert_close(values, expected)
+    assert torch.equal(head.predict(h), log_prob.argmax(-1))
+    statistics = head.statistics(h, target)
+    assert statistics.log_prob is not None
+    torch.testing.assert_close(statistics.log_prob, log_prob.gather(-1, target[..., None]).squeeze(-1))
+    torch.testing.assert_close(statistics.entropy, -(log_prob.exp() * log_prob).sum(-1))
+    assert torch.equal(statistics.argmax, log_prob.argmax(-1))
+
+
+def test_ranking_uses_the_scores_where_the_function_ties():
+    head = LinearHead(2, 3, bias=False, logit_function=uncork.Softcap(0.5))
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[100.0, 0.0], [300.0, 0.0], [200.0, 0.0]]))
+    h = torch.tensor([[1.0, 0.0]])
+    assert head(h).unique().numel() == 1  # all saturated in float32
+    assert head.topk(h, 3)[1].tolist() == [[1, 2, 0]]
+    assert head.predict(h).item() == 1
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_spec_state_copies_and_pickles_rebuild_the_head(name):
+    head = scattered(name)
+    h = torch.randn(3, D)
+    rebuilt = head_from_spec(json.loads(json.dumps(head.spec())))
+    stored = io.BytesIO()
+    torch.save(head.state_dict(), stored)
+    stored.seek(0)
+    rebuilt.load_state_dict(torch.load(stored, weights_only=True))
+    for other in (rebuilt, copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert repr(other) == repr(head)
+        assert torch.equal(other(h), head(h))
+        assert all(a is not b for a, b in zip(other.parameters(), head.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_loads_an_nn_linear_and_starts_as_it(name):
+    linear = nn.Linear(D, V)
+    head = build_head(name, D, V)
+    missing = head.load_state_dict(linear.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert all(k.startswith(("logit_function", "latent", "prior")) for k in missing.missing_keys)
+    h = torch.randn(4, D)
+    if name in ("softmax", "temperature", "monotone", "plif"):  # those that start as the identity, to the bit
+        assert torch.equal(head(h), linear(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_half_precision_and_autocast(name, dtype):
+    head = scattered(name)
+    h, target = torch.randn(8, D), torch.randint(0, V, (8,))
+    truth = head.loss(h, target)
+    low = copy.deepcopy(head).to(dtype)
+    loss = low.loss(h.to(dtype), target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, truth, rtol=0.05, atol=0.05)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in low.parameters() if p.requires_grad)
+    assert low.log_prob(h.to(dtype)).dtype == torch.float32
+    with torch.autocast("cpu", dtype=dtype):
+        cast = head.loss(h, target)
+        logits = head(h)
+    assert cast.dtype == torch.float32
+    assert logits.shape == (8, V)
+    torch.testing.assert_close(cast, truth, rtol=0.05, atol=0.05)
+    cast.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in head.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("maker", [LinearHead, MixtureHead, ContextMixtureHead])
+def test_from_linear_shares_parameters_and_weight_tying_works(maker):
+    embedding, linear = nn.Embedding(V, D), nn.Linear(D, V)
+    linear.weight = embedding.weight
+    options = {} if maker is LinearHead else {"num_components": 2}
+    head = maker.from_linear(linear, **options)
+    assert head.weight is embedding.weight
+    assert head.bias is linear.bias
+    head.loss(embedding(torch.tensor([1, 2])), torch.tensor([3, 4])).backward()
+    assert embedding.weight.grad is not None
+    assert maker.from_linear(nn.Linear(D, V, bias=False), **options).bias is None
+
+
+def test_a_tied_head_adds_both_gradients():
+    head = build_head("plif", D, V)
+    embedding = nn.Embedding(V, D)
+    head.weight = embedding.weight
+    tokens, target = torch.tensor([1, 2]), torch.tensor([3, 4])
+    head.loss(embedding(tokens), target).backward()
+    w = embedding.weight.detach().clone().requires_grad_()
+    F.cross_entropy(F.linear(w[tokens], w, head.bias.detach()), target).backward()
+    torch.testing.assert_close(embedding.weight.grad, w.grad)
+
+
+def test_bias_starts_at_the_log_unigram():
+    counts = torch.arange(V)
+    head = build_head("plif", D, V, bias_init=counts)
+    with torch.no_grad():
+        head.weight.zero_()
+    expected = counts.double().clamp(min=0.5)
+    torch.testing.assert_close(
+        head.log_prob(torch.zeros(D)).exp().double(), expected / expected.sum(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "match"),
+    [
+        (torch.ones(V + 1), r"bias_init: expected shape \(40,\)"),
+        (-torch.ones(V), "at least 0"),
+        (torch.zeros(V), "all 0"),
+    ],
+)
+def test_bad_counts(counts, match):
+    with pytest.raises(ValueError, match=match):
+        build_head("softmax", D, V, bias_init=counts)
+
+
+def test_the_frozen_control_has_random_slopes_that_do_not_train():
+    head = build_head("plif-frozen", D, V, num_pieces=500)
+    function = head.logit_function
+    assert isinstance(function, uncork.PLIF)
+    assert function.num_pieces == 500
+    assert function.slopes().std() > 0.3
+    assert not any(p.requires_grad for p in function.parameters())
+
+
+def test_a_users_own_module():
+    class Stretch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, z):
+            return torch.sinh(self.rate.exp() * z)
+
+    head = LinearHead(D, V, logit_function=Stretch())
+    h, target = torch.randn(4, D), torch.randint(0, V, (4,))
+    loss = head.loss(h, target)
+    torch.testing.assert_close(loss, F.cross_entropy(head(h), target))
+    loss.backward()
+    assert head.logit_function is not None
+    assert head.logit_function.rate.grad.abs() > 0
+    with pytest.raises(TypeError, match="logit_function: expected a LogitFunction"):
+        head.spec()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        (("nosuch", D, V), {}, ValueError, "name: expected one of softmax"),
+        (("plif", 0, V), {}, ValueError, "in_features"),
+        (("plif", D, 0), {}, ValueError, "vocab_size"),
+        (("plif", D, -3), {}, ValueError, "vocab_size"),
+        (("plif", D, V), {"num_pieces": 0}, ValueError, "num_pieces"),
+        (("plif", D, V), {"bound": -1.0}, ValueError, "bound"),
+        (("plif", D, V), {"num_peices": 3}, TypeError, "plif has no option num_peices; expected some of .*num_pieces"),
+        (("mos", D, V), {"num_components": 0}, ValueError, "num_components"),
+        (("mos", D, V), {"latent_activation": "relu"}, ValueError, "latent_activation"),
+        (("softmax", D, V), {"num_components": 2}, TypeError, "softmax has no option num_components"),
+        (("softcap", D, V), {"cap": 0.0}, ValueError, "cap"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        build_head(*arguments, **options)
+
+
+def test_bad_inputs_to_a_head():
+    head = build_head("plif", D, V)
+    with pytest.raises(ValueError, match=r"input: expected shape \(\.\.\., 6\)"):
+        head.loss(torch.randn(2, D + 1), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"k: expected a whole number in \[1, 40\], got 41"):
+        head.topk(torch.randn(2, D), V + 1)
+    with pytest.raises(TypeError, match=r"logit_function: expected an nn\.Module"):
+        LinearHead(D, V, logit_function=torch.tanh)
+    with pytest.raises(ValueError, match="holds Dropout"):
+        LinearHead(D, V, logit_function=nn.Sequential(nn.Dropout(0.1)))
+    with pytest.raises(ValueError, match="spec: expected a name"):
+        head_from_spec({"name": "Nosuch"})
+    with pytest.raises(ValueError, match="bias_init: expected a head with a bias"):
+        build_head("softmax", D, V, bias=False, bias_init=torch.ones(V))
+
+
+def test_parameter_groups_leave_nothing_out_and_nothing_twice():
+    model = nn.ModuleDict({"body": nn.Linear(D, D), "head": build_head("mop", D, V)})
+    groups = uncork.parameter_groups(model, lr=0.1, weight_decay=0.3, function_lr_scale=0.5)
+    everything = [p for g in groups for p in g["params"]]
+    assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
+    assert len(everything) == len(set(map(id, everything)))
+    assert groups[1]["params"] == list(model["head"].logit_function.parameters())
+    assert (groups[1]["lr"], groups[1]["weight_decay"]) == (0.05, 0.0)
+    with pytest.raises(ValueError, match="function_lr_scale"):
+        uncork.parameter_groups(model, lr=0.1, function_lr_scale=-1.0)
