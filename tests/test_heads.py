@@ -22,9 +22,8 @@ def scattered(name: str, **options) -> uncork.Head:
     torch.manual_seed(3)
     head = build_head(name, options.pop("d", D), options.pop("v", V), **options)
     with torch.no_grad():
-        for key, p in head.named_parameters():
-            if not key.endswith("thresholds"):
-                p.add_(0.5 * torch.randn_like(p))
+        for p in head.parameters():
+            p.add_(0.5 * torch.randn_like(p))
     return head
 
 

@@ -1,4 +1,4 @@
-"""The five properties over every function and over random parameters; what a module promises beside its equation."""
+"""The five properties over every function and over random parameters; starts, inverses, the kernels' view, copies."""
 
 import copy
 import json
@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from uncork import (
     PLIF,
@@ -23,7 +22,6 @@ from uncork import (
     ScaledSigmoid,
     Sigsoftmax,
     Softcap,
-    parameter_groups,
 )
 from uncork.logit_functions.base import _REGISTRY, with_tables
 from uncork.logit_functions.operations import PiecewiseLinear
@@ -95,8 +93,8 @@ def magnitude(function, x):
     """The largest number on the way from x to f(x): what "2 ulp" has to refer to.
 
     2 ulp of |f(x)| alone is false of any f in floating point: where f(x) passes 0 it is the difference of larger
-    numbers. Those are x (an error of half an ulp in x, or in which piece it lies in, is one of f'(x)|x| in f), f(x) - x,
-    a piece's table value and the line on top of it, a sigmoid's height, and the weights of the tanh units.
+    numbers. Those are x (an error of half an ulp in x, or in its piece, is one of f'(x)|x| in f), f(x) - x, a piece's
+    table value and the line on top of it, a sigmoid's height, and the weights of the tanh units.
     """
     if isinstance(function, Compose):
         total = x.abs()
@@ -109,7 +107,7 @@ def magnitude(function, x):
     tables = function.tables(x.dtype)
     if any(isinstance(op, PiecewiseLinear) for op in function.operations() or ()):
         knots, values, slopes = tables
-        i = function.operations()[0].index(x, knots)
+        i = function.operations()[0].locate(x, tables)[0]
         sizes += [values[i], slopes[i] * (x - knots[i])]
     if isinstance(function, ScaledSigmoid):
         sizes.append(torch.full_like(x, function.height))
@@ -125,15 +123,14 @@ def ulp(x):
 
 def test_every_function_is_covered():
     def names(function):
-        inner = function.functions if isinstance(function, Compose) else []
-        return {type(function).__name__}.union(*(names(f) for f in inner))
+        return {type(function).__name__}.union(*(names(f) for f in getattr(function, "functions", ())))
 
     covered = set().union(*(names(make()) for make in CASES.values()))
     ours = {name for name, cls in _REGISTRY.items() if cls.__module__.startswith("uncork.")}
     assert ours == covered
 
 
-# ---- the five properties -------------------------------------------------------------------------------------------
+# ---- the five properties ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "spread"), BEHAVIOUR)
@@ -161,9 +158,9 @@ def test_image(name, spread, dtype):
 @pytest.mark.parametrize("dtype", [F32, F64])
 @torch.no_grad()
 def test_increasing_and_continuous_to_two_ulp(name, spread, dtype):
-    # In float32, between any two floats, f never falls by more than 2 ulp of the largest number on the way to f. Between
-    # neighbours it rises by no more than its slope and 3 ulp: each of the two values is rounded three times.
-    # In float64 the tables' own sums round too: 8 times as many ulp, where strictness on separated points is the claim.
+    # In float32, between any two floats, f never falls by more than 2 ulp of the largest number on the way to f.
+    # Between neighbours it rises by no more than its slope and 3 ulp: each of the two values is rounded three times.
+    # In float64, where the claim is strictness on separated points, the tables' own sums round too: 8 times as many.
     function = build(name, spread, dtype)
     assert function.increasing
     assert function.continuous
@@ -218,11 +215,12 @@ def test_derivative_is_the_slope_and_autograds(name, spread):
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("name", ["plif-2", "plif-3", "plif-7", "plif-100", "plif-1000", "relu-7", "relu-100"])
 @torch.no_grad()
-def test_derivative_at_a_kink_is_the_right_one(name, dtype):
+def test_derivative_at_a_kink_is_that_of_one_side(name, dtype):
     function = build(name, 1.0, dtype)
     knots = kinks(function).to(dtype).sort().values
     step = knots.diff().amin() / 2
-    torch.testing.assert_close(function.derivative(knots), function.derivative(knots + step), rtol=1e-6, atol=1e-7)
+    at, left, right = (function.derivative(x) for x in (knots, knots - step, knots + step))
+    assert bool(torch.minimum((at - left).abs(), (at - right).abs()).le(1e-6 * at).all())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -290,7 +288,7 @@ def test_scores_have_to_be_floating(name):
         build(name)(torch.tensor([1, 2]))
 
 
-# ---- starts, inverses, kernels' view ----------------------------------------------------------------------------------
+# ---- starts, inverses, kernels' view ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXACT_START)
@@ -330,27 +328,6 @@ def test_inverse(name, spread):
     assert function.inverse(torch.tensor([math.nan], dtype=F64)).isnan().all()
 
 
-class Arctan(LogitFunction):
-    """A user's bounded function, known by its equation alone."""
-
-    unbounded = False
-
-    def transform(self, scores):
-        return torch.atan(scores)
-
-    def options(self):
-        return {}
-
-
-@torch.no_grad()
-def test_a_users_function_has_an_inverse_inside_its_image():
-    x = torch.linspace(-3, 3, 13, dtype=F64)
-    torch.testing.assert_close(Arctan().inverse(Arctan()(x)), x, rtol=1e-12, atol=1e-12)
-    assert Arctan().operations() is None
-    with pytest.raises(NotImplementedError, match="Arctan"):
-        Arctan().derivative(x)
-
-
 @pytest.mark.parametrize(("name", "spread"), BEHAVIOUR)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @torch.no_grad()
@@ -371,7 +348,7 @@ def test_operations_over_tables_are_the_function(name, spread, dtype):
     torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
 
 
-# ---- modules ------------------------------------------------------------------------------------------------------------
+# ---- modules ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -386,74 +363,3 @@ def test_spec_state_copies_and_pickles(name):
     for other in (rebuilt, copy.deepcopy(function), pickle.loads(pickle.dumps(function))):
         assert torch.equal(other(x), function(x))
         assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in function.parameters()]
-
-
-def test_specs_that_are_not_known_here():
-    with pytest.raises(ValueError, match=r"spec: expected a name among .*PLIF.*, got 'Nothing'"):
-        LogitFunction.from_spec({"name": "Nothing", "version": 1, "options": {}})
-    with pytest.raises(ValueError, match="spec: PLIF is at version 1 here, got version 99"):
-        LogitFunction.from_spec({**PLIF().spec(), "version": 99})
-
-
-def test_repr_says_the_hyper_parameters():
-    assert repr(PLIF(7, 5.0)).startswith("PLIF(num_pieces=7, bound=5.0, init='identity'")
-    assert "cap=20.0" in repr(Compose(Scale(0.5), Softcap(20.0)))
-
-
-@pytest.mark.parametrize("make", [PLIF, MonotoneNetwork, lambda **k: MonotoneNetwork(units="tanh", **k)])
-def test_frozen_and_random_starts(make):
-    torch.manual_seed(0)
-    frozen = make(init="random", frozen=True)
-    assert not any(p.requires_grad for p in frozen.parameters())
-    x = (torch.randn(50) * 9).requires_grad_()
-    frozen(x).sum().backward()
-    assert x.grad is not None
-    assert all(p.grad is None for p in frozen.parameters())
-    assert not torch.equal(frozen(x), x)
-    assert not torch.equal(frozen(x), make(init="random")(x))
-
-
-@pytest.mark.parametrize(
-    ("make", "argument"),
-    [
-        *[(lambda v=v: PLIF(v), "num_pieces") for v in (0, -1, 2.5, True, math.nan, math.inf)],
-        *[(lambda v=v: MonotoneNetwork(v), "num_units") for v in (0, -1, 2.5, True, math.nan, math.inf)],
-        *[(lambda v=v: PLIF(4, v), "bound") for v in (0, -20.0, math.nan, math.inf)],
-        *[(lambda v=v: MonotoneNetwork(4, v), "bound") for v in (0, -20.0, math.nan, math.inf)],
-        (lambda: PLIF(init="zeros"), "init"),
-        (lambda: PLIF(spread=-1.0), "spread"),
-        (lambda: MonotoneNetwork(units="gelu"), "units"),
-        (lambda: MonotoneNetwork(init="zeros"), "init"),
-        (lambda: Scale(0.0), "factor"),
-        (lambda: Softcap(-30.0), "cap"),
-        (lambda: Softcap(math.nan), "cap"),
-        (lambda: AsymmetricSoftcap(lower=0.0), "lower"),
-        (lambda: AsymmetricSoftcap(upper=math.inf), "upper"),
-        (lambda: ScaledSigmoid(height=-1.0), "height"),
-        (lambda: ScaledSigmoid(width=0.0), "width"),
-        (lambda: ScaledSigmoid(shift=math.nan), "shift"),
-        (lambda: GeneralizedSigsoftmax(steepness=0.0), "steepness"),
-        (lambda: GeneralizedSigsoftmax(center=math.inf), "center"),
-    ],
-)
-def test_bad_hyper_parameters_are_named(make, argument):
-    with pytest.raises((ValueError, TypeError), match=f"^{argument}: expected .* got "):
-        make()
-
-
-def test_compose_takes_logit_functions():
-    with pytest.raises(TypeError, match="expected LogitFunctions, got Tanh"):
-        Compose(Scale(2.0), nn.Tanh())  # type: ignore[arg-type]
-
-
-def test_parameter_groups():
-    tied = PLIF(5)
-    model = nn.ModuleDict({"a": tied, "b": tied, "c": nn.Linear(2, 3), "d": PLIF(4, frozen=True)})
-    rest, own = parameter_groups(model, lr=0.1, weight_decay=0.01, function_lr_scale=3.0)
-    assert [p.numel() for p in rest["params"]] == [6, 3]
-    assert (rest["lr"], rest["weight_decay"]) == (0.1, 0.01)
-    assert own["params"] == [tied.raw_slopes]
-    assert (round(own["lr"], 12), own["weight_decay"]) == (0.3, 0.0)
-    assert len(parameter_groups(nn.Linear(2, 3), lr=0.1)) == 1
-    with pytest.raises(ValueError, match="lr"):
-        parameter_groups(model, lr=-0.1)

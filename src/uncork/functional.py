@@ -216,4 +216,8 @@ def mixture_log_softmax(logits: Tensor, prior_logits: Tensor) -> Tensor:
     Yang et al. 2018, arXiv 1711.03953.
     """
     log_prior = at_least_float32(prior_logits).log_softmax(-1).unsqueeze(-1)
-    return torch.logsumexp(log_prior + at_least_float32(logits).log_softmax(-1), dim=-2)
+    joint = log_prior + at_least_float32(logits).log_softmax(-1)
+    # A word that no component allows: its logsumexp would have the gradient 0 / 0.
+    impossible = (logits == -torch.inf).all(-2)
+    mixed = torch.logsumexp(joint.masked_fill(impossible.unsqueeze(-2), 0), dim=-2)
+    return mixed.masked_fill(impossible, -torch.inf)

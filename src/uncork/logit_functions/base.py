@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork.functional import at_least_float32
-from uncork.logit_functions.operations import Operation
+from uncork.logit_functions.operations import Elementwise, Operation
 
 Spec = dict[str, Any]
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
@@ -30,7 +30,7 @@ class LogitFunction(nn.Module, ABC):
         increasing, continuous: True for all that stand here.
         unbounded: whether the image is all of R. A bounded function caps the probability of any word below 1.
         nonlinear: a linear function leaves the rank of the log-probabilities at d + 1.
-    Every function is differentiable but at finitely many points, where `derivative` is the right-hand one.
+    Every function is differentiable but at finitely many points, where `derivative` is that of one side.
     """
 
     increasing: ClassVar[bool] = True
@@ -41,11 +41,22 @@ class LogitFunction(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = _REGISTRY.get(cls.__name__)
+        if known is not None and known.__module__.startswith("uncork.") and known.__module__ != cls.__module__:
+            raise TypeError(f"a LogitFunction called {cls.__name__} stands in {known.__module__}: choose another name")
         _REGISTRY[cls.__name__] = cls
 
-    @abstractmethod
     def transform(self, scores: Tensor) -> Tensor:
-        """f at finite scores of float32 or float64."""
+        """f at scores of float32 or float64 that are not -inf: the chain of operations, unless a subclass knows better.
+
+        Under autograd it keeps the scores, and its parameter gradients do not depend on the number of threads.
+        """
+        operations = self.operations()
+        if operations is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither operations() nor transform()")
+        for operation, tables in with_tables(operations, self.tables(scores.dtype), scores.device):
+            scores = Elementwise.apply(scores, operation, *tables)
+        return scores
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -76,7 +87,7 @@ class LogitFunction(nn.Module, ABC):
         return pass_impossible(self.transform, z)
 
     def derivative(self, scores: Tensor) -> Tensor:
-        """f'(scores), elementwise, from the right at a kink; at +-inf its limit. Shapes and dtypes as `forward`."""
+        """f'(scores), elementwise; at a kink that of one of its sides, at +-inf the limit; shapes as `forward`."""
         x = checked_scores(scores)
         operations = self.operations()
         if operations is None:
@@ -92,20 +103,24 @@ class LogitFunction(nn.Module, ABC):
         """The scores with f(scores) = logits, by bisection in float64 (subclasses with a closed form use that).
 
         Args:
-            logits: any shape, floating, inside the image of f; outside it the result is +-inf or NaN.
+            logits: any shape, floating; outside the image of f the result is +-inf or NaN.
         """
         y = checked_scores(logits)
         wide = y.detach().double().nan_to_num(0, posinf=0, neginf=0)
         with torch.no_grad():
             reach = wide.abs().clamp(min=1)
-            while bool(((self(reach) < wide) | (self(-reach) > wide)).any()):
-                reach = 2 * reach
+            for _ in range(1000):
+                short = (self(reach) < wide) | (self(-reach) > wide)
+                if not bool(short.any()):
+                    break
+                reach = torch.where(short, 2 * reach, reach)
             low, high = -reach, reach
             for _ in range(128):
                 middle = (low + high) / 2
                 above = self(middle) > wide
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return torch.where(y.isfinite(), ((low + high) / 2).to(y.dtype), y)
+            found = torch.where(self(reach) < wide, torch.inf, torch.where(self(-reach) > wide, -torch.inf, middle))
+        return torch.where(y.isfinite(), found.to(y.dtype), y)
 
     def spec(self) -> Spec:
         """Name, version and hyper-parameters as plain JSON; parameters travel in the state_dict."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork import functional
-from uncork.logit_functions.base import LogitFunction, positive
+from uncork.logit_functions.base import LogitFunction, checked_scores, positive
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
 
 
@@ -21,7 +21,8 @@ class Identity(LogitFunction):
     nonlinear = False
 
     def forward(self, scores: Tensor) -> Tensor:
-        """The scores themselves."""
+        """The scores themselves, half precision too."""
+        checked_scores(scores)
         return scores
 
     def transform(self, scores: Tensor) -> Tensor:
@@ -61,9 +62,6 @@ class Scale(LogitFunction):
     def _slope(self, dtype: torch.dtype) -> Tensor:
         slope = torch.tensor(self.factor, dtype=dtype)
         return slope if self.log_gain is None else slope.to(self.log_gain.device) * self.log_gain.to(dtype).exp()
-
-    def transform(self, scores: Tensor) -> Tensor:
-        return functional.scale(scores, self._slope(scores.dtype).to(scores.device))
 
     def inverse(self, logits: Tensor) -> Tensor:
         return logits / self._slope(logits.dtype).to(logits.device)
@@ -134,10 +132,6 @@ class AsymmetricSoftcap(LogitFunction):
         self.lower, self.upper = positive("lower", lower), positive("upper", upper)
         self.learnable = bool(learnable)
         self.log_gain = nn.Parameter(torch.zeros(2)) if learnable else None
-
-    def transform(self, scores: Tensor) -> Tensor:
-        lower, upper = self.tables(scores.dtype)[0].to(scores.device)
-        return functional.asymmetric_softcap(scores, lower, upper)
 
     def inverse(self, logits: Tensor) -> Tensor:
         lower, upper = self.tables(logits.dtype)[0].to(logits.device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from uncork.functional import sech2, tanh
 from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
-from uncork.logit_functions.operations import Elementwise, Operation, PiecewiseLinear
+from uncork.logit_functions.operations import Operation, PiecewiseLinear, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 
 
@@ -63,11 +63,17 @@ class MonotoneNetwork(LogitFunction):
         self.units, self.init, self.spread, self.frozen = units, init, positive("spread", spread), bool(frozen)
         scatter = self.spread if init == "random" else 0.0
         trained = not self.frozen
-        self.thresholds = nn.Parameter(self._start_thresholds(torch.float32), requires_grad=trained)
-        names = ("raw_right", "raw_left") if units == "relu" else ("raw_weights", "raw_rates")
-        for name in names:
+        # Thresholds are held as shifts from their start, so that a cast to half precision leaves the identity one.
+        self.threshold_shifts = nn.Parameter(torch.zeros(self.num_units), requires_grad=trained)
+        for name in ("raw_right", "raw_left") if units == "relu" else ("raw_weights", "raw_rates"):
             start = torch.randn(self.num_units) * scatter if scatter else torch.zeros(self.num_units)
             self.register_parameter(name, nn.Parameter(start, requires_grad=trained))
+
+    @property
+    def thresholds(self) -> Tensor:
+        """t_u, (U,) float64, differentiable."""
+        dtype = table_dtype(self.threshold_shifts.device)
+        return self._start_thresholds(dtype) + self.threshold_shifts.to(dtype)
 
     def _spacing(self) -> float:
         return 2 * self.bound / self.num_units
@@ -75,26 +81,22 @@ class MonotoneNetwork(LogitFunction):
     def _start_thresholds(self, dtype: torch.dtype) -> Tensor:
         steps = torch.arange(self.num_units, dtype=torch.float64) - (self.num_units - 1) / 2
         # Rounded once to float32, so that the start is the same number in every dtype.
-        return (steps * self._spacing()).float().to(dtype)
+        return (steps * self._spacing()).float().to(self.threshold_shifts.device, dtype)
 
     def transform(self, scores: Tensor) -> Tensor:
         if self.units == "tanh":
-            return torch.where(scores == torch.inf, scores, self._tanh_network(scores))
-        tables = (t.to(scores.device) for t in self.tables(scores.dtype))
-        logits = Elementwise.apply(scores, PiecewiseLinear(), *tables)
-        return torch.where(scores == torch.inf, scores, logits)
+            return _TanhNetwork.apply(scores, *(t.to(scores.device) for t in self._tanh_units(scores.dtype)))
+        # z + r(z) is inf - inf at z = inf.
+        return torch.where(scores == torch.inf, scores, super().transform(scores))
 
     def _tanh_units(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         # Evenly spaced units of rate 1 / spacing and weight spacing / 4 add up to a slope of 1/2.
         spacing = self._spacing()
-        start = self._start_thresholds(dtype).to(self.thresholds.device)
+        start = self._start_thresholds(dtype)
         weights0, rates0 = torch.full_like(start, spacing / 4), torch.full_like(start, 1 / spacing)
         weights = weights0 * self.get_parameter("raw_weights").to(dtype).exp()
         rates = rates0 * self.get_parameter("raw_rates").to(dtype).exp()
         return self.thresholds.to(dtype), weights, rates, start, weights0, rates0
-
-    def _tanh_network(self, scores: Tensor) -> Tensor:
-        return _TanhNetwork.apply(scores, *(t.to(scores.device) for t in self._tanh_units(scores.dtype)))
 
     def derivative(self, scores: Tensor) -> Tensor:
         if self.units == "relu":
@@ -118,8 +120,8 @@ class MonotoneNetwork(LogitFunction):
     def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         if self.units == "tanh":
             return ()
-        wide = table_dtype(self.thresholds.device)
-        thresholds, order = self.thresholds.to(wide).sort()
+        thresholds, order = self.thresholds.sort()
+        wide = thresholds.dtype
         right = excess_slope(self.get_parameter("raw_right").to(wide))[order] / self.num_units
         left = excess_slope(self.get_parameter("raw_left").to(wide))[order] / self.num_units
         # Piece i lies right of its first i thresholds. Sums with no term are 0; all are 0 at the start.
@@ -172,7 +174,7 @@ class _TanhNetwork(torch.autograd.Function):
             bend = sech2(r[u] * distance)
             slope += w[u] * r[u] * bend - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u]))
             by_unit = grad * bend
-            sums[0, u] = -w[u] * r[u] * by_unit.sum(dtype=torch.float64)
-            sums[1, u] = (grad * tanh(r[u] * distance)).sum(dtype=torch.float64)
-            sums[2, u] = w[u] * (by_unit * distance).sum(dtype=torch.float64)
+            sums[0, u] = -w[u] * r[u] * total(by_unit)
+            sums[1, u] = total(grad * tanh(r[u] * distance))
+            sums[2, u] = w[u] * total(by_unit * distance)
         return (grad * slope, *sums.to(t.dtype), None, None, None)

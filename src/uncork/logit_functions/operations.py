@@ -16,9 +16,22 @@ from torch.nn import functional as F
 
 from uncork.functional import sech2, tanh
 
+_SUM_BLOCK = 4096
 
-def _total(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.float64)
+
+def wide(x: Tensor) -> Tensor:
+    """x in float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of all elements, of fixed blocks first: torch splits one long sum by the number of threads."""
+    flat = x.reshape(-1)
+    whole = flat.numel() // _SUM_BLOCK * _SUM_BLOCK
+    dtype = wide(x.new_empty(0)).dtype
+    blocks = flat[:whole].view(-1, _SUM_BLOCK).sum(-1, dtype=dtype)
+    rest = flat[whole:].sum(dtype=dtype)
+    return rest if not whole else rest + (blocks.sum() if blocks.numel() <= _SUM_BLOCK else total(blocks))
 
 
 class Operation(ABC):
@@ -26,16 +39,22 @@ class Operation(ABC):
 
     num_tables: ClassVar[int]
 
-    @abstractmethod
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-        """y, elementwise; x is float32 or float64, the tables have its dtype and device."""
+    def locate(self, x: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What all three below need and a caller may keep between them (the pieces, say); most need nothing."""
+        return ()
 
     @abstractmethod
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+        """y, elementwise; x is float32 or float64, the tables have its dtype and device; place: `locate`'s answer."""
+
+    @abstractmethod
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         """dy/dx, elementwise."""
 
     @abstractmethod
-    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
         """Sums over all elements of grad * dy/dtable, in float64, one per table."""
 
 
@@ -45,15 +64,17 @@ class Affine(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         slope, offset = tables[0]
         return x * slope + offset
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         return tables[0][0].expand_as(x)
 
-    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (torch.stack([_total(grad * x), _total(grad)]),)
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        return (torch.stack([total(grad * x), total(grad)]),)
 
 
 @dataclass(frozen=True)
@@ -62,18 +83,21 @@ class Tanh(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         cap = torch.where(x > 0, tables[0][1], tables[0][0])
         return cap * tanh(x / cap)
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         return sech2(x / torch.where(x > 0, tables[0][1], tables[0][0]))
 
-    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
         above = x > 0
-        u = x / torch.where(above, tables[0][1], tables[0][0])
+        # In float64: the difference is of the order of u^3.
+        u = wide(x) / torch.where(above, tables[0][1], tables[0][0])
         by_cap = grad * (tanh(u) - u * sech2(u))
-        return (torch.stack([_total(by_cap.masked_fill(above, 0)), _total(by_cap.masked_fill(~above, 0))]),)
+        return (torch.stack([total(by_cap.masked_fill(above, 0)), total(by_cap.masked_fill(~above, 0))]),)
 
 
 @dataclass(frozen=True)
@@ -82,21 +106,23 @@ class Sigmoid(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         height, shift, width = tables[0]
         u = (x + shift) / width
         return height * torch.where(u > 0, 1 - torch.sigmoid(-u), torch.sigmoid(u))
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         height, shift, width = tables[0]
         u = (x + shift) / width
         return (height / width) * torch.sigmoid(u) * torch.sigmoid(-u)
 
-    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
         _, shift, width = tables[0]
         u = (x + shift) / width
         by_shift = grad * self.derivative(x, tables)
-        return (torch.stack([_total(grad * torch.sigmoid(u)), _total(by_shift), -_total(by_shift * u)]),)
+        return (torch.stack([total(grad * torch.sigmoid(u)), total(by_shift), -total(by_shift * u)]),)
 
 
 @dataclass(frozen=True)
@@ -105,18 +131,20 @@ class Softplus(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         center, weight = tables[0]
         return x + weight * F.logsigmoid(x - center)
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         center, weight = tables[0]
         return 1 + weight * torch.sigmoid(center - x)
 
-    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
         center, weight = tables[0]
         by_center = -weight * torch.sigmoid(center - x)
-        return (torch.stack([_total(grad * by_center), _total(grad * F.logsigmoid(x - center))]),)
+        return (torch.stack([total(grad * by_center), total(grad * F.logsigmoid(x - center))]),)
 
 
 @dataclass(frozen=True)
@@ -134,8 +162,12 @@ class PiecewiseLinear(Operation):
     bound: float | None = None
     num_tables: ClassVar[int] = 3
 
-    def index(self, x: Tensor, knots: Tensor) -> Tensor:
-        """The piece of every element, int64; NaN goes to piece 0 (its value stays NaN)."""
+    def locate(self, x: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Every element's piece (int64; NaN goes to an end piece, its value stays NaN) and its distance to the knot."""
+        index = self._index(x, tables[0])
+        return index, x - _look_up(tables[0], index)
+
+    def _index(self, x: Tensor, knots: Tensor) -> Tensor:
         num_pieces = knots.numel()
         if self.bound is None:
             return torch.bucketize(x.contiguous(), knots[1:], right=True)
@@ -143,22 +175,28 @@ class PiecewiseLinear(Operation):
         piece = torch.floor(x * (num_pieces / (2 * self.bound)) + (num_pieces % 2) / 2) + num_pieces // 2
         return piece.clamp_(0, num_pieces - 1).nan_to_num_(0).long()
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-        knots, values, slopes = tables
-        index = self.index(x, knots)
-        return torch.addcmul(values[index], slopes[index], x - knots[index]).add_(x)
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+        index, distance = place or self.locate(x, tables)
+        _, values, slopes = tables
+        return torch.addcmul(_look_up(values, index), _look_up(slopes, index), distance).add_(x)
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
-        knots, _, slopes = tables
-        return (1 + slopes)[self.index(x, knots)]
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+        index, _ = place or self.locate(x, tables)
+        return _look_up(1 + tables[2], index)
 
-    def table_gradients(self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        knots = tables[0]
-        index = self.index(x, knots)
-        wide = grad.double()
-        by_value = _histogram(index, wide, knots.numel())
-        by_slope = _histogram(index, wide * (x - knots[index]), knots.numel())
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        index, distance = place or self.locate(x, tables)
+        grad, pieces = wide(grad), tables[0].numel()
+        by_value = _histogram(index, grad, pieces)
+        by_slope = _histogram(index, grad * distance, pieces)
         return torch.zeros_like(by_value), by_value, by_slope
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index]: index_select is the fastest of torch's ways to say so."""
+    return table.index_select(0, index.reshape(-1)).view(index.shape)
 
 
 def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
@@ -171,20 +209,23 @@ def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
 
 
 class Elementwise(torch.autograd.Function):
-    """An operation under autograd that keeps the scores alone and sums table gradients in float64."""
+    """An operation under autograd that keeps the scores and their places, and sums table gradients in float64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, operation: Operation, *tables: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.operation = operation
-        ctx.save_for_backward(x, *tables)
-        return operation.forward(x, tables)
+        place = operation.locate(x, tables)
+        ctx.places = len(place)
+        ctx.save_for_backward(x, *place, *tables)
+        return operation.forward(x, tables, place)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, *tables = ctx.saved_tensors
-        grad_x = grad * ctx.operation.derivative(x, tables) if ctx.needs_input_grad[0] else None
+        x, *rest = ctx.saved_tensors
+        place, tables = tuple(rest[: ctx.places]), tuple(rest[ctx.places :])
+        grad_x = grad * ctx.operation.derivative(x, tables, place) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[2:]):
             return (grad_x, None, *[None] * len(tables))
-        sums = ctx.operation.table_gradients(x, grad, tables)
+        sums = ctx.operation.table_gradients(x, grad, tables, place)
         return (grad_x, None, *(s.to(t.dtype) for s, t in zip(sums, tables, strict=True)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
-from uncork.logit_functions.operations import Elementwise, Operation, PiecewiseLinear
+from uncork.logit_functions.operations import Operation, PiecewiseLinear
 
 # Slopes are MIN_SLOPE + (1 - MIN_SLOPE) softplus(v), so that one plus their rounded distance to 1 stays positive.
 MIN_SLOPE = 1e-6
@@ -132,9 +132,8 @@ class PLIF(LogitFunction):
         return (steps * (2 * self.bound / self.num_pieces)).to(self.raw_slopes.device, dtype)
 
     def transform(self, scores: Tensor) -> Tensor:
-        tables = (t.to(scores.device) for t in self.tables(scores.dtype))
-        logits = Elementwise.apply(scores, self.operations()[0], *tables)
-        return torch.where(scores == torch.inf, scores, logits)
+        # z + r(z) is inf - inf at z = inf.
+        return torch.where(scores == torch.inf, scores, super().transform(scores))
 
     def inverse(self, logits: Tensor) -> Tensor:
         y = checked_scores(logits)

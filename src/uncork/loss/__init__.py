@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork.loss import chunked, reference
-from uncork.loss.call import Call, Statistics, build_call
+from uncork.loss.call import Call, Statistics, build_call, check_number, checked_factor
 
 __all__ = [
     "TokenStatistics",
@@ -239,6 +239,7 @@ def _given(name: str, value: Tensor | None) -> Tensor:
 def _check_reduction(reduction: str, z_loss: float) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
+    check_number("z_loss", z_loss)
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss!r}")
 
@@ -253,10 +254,9 @@ def _implementation(impl: str | None) -> ModuleType:
 def _checked_token_weight(token_weight: Tensor | None, call: Call, leading: tuple[int, ...]) -> Tensor | None:
     if token_weight is None:
         return None
+    checked_factor("token_weight", token_weight, call.input.device)
     if tuple(token_weight.shape) != leading:
         raise ValueError(f"token_weight: expected shape {leading}, got {tuple(token_weight.shape)}")
-    if token_weight.device != call.input.device:
-        raise ValueError(f"token_weight: expected device {call.input.device}, got {token_weight.device}")
     return token_weight.reshape(-1).to(call.dtype)
 
 

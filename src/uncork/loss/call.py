@@ -1,6 +1,7 @@
 """One validated call: what the public functions hand to an implementation, and the checks that make it one."""
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,31 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def checked_factor(name: str, value: object, device: torch.device) -> Tensor:
+    """A tensor of real numbers on the device, whatever its dtype."""
+    factor = _tensor(name, value)
+    if factor.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {factor.dtype}")
+    _expect(factor.device == device, name, f"device {device} as the input", factor.device)
+    return factor
+
+
+def check_number(name: str, value: object, kind: type = Real) -> None:
+    """Raises a TypeError unless the value is a plain number (of Python or numpy) of that kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {'a whole' if kind is Integral else 'a'} number, got {type(value).__name__}")
+
+
+def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
+    """What a module made of the scores, if the shape says that it is elementwise."""
+    if logits.shape != scores.shape:
+        raise ValueError(
+            f"logit_function: expected an elementwise module, but it turned shape {tuple(scores.shape)} "
+            f"into {tuple(logits.shape)}"
+        )
+    return logits
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that F.linear would compute in under the autocast in force, if any."""
     if not torch.is_autocast_enabled(device.type):
@@ -67,6 +93,7 @@ def _checked_matrix(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     _expect(linear_weight.dim() == 2, "linear_weight", "shape (V, D)", tuple(linear_weight.shape))
     vocab_size, features = linear_weight.shape
     _expect(vocab_size > 0, "linear_weight", "at least one class", tuple(linear_weight.shape))
+    _expect(features > 0, "linear_weight", "at least one feature", tuple(linear_weight.shape))
     _expect(
         input.dim() >= 1 and input.shape[-1] == features,
         name,
@@ -75,6 +102,7 @@ def _checked_matrix(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     )
     named = {name: input, "linear_weight": linear_weight}
     if linear_bias is not None:
+        _tensor("linear_bias", linear_bias)
         _expect(tuple(linear_bias.shape) == (vocab_size,), "linear_bias", f"({vocab_size},)", tuple(linear_bias.shape))
         named["linear_bias"] = linear_bias
     for key, tensor in named.items():
@@ -103,7 +131,8 @@ def _checked_target(
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target: expected integers (indices) or a floating dtype (probabilities), got {target.dtype}")
     _expect(tuple(target.shape) == leading, "target", f"shape {leading} for indices", tuple(target.shape))
-    flat = target.reshape(-1)
+    # In int64: a short integer dtype would wrap V or ignore_index around.
+    flat = target.reshape(-1).long()
     if device.type == "cpu":
         wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
         if bool(wrong.any()):
@@ -118,8 +147,8 @@ def _checked_target(
 def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    _expect(tuple(_tensor("weight", weight).shape) == (vocab_size,), "weight", f"({vocab_size},)", tuple(weight.shape))
-    _expect(weight.device == device, "weight", f"device {device} as the input", weight.device)
+    checked_factor("weight", weight, device)
+    _expect(tuple(weight.shape) == (vocab_size,), "weight", f"({vocab_size},)", tuple(weight.shape))
     _expect(not weight.requires_grad, "weight", "no gradient (requires_grad=False)", "requires_grad=True")
     return weight.to(dtype)
 
@@ -163,6 +192,8 @@ def build_call(
     _tensor(name, input), _tensor("linear_weight", linear_weight)
     _checked_matrix(input, linear_weight, linear_bias, name)
     check_function(logit_function)
+    check_number("ignore_index", ignore_index, Integral)
+    check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
     if chunk_size is not None:
         whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
@@ -172,6 +203,8 @@ def build_call(
         _expect(input.dim() >= 2, "latent", "shape (..., K, D)", tuple(input.shape))
         shape = tuple(_tensor("prior_logits", prior_logits).shape)
         _expect(shape == leading, "prior_logits", f"shape {leading} to match latent {tuple(input.shape)}", shape)
+        if not prior_logits.is_floating_point():
+            raise TypeError(f"prior_logits: expected a floating dtype, got {prior_logits.dtype}")
         _expect(leading[-1] > 0, "latent", "at least one component", tuple(input.shape))
         _expect(prior_logits.device == input.device, "prior_logits", f"device {input.device}", prior_logits.device)
         prior_logits = prior_logits.reshape(-1, leading[-1])

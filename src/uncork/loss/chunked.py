@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uncork.loss.call import Call, Statistics
+from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile_torch import LinearTile, MixtureTile, Upstream, function_parameters, make_runner
 
-# Elements of one (rows, V) block of scores when the caller does not say: 16 MiB in float32. About six such blocks live
-# at once. Fewer than 32 rows make the matrix products slow.
-BLOCK_ELEMENTS = 2**22
-MIN_ROWS = 32
+# Elements of one (rows, V) block of scores when the caller does not say: 4 MiB in float32, which stays in the cache
+# from one pass over it to the next. About six such blocks live at once. Few rows make the matrix products slow.
+BLOCK_ELEMENTS = 2**20
+MIN_ROWS = 64
 
 
 def default_chunk_size(vocab_size: int) -> int:
@@ -108,8 +109,11 @@ class _WeightedSum(torch.autograd.Function):
     """sum_n a_n CE_n + b_n lse_n^2, its gradient made in the forward and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, ce_factor: Tensor, lse_factor: Tensor | None, *inputs: Tensor | None) -> Tensor:
-        needs = ctx.needs_input_grad[3:]
+    def forward(
+        ctx: Any, call: Call, grad_mode: bool, ce_factor: Tensor, lse_factor: Tensor | None, *inputs: Tensor | None
+    ) -> Tensor:
+        # needs_input_grad asks the tensors alone: under no_grad it is True all the same.
+        needs = [grad_mode and need for need in ctx.needs_input_grad[4:]]
         walk = _Walk(call, inputs[4:], needs)  # type: ignore[arg-type]
         grads = walk.empty_gradients()
         assert call.target is not None
@@ -135,10 +139,10 @@ class _WeightedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ce, square, *grads = ctx.saved_tensors
-        by_factor = grad * ce if ctx.needs_input_grad[1] else None
-        by_square = grad * square if ctx.needs_input_grad[2] else None
+        by_factor = grad * ce if ctx.needs_input_grad[2] else None
+        by_square = grad * square if ctx.needs_input_grad[3] else None
         scaled = [None if g is None else grad * g for g in grads]
-        return (None, by_factor, by_square, *_cast(scaled, ctx.inputs))
+        return (None, None, by_factor, by_square, *_cast(scaled, ctx.inputs))
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -147,7 +151,9 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.call = call
-        ctx.save_for_backward(*inputs)
+        # The backward reads the probabilities again: saved, a change in between is refused, as for the inputs.
+        given = [call.target.probabilities] if isinstance(call.target, ProbabilityTarget) else []
+        ctx.save_for_backward(*inputs, *given)
         ctx.set_materialize_grads(False)
         result = _forward_statistics(call, _Walk(call, inputs[4:], ctx.needs_input_grad[1:]))  # type: ignore[arg-type]
         if result.argmax is not None:
@@ -157,7 +163,7 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        inputs = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
         call: Call = ctx.call
         with torch.autocast(call.input.device.type, enabled=False):
             walk = _Walk(call, inputs[4:], ctx.needs_input_grad[1:])
@@ -186,5 +192,5 @@ def statistics(call: Call) -> Statistics:
 def weighted_sum(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
     """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2."""
     with torch.autocast(call.input.device.type, enabled=False):
-        total: Tensor = _WeightedSum.apply(call, ce_factor, lse_factor, *_inputs(call))
+        total: Tensor = _WeightedSum.apply(call, torch.is_grad_enabled(), ce_factor, lse_factor, *_inputs(call))
     return total

@@ -5,15 +5,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.functional import mixture_log_softmax
-from uncork.logit_functions.base import LogitFunction, pass_impossible
-from uncork.loss.call import Call, Statistics
+from uncork.logit_functions.base import pass_impossible
+from uncork.loss.call import Call, Statistics, checked_logits
 
 
 def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
-    """f(scores), with -inf kept as it is for a user's module as for our own."""
-    if function is None:
-        return scores
-    return function(scores) if isinstance(function, LogitFunction) else pass_impossible(function, scores)
+    """f(scores), where -inf stays and takes no gradient, whatever the function."""
+    f = nn.Identity() if function is None else function
+    return pass_impossible(lambda finite: checked_logits(f(finite), finite), scores)
 
 
 def statistics(call: Call) -> Statistics:

@@ -54,9 +54,9 @@ class IndexTarget:
     def build(
         cls, target: Tensor, ignore_index: int, weight: Tensor | None, smoothing: float, vocab_size: int, like: Tensor
     ) -> "IndexTarget":
-        """From (N,) integers; `like` gives the loss's dtype and device."""
+        """From (N,) int64; `like` gives the loss's dtype and device."""
         kept = target != ignore_index
-        index = torch.where(kept, target, 0).long()
+        index = torch.where(kept, target, 0)
         own = like.new_ones(index.shape) if weight is None else weight[index]
         return cls(index, kept, (1 - smoothing) * own, smoothing / vocab_size, weight, own, vocab_size)
 

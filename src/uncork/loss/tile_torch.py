@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from uncork.logit_functions.base import LogitFunction, with_tables
 from uncork.logit_functions.operations import Operation
+from uncork.loss.call import checked_logits
 from uncork.loss.target import IndexTarget, Target
 
 
@@ -33,14 +34,26 @@ class FunctionRunner(Protocol):
         """(gradient to the scores, sums over elements for each parameter, in float64)."""
 
 
+def _impossible(scores: Tensor) -> Tensor | None:
+    """Where the scores are -inf; None if that is nowhere, which only a CPU can be asked without stopping."""
+    if scores.device.type == "cpu" and scores.numel() and bool(scores.amin() > -torch.inf):
+        return None
+    return scores == -torch.inf
+
+
+def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """x with the value where the mask says, in place."""
+    return x if mask is None else x.masked_fill_(mask, value)
+
+
 class NoFunction:
     """The plain softmax."""
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
-        return scores.clone(), scores == -torch.inf
+        return scores, _impossible(scores)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        return grad.masked_fill_(context, 0), []
+        return _fill(grad, context, 0), []
 
 
 class OperationsRunner:
@@ -52,25 +65,26 @@ class OperationsRunner:
         self.needs = list(needs)
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
-        impossible = scores == -torch.inf
-        x = scores.masked_fill(impossible, 0)
+        impossible = _impossible(scores)
+        x = _fill(scores, impossible, 0)
         stages = []
         for operation, tables in self.chain:
-            stages.append(x)
-            x = operation.forward(x, tables)
-        return x.masked_fill_(impossible, -torch.inf), (impossible, stages)
+            place = operation.locate(x, tables)
+            stages.append((x, place))
+            x = operation.forward(x, tables, place)
+        return _fill(x, impossible, -torch.inf), (impossible, stages)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         impossible, stages = context
-        grad = grad.masked_fill_(impossible, 0)
+        grad = _fill(grad, impossible, 0)
         sums: list[Tensor | None] = []
         end = len(self.needs)
-        for (operation, tables), x in zip(reversed(self.chain), reversed(stages), strict=True):
+        for (operation, tables), (x, place) in zip(reversed(self.chain), reversed(stages), strict=True):
             wanted = any(self.needs[end - len(tables) : end])
-            own = operation.table_gradients(x, grad, tables) if wanted else [None] * len(tables)
+            own = operation.table_gradients(x, grad, tables, place) if wanted else [None] * len(tables)
             sums = [*own, *sums]
             end -= len(tables)
-            grad = grad * operation.derivative(x, tables)
+            grad.mul_(operation.derivative(x, tables, place))
         return grad, sums
 
 
@@ -84,12 +98,7 @@ class ModuleRunner:
         impossible = scores == -torch.inf
         with torch.enable_grad():
             leaf = scores.masked_fill(impossible, 0).requires_grad_()
-            logits = self.module(leaf)
-        if logits.shape != leaf.shape:
-            raise ValueError(
-                f"logit_function: expected an elementwise module, but it turned shape {tuple(leaf.shape)} "
-                f"into {tuple(logits.shape)}"
-            )
+            logits = checked_logits(self.module(leaf), leaf)
         return logits.detach().masked_fill(impossible, -torch.inf), (impossible, leaf, logits)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -105,11 +114,11 @@ class LinearTile:
 
     def __init__(self, runner: FunctionRunner, scores: Tensor, target: Target | None, details: bool) -> None:
         self.runner, self.target = runner, target
+        self.argmax = scores.argmax(-1) if details else None  # first: the runner may use the scores up
         self.logits, self.context = runner.forward(scores)
         self.lse = torch.logsumexp(self.logits, -1)
         self.cross_entropy = None if target is None else target.cross_entropy(self.logits, self.lse)
         self.entropy = torch.special.entr((self.logits - self.lse[:, None]).exp()).sum(-1) if details else None
-        self.argmax = scores.argmax(-1) if details else None
 
     def gradient(self, upstream: Upstream) -> tuple[Tensor, None, Sequence[Tensor | None]]:
         """(gradient to the scores (C, V), None for the prior, table sums); uses the logits up."""
@@ -126,7 +135,10 @@ class LinearTile:
         grad = grad * factor[:, None] if by_entropy is None else grad * (factor[:, None] - by_entropy)
         if upstream.cross_entropy is not None and self.target is not None:
             self.target.subtract_from(grad, upstream.cross_entropy)
-            grad.masked_fill_(~self.target.kept[:, None] & (factor == 0)[:, None], 0)
+            unused = ~self.target.kept & (factor == 0)
+            if upstream.entropy is not None:
+                unused &= upstream.entropy == 0
+            grad.masked_fill_(unused[:, None], 0)
         by_scores, sums = self.runner.backward(self.context, grad)
         return by_scores, None, sums
 
@@ -173,9 +185,9 @@ class MixtureTile:
     def _sparse(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
         target = self.target
         assert isinstance(target, IndexTarget)
-        assert upstream.cross_entropy is not None
+        by_ce = torch.zeros_like(self.lse) if upstream.cross_entropy is None else upstream.cross_entropy
         posterior = (self.joint - torch.logsumexp(self.joint, -1, keepdim=True)).exp()
-        factor = torch.where(target.kept, upstream.cross_entropy * target.hit, 0)[:, None] * posterior
+        factor = torch.where(target.kept, by_ce * target.hit, 0)[:, None] * posterior
         by_logits = self.log_prob.exp().mul_(factor[..., None])
         index = target.index[:, None, None].expand(*factor.shape, 1)
         by_logits.scatter_add_(-1, index, -factor[..., None])

