@@ -27,6 +27,10 @@ check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python docs/build.py --check
+
+docs: $(READY) ## write the tables of README and docs from results/, check links
+	$(BIN)/python docs/build.py
 
 format: $(READY) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff format .

@@ -185,7 +185,7 @@ def test_table_gradients_are_autograds_through_the_plain_code(make):
     ((operation, tables),) = with_tables(function.operations(), function.tables(F64), x.device)
     leaves = tuple(t.detach().clone().requires_grad_() for t in tables)
     if len(leaves) == 3:  # piecewise linear: gather by index; knots carry no gradient by contract
-        place = operation.locate(x, tables)
+        place = operation.locate(x, tables)[0]
         logits = functional.piecewise_linear(x, tables[0], *leaves[1:], place)
     else:
         logits = operation.forward(x, leaves)

@@ -207,7 +207,7 @@ def compare(command: Compare) -> dict[str, Any]:
             raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(command, name)}")
     tasks = make_tasks(command.heads, range(command.seeds), command.base())
     store = RunStore(command.out_dir / "runs")
-    write_json(command.out_dir / "config.json", dataclasses.asdict(command))
+    write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
     features = tasks[0].config.resolved().in_features
     _say(

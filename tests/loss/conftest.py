@@ -127,7 +127,7 @@ def build_function(name: str, dtype: torch.dtype = torch.float64) -> nn.Module |
     function = function.to(dtype)
     with torch.no_grad():
         for parameter in function.parameters():
-            parameter += 0.5 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.5)
     return function
 
 

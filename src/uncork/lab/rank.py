@@ -15,7 +15,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     """Singular values of a matrix, the largest first, in float64.
 
     Those of the triangular factor of a QR decomposition of the longer side. Householder QR and the SVD are backward
-    stable: each singular value is right to about 1e-16 of the largest. (The Gram matrix would be quicker and lose half
+    stable: each singular value is right to a few 1e-15 of the largest. (The Gram matrix would be quicker and lose half
     the digits: nothing below 1e-8 of the largest could be seen.)
 
     Args:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from uncork.functional import mixture_log_softmax
 from uncork.logit_functions.base import pass_impossible
 from uncork.loss.call import Call, Statistics, checked_logits
+from uncork.loss.target import highest
 
 
 def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
@@ -23,13 +24,18 @@ def statistics(call: Call) -> Statistics:
         logits = apply_function(call.function, scores)
         if call.prior_logits is not None:
             logits = mixture_log_softmax(logits, call.prior_logits.to(call.dtype))
-        lse = torch.logsumexp(logits, -1)
-        if call.prior_logits is not None:
-            lse = torch.zeros_like(lse)  # log-probabilities are normalised already; what is left is rounding
-        ce = None if call.target is None else call.target.cross_entropy(logits, lse)
+        if call.prior_logits is None:
+            top = highest(logits)
+            shifted = logits - top
+            shifted_lse = torch.logsumexp(shifted, -1)
+            lse = shifted_lse + top.squeeze(-1)
+        else:  # log-probabilities are normalised already; what is left is rounding
+            shifted, lse = logits, torch.zeros_like(logits[:, 0])
+            shifted_lse = lse
+        ce = None if call.target is None else call.target.cross_entropy(shifted, shifted_lse)
         if not call.details:
             return Statistics(ce, lse, None, None)
-        log_prob = logits - lse[:, None]
+        log_prob = shifted - shifted_lse[:, None]
         prob = log_prob.exp()
         entropy = -torch.where(prob == 0, 0, prob * log_prob.masked_fill(prob == 0, 0)).sum(-1)
         ranked = logits if call.prior_logits is not None else scores

@@ -27,6 +27,10 @@ class Target(Protocol):
     def mass(self) -> Tensor:
         """(C,): T = sum_v t_v."""
 
+    @property
+    def sparse(self) -> bool:
+        """Whether t is c onehot(y) alone."""
+
     def subtract_from(self, grad: Tensor, factor: Tensor) -> None:
         """grad -= factor[:, None] * t, in place."""
 
@@ -67,6 +71,10 @@ class IndexTarget:
 
     def _spread_mass(self) -> Tensor | float:
         return self.spread * (self.vocab_size if self.word_weight is None else self.word_weight.sum())
+
+    @property
+    def sparse(self) -> bool:
+        return not self.spread
 
     def at(self, values: Tensor) -> Tensor:
         """values[n, y_n] along the last dimension: (C, V) to (C,), (C, K, V) to (C, K)."""
@@ -114,6 +122,10 @@ class ProbabilityTarget:
         probabilities, kept = self.probabilities[part], self.kept[part]
         return ProbabilityTarget(probabilities, kept, self.word_weight, self.smoothing, self.dtype)
 
+    @property
+    def sparse(self) -> bool:
+        return False
+
     def _weights(self) -> Tensor:
         t = self.probabilities.to(self.dtype)
         if self.smoothing:
@@ -133,3 +145,9 @@ class ProbabilityTarget:
 
     def denominator(self) -> Tensor:
         return self.kept.to(self.dtype)
+
+
+def highest(logits: Tensor) -> Tensor:
+    """Each row's largest logit (..., 1), or 0 where all are -inf: taken off first, it keeps small losses their digits."""
+    top = logits.detach().amax(-1, keepdim=True)
+    return top.masked_fill_(top == -torch.inf, 0)

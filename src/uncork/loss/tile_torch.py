@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uncork.logit_functions.base import LogitFunction, with_tables
 from uncork.logit_functions.operations import Operation
 from uncork.loss.call import checked_logits
-from uncork.loss.target import IndexTarget, Target
+from uncork.loss.target import IndexTarget, Target, highest
 
 
 class Upstream(NamedTuple):
@@ -115,14 +115,17 @@ class LinearTile:
     def __init__(self, runner: FunctionRunner, scores: Tensor, target: Target | None, details: bool) -> None:
         self.runner, self.target = runner, target
         self.argmax = scores.argmax(-1) if details else None  # first: the runner may use the scores up
-        self.logits, self.context = runner.forward(scores)
-        self.lse = torch.logsumexp(self.logits, -1)
-        self.cross_entropy = None if target is None else target.cross_entropy(self.logits, self.lse)
-        self.entropy = torch.special.entr((self.logits - self.lse[:, None]).exp()).sum(-1) if details else None
+        logits, self.context = runner.forward(scores)
+        top = highest(logits)
+        self.shifted = logits.sub_(top)
+        self.shifted_lse = torch.logsumexp(self.shifted, -1)
+        self.lse = self.shifted_lse + top.squeeze(-1)
+        self.cross_entropy = None if target is None else target.cross_entropy(self.shifted, self.shifted_lse)
+        self.entropy = torch.special.entr((self.shifted - self.shifted_lse[:, None]).exp()).sum(-1) if details else None
 
     def gradient(self, upstream: Upstream) -> tuple[Tensor, None, Sequence[Tensor | None]]:
         """(gradient to the scores (C, V), None for the prior, table sums); uses the logits up."""
-        log_prob = self.logits.sub_(self.lse[:, None])
+        log_prob = self.shifted.sub_(self.shifted_lse[:, None])
         by_entropy = None
         if upstream.entropy is not None and self.entropy is not None:
             by_entropy = upstream.entropy[:, None] * (
@@ -156,10 +159,10 @@ class MixtureTile:
         self.runner, self.target = runner, target
         self.log_prior = prior_logits.log_softmax(-1)
         logits, self.context = runner.forward(scores.flatten(0, 1))
-        self.log_prob = logits.view_as(scores)  # log softmax of each component, (C, K, V)
+        self.log_prob = logits.sub_(highest(logits)).view_as(scores)  # log softmax of each component, (C, K, V)
         self.log_prob.sub_(torch.logsumexp(self.log_prob, -1, keepdim=True))
         self.lse = torch.zeros_like(self.log_prior[:, 0])
-        self.sparse = isinstance(target, IndexTarget) and not target.spread and not details
+        self.sparse = target is not None and target.sparse and not details
         self.cross_entropy: Tensor | None = None
         self.entropy: Tensor | None = None
         self.argmax: Tensor | None = None

@@ -1,0 +1,69 @@
+"""Writes the tables of README.md and docs/*.md from results/, and checks every relative link and picture.
+
+A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
+the command that made it. With --check nothing is written, and a stale block or a dead link fails.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from uncork.lab.summary import to_markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+
+
+def block(folder: str) -> str:
+    """The table of one result and its origin."""
+    where = ROOT / "results" / folder
+    origin = json.loads((where / "provenance.json").read_text())
+    table = to_markdown(pd.read_csv(where / "table.csv"))
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return (
+        f"{table}\n\n```\n{origin['command']}\n```\n"
+        f"Commit {origin['commit'][:10]}, {origin['machine']}, {origin['threads']} thread(s) a run, {versions}; "
+        f"every run: [runs.csv](results/{folder}/runs.csv).\n"
+    )
+
+
+def rebuilt(page: Path) -> str:
+    """The page's text with its blocks made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        prefix = "../" if page.parent != ROOT else ""
+        return match[1] + block(match[2]).replace("(results/", f"({prefix}results/") + match[3]
+
+    return BLOCK.sub(fill, page.read_text())
+
+
+def dead_links(page: Path) -> list[str]:
+    """Relative targets of the page that do not exist."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    targets = [(a or b).split("#")[0] for a, b in LINK.findall(text)]
+    local = [t for t in targets if t and "://" not in t and not t.startswith("mailto:")]
+    return [f"{page.relative_to(ROOT)}: {t}" for t in local if not (page.parent / t).exists()]
+
+
+def main() -> int:
+    """0, or 1 with what is wrong."""
+    check, wrong = "--check" in sys.argv, []
+    for page in PAGES:
+        text = rebuilt(page)
+        if text != page.read_text():
+            if check:
+                wrong.append(f"{page.relative_to(ROOT)}: its tables are not those of results/; run `make docs`")
+            else:
+                page.write_text(text)
+        wrong += [f"dead link in {link}" for link in dead_links(page)]
+    print("\n".join(wrong) or "docs: tables and links are right")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

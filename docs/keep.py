@@ -1,0 +1,35 @@
+"""Keeps what a comparison found: `python docs/keep.py runs/demo results/demo` copies its tables, figures and origin.
+
+Checkpoints and metrics stay behind. The origin (provenance.json) says how to make the numbers again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def keep(source: Path, destination: Path) -> None:
+    """Copies table.csv, runs.csv and the figures, and writes provenance.json."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in ("table.csv", "runs.csv"):
+        shutil.copy(source / name, destination / name)
+    for figure in sorted((source / "figures").glob("*.png")):
+        shutil.copy(figure, destination / figure.name)
+    results = [json.loads(path.read_text()) for path in sorted((source / "runs").glob("*/result.json"))]
+    config = json.loads((source / "config.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    origin = {
+        "command": config["command"].replace(config["out_dir"], f"runs/{destination.name}"),
+        "commit": commit,
+        "machine": results[0]["machine"],
+        "threads": results[0]["threads"],
+        "versions": results[0]["versions"],
+        "seeds": sorted({r["seed"] for r in results}),
+    }
+    (destination / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]), Path(sys.argv[2]))

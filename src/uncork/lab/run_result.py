@@ -1,0 +1,85 @@
+"""What a finished run says of itself: result.json."""
+
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import uncork
+from uncork.lab.checkpoints import TrainState
+from uncork.lab.corpora import Corpus
+from uncork.lab.evaluation import Evaluation
+from uncork.lab.models import LanguageModel
+from uncork.lab.train_config import TrainConfig
+
+
+def run_result(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: LanguageModel,
+    state: TrainState,
+    *,
+    epochs: float,
+    valid: Evaluation,
+    test: Evaluation,
+    rows: list[dict[str, Any]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The contents of result.json, in JSON's types.
+
+    `peak_memory_of` says what `peak_memory_bytes` is: "gpu" is what this training allocated there at most, "process"
+    the most memory that the whole process ever held, earlier runs in it included.
+    """
+    embedding = model.backbone.embedding.weight
+    head_parameters = sum(p.numel() for p in model.head.parameters() if p is not embedding)
+    speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"]
+    return {
+        "head": config.head,
+        "seed": config.seed,
+        "corpus": corpus.name,
+        "in_features": config.in_features,
+        "vocab_size": corpus.vocab_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "head_parameters": head_parameters,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "epochs": epochs,
+        "best_step": state.best_step,
+        "train_seconds": state.seconds,
+        "tokens_per_second": statistics.median(speeds),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_of": "gpu" if device.type == "cuda" else "process",
+        "valid": valid.to_dict(),
+        "test": test.to_dict(),
+        "stopped": "early" if state.stopped else "finished",
+        "versions": {"torch": torch.__version__, "uncork": uncork.__version__, "python": platform.python_version()},
+        "machine": machine_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most bytes allocated on a GPU since its count was reset, or ever held by this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

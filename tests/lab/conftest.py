@@ -1,0 +1,70 @@
+"""A text small enough to train on in a second, and settings that fit it."""
+
+import random
+
+import pytest
+
+from uncork.lab.corpora import load_corpus
+from uncork.lab.train_config import TrainConfig
+
+WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(48)]
+LSTM = {
+    "preset": "lstm-laptop",
+    "model_options": {
+        "embedding_size": 6,
+        "hidden_sizes": [8],
+        "input_dropout": 0.2,
+        "weight_drop": 0.2,
+        "output_dropout": 0.1,
+    },
+}
+TRANSFORMER = {
+    "preset": "transformer-laptop",
+    "model_options": {"width": 8, "depth": 1, "num_heads": 2, "max_length": 32, "dropout": 0.1},
+}
+
+
+def _text(lines, generator):
+    """Lines in which a word depends on the one before it."""
+    written = []
+    for _ in range(lines):
+        place, line = generator.randrange(48), []
+        for _ in range(generator.randrange(4, 12)):
+            line.append(WORDS[place])
+            place = (5 * place + generator.randrange(4)) % 48
+        written.append(" ".join(line))
+    return "\n".join(written) + "\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with train.txt, valid.txt and test.txt of 50 words or so."""
+    folder = tmp_path_factory.mktemp("tiny")
+    generator = random.Random(0)
+    for split, lines in (("train", 200), ("valid", 25), ("test", 25)):
+        (folder / f"{split}.txt").write_text(_text(lines, generator))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tiny_folder, tiny_cache):
+    return load_corpus(str(tiny_folder), cache_dir=tiny_cache)
+
+
+@pytest.fixture
+def tiny_config(tiny_folder):
+    """Make a TrainConfig for the tiny corpus: `tiny_config("transformer", head="plif")`."""
+
+    def make(backbone="lstm", **fields):
+        base = LSTM if backbone == "lstm" else TRANSFORMER
+        options = {**base["model_options"], **fields.pop("model_options", {})}
+        settings = {"corpus": str(tiny_folder), "in_features": 4, "epochs": 2, "batch_size": 8, "bptt": 10,
+                    "log_every": 3, **fields}  # fmt: skip
+        return TrainConfig(preset=base["preset"], model_options=options, **settings)
+
+    return make

@@ -1,0 +1,318 @@
+"""The report: one self-contained, valid page whose words and numbers are those of the runs."""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from uncork.lab.errors import LabError
+from uncork.lab.figures import pictures
+from uncork.lab.plot_style import spread, strokes
+from uncork.lab.report import write_report
+from uncork.lab.runs import Run, RunStore
+
+LEVELS = {
+    "softmax": 130.1,
+    "temperature": 129.9,
+    "sigsoftmax": 131.5,
+    "plif": 123.6,
+    "plif-frozen": 129.3,
+    "mos": 127.0,
+}
+FUNCTIONS = {
+    "temperature": (lambda x: 1.15 * x, lambda x: 1.15 + 0 * x),
+    "sigsoftmax": (
+        lambda x: x - np.logaddexp(0, -x) + math.log(2),
+        lambda x: 1 + 1 / (1 + np.exp(x)),
+    ),
+    "plif": (lambda x: 0.75 * x + 0.022 * (x + 4) ** 2 - 0.352, lambda x: 0.75 + 0.044 * (x + 4)),
+    "plif-frozen": (lambda x: 1.1 * x + 0.1 * np.sin(4 * x), lambda x: 1.1 + 0.4 * np.cos(4 * x)),
+}
+LINEAR = ("softmax", "temperature")
+
+
+def synthetic_analysis(head, d, rng):
+    values = 4e3 * np.exp(-0.9 * np.arange(1000) ** 0.35)
+    if head in LINEAR:
+        values = np.concatenate([values[: d + 2], rng.uniform(1e-13, 1e-12, 1000 - d - 2)])
+    else:
+        values[d + 2 :] *= 0.01 * np.exp(-np.arange(1000 - d - 2) * 0.02)
+    edges = np.linspace(-14, 17, 81)
+    middle = (edges[1:] + edges[:-1]) / 2
+    counts = 2e5 * np.exp(-((middle + 2.5) ** 2) / 8) + 300 * np.exp(-((middle - 8) ** 2) / 6)
+    function = None
+    if head in FUNCTIONS:
+        f, slope = FUNCTIONS[head]
+        x = np.linspace(-14, 17, 201)
+        function = {"x": x.tolist(), "y": (f(x) - f(np.zeros(1))).tolist(), "slope": slope(x).tolist()}
+    numerical = d + 2 if head in LINEAR else int((values > 1e-9).sum())
+    deciles = [
+        {"decile": k, "words": 2 * 4 ** (k - 1) // 60 + 1, "min_count": 1, "max_count": 9, "tokens": 4000 + k,
+         "cross_entropy": 1.4 + 0.75 * k + math.log(LEVELS.get(head, 130) / 130) * (2 - 0.2 * k)}
+        for k in range(1, 11)
+    ]  # fmt: skip
+    deciles[2] |= {"tokens": 0, "cross_entropy": None}
+    return {
+        "rank": {"contexts": 1000, "in_features": d, "vocab_size": 9000, "linear_rank": d + 2, "numerical": numerical,
+                 "effective": {"1e-2": 1, "1e-4": 9, "1e-6": 17 if head in LINEAR else 60},
+                 "tail_energy": 1e-29 if head in LINEAR else 3e-5, "singular_values": values.tolist()},
+        "function": function,
+        "histogram": {"contexts": 200, "edges": edges.tolist(), "counts": np.rint(counts).astype(int).tolist(),
+                      "quantiles": {"0": -14.0, "0.5": -2.5, "1": 17.0},
+                      "target_quantiles": {"0.05": -1.0, "0.5": 6.0, "0.95": 12.0}},
+        "deciles": deciles,
+        "cross_entropy": 4.86, "entropy": 4.8,
+        "target_log_prob_quantiles": {"0.5": -4.2},
+    }  # fmt: skip
+
+
+def make_run(store, head, seed, *, perplexity=None, finished=True, d=16, name=None, analysis=True):
+    """A run as the trainer and `analyse` leave it, with a perplexity near the head's level."""
+    rng = np.random.default_rng([seed, sum(map(ord, head))])
+    level = LEVELS.get(head, 130.0)
+    if perplexity is None:
+        perplexity = level + 0.9 * math.sin(7 * seed) + 0.3 * rng.normal()
+    config = {"head": head, "seed": seed, "corpus": "sotu", "in_features": d, "preset": "lstm-laptop",
+              "head_options": {"num_pieces": 100} if "plif" in head else {},
+              "training": {"lr": 3e-3, "epochs": 4, "bptt": 48}}  # fmt: skip
+    run = store.run(name or f"{head}-seed{seed}", config)
+    speed = 21_000.0 if head != "mos" else 6_200.0
+    for step in range(0, 2001, 100):
+        tokens = step * 1536
+        progress = 1 - math.exp(-step / 450)
+        cross_entropy = math.log(9000) + (math.log(perplexity) - math.log(9000)) * progress**0.6
+        run.append_metrics({"kind": "train", "step": step, "epoch": step // 500, "tokens": tokens, "lr": 3e-3,
+                            "cross_entropy": cross_entropy, "grad_norm": 0.5, "tokens_per_second": speed,
+                            "seconds": tokens / speed})  # fmt: skip
+        if step:
+            run.append_metrics({"kind": "valid", "step": step, "epoch": step // 500, "tokens": tokens,
+                                "cross_entropy": cross_entropy, "perplexity": math.exp(cross_entropy)})  # fmt: skip
+    if finished:
+        scored = {"cross_entropy": math.log(perplexity) if perplexity > 0 else math.nan, "perplexity": perplexity,
+                  "bits_per_byte": None, "tokens": 100_000}  # fmt: skip
+        extra = {"softmax": 0, "temperature": 1, "plif": 100, "plif-frozen": 100, "mos": 18_000}.get(head, 0)
+        run.finish({
+            "head": head, "seed": seed, "corpus": "sotu", "in_features": d, "vocab_size": 9000,
+            "parameters": 2_890_000 + extra, "head_parameters": 153_000 + extra, "steps": 2000, "tokens": 3_072_000,
+            "epochs": 4, "best_step": 2000, "train_seconds": 3_072_000 / speed, "tokens_per_second": speed,
+            "peak_memory_bytes": 700 * 2**20, "valid": scored, "test": scored, "stopped": "finished",
+            "versions": {"torch": "2.13.0", "uncork": "0.1.0", "python": "3.11.2"}, "machine": "2 CPU cores",
+            "threads": 2, **({"analysis": synthetic_analysis(head, d, rng)} if analysis else {}),
+        })  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "runs")
+
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; keeps ids, references, visible text and tags."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.source = path.read_text()
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("href", "src") or "url(" in (value or ""):
+                self.references.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def write(tmp_path, runs, **options):
+    options = {"title": "Output layers on sotu", "command": "uncork compare --seeds 3", **options}
+    return Page(write_report(tmp_path / "report", runs, **options))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Runs of six heads with two seeds, the page of their report, and its folder; written once, only read."""
+    folder = tmp_path_factory.mktemp("comparison")
+    store = RunStore(folder / "runs")
+    runs = [make_run(store, head, seed) for head in LEVELS for seed in range(2)]
+    return runs, write(folder, runs, notes=["Made on a Sunday."]), folder / "report"
+
+
+def test_the_page_is_valid_and_needs_nothing_but_itself(comparison):
+    _, page, _ = comparison
+    assert len(page.ids) == len(set(page.ids)) > 50
+    assert "http://" not in page.source
+    assert "https://" not in page.source
+    assert "//" not in "".join(reference for reference in page.references if reference)
+    assert "script" not in page.tags
+    local = {match for reference in page.references for match in re.findall(r"#([^)\"]+)", reference)}
+    assert local <= set(page.ids)
+    assert page.source.startswith("<!doctype html>")
+    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 10
+    assert page.source.count('role="img" aria-label="') == 10
+    assert "$" not in page.text
+
+
+def test_figures_follow_the_page_s_colours(comparison):
+    source = comparison[1].source
+    body = source[source.index("</style>") :]
+    assert "currentColor" in body
+    assert "var(--muted)" in body
+    assert not re.search("#1b1f24|#6a7280|#d8dce2|<rect[^>]*fill: #fff", body, re.IGNORECASE)
+
+
+def test_everything_is_written(comparison):
+    made, _, out = comparison
+    table, runs = pd.read_csv(out / "table.csv"), pd.read_csv(out / "runs.csv")
+    assert list(table["head"]) == ["softmax", "temperature", "sigsoftmax", "plif", "plif-frozen", "mos"]
+    assert len(runs) == 12
+    mean = np.mean([run.result["test"]["perplexity"] for run in made[:2]])
+    assert table["test_perplexity"][0] == pytest.approx(mean, rel=1e-12)
+    pictures = sorted(path.name for path in (out / "figures").iterdir())
+    assert len(pictures) == 10
+    assert {"perplexity.png", "curves-tokens.png", "function-3-plif.png", "deciles.png"} <= set(pictures)
+    assert all((out / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_the_words_say_what_was_run_and_how(comparison):
+    for words in ("no test was made", "Controls: a learned temperature", "Training was short (4 epochs)",
+                  "Not run: softcap", "uncork compare --seeds 3", "2.13.0", "2 CPU cores", "lstm-laptop",
+                  "head_options.num_pieces = 100", "training.lr", "1,000 held-out contexts", "Made on a Sunday.",
+                  "plif-seed1"):  # fmt: skip
+        assert words in comparison[1].text, words
+
+
+def test_figures_of_an_earlier_report_are_gone(tmp_path, store):
+    old = tmp_path / "report" / "figures" / "function-3-plif.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    write(tmp_path, [make_run(store, "softmax", 0)])
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("head", ["softmax", "plif"])
+def test_one_run(tmp_path, store, head):
+    page = write(tmp_path, [make_run(store, head, 0, perplexity=50.0)])
+    assert "50.00" in page.text
+    assert "A head with one seed has no spread" in page.text
+    expected = (
+        "no other head has finished"
+        if head == "softmax"
+        else "plif reaches a test perplexity of 50.00 on 1 seed; there is no softmax"
+    )
+    assert expected in page.text
+
+
+def test_runs_without_an_analysis_and_without_metrics(tmp_path, store):
+    run = make_run(store, "softmax", 0, analysis=False)
+    (run.path / "metrics.jsonl").unlink()
+    page = write(tmp_path, [run, make_run(store, "plif", 0, analysis=False)])
+    assert page.tags.count("figure") == 3  # perplexity, and the curves of plif alone
+
+
+def test_runs_that_are_not_finished_are_listed_and_not_counted(tmp_path, store):
+    runs = [make_run(store, "softmax", 0, perplexity=60.0), make_run(store, "plif", 0, finished=False)]
+    page = write(tmp_path, runs)
+    assert "Not finished, and left out of every number here: plif-seed0." in page.text
+    assert "plif-seed0 plif 0 not finished" in page.text
+    assert pd.read_csv(tmp_path / "report" / "table.csv")["seeds"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_finished(tmp_path, store, count):
+    page = write(tmp_path, [make_run(store, "plif", seed, finished=False) for seed in range(count)])
+    assert "No run has finished, so there is nothing to compare yet." in page.text
+    assert "figure" not in page.tags
+
+
+def test_a_perplexity_that_is_not_a_number(tmp_path, store):
+    runs = [make_run(store, "softmax", seed, perplexity=60.0 + seed) for seed in range(2)]
+    runs += [make_run(store, "plif", seed, perplexity=[math.nan, 50.0][seed]) for seed in range(2)]
+    page = write(tmp_path, runs)
+    assert "plif has no finite mean" in page.text
+    assert "plif: 1 of 2 finished runs have a test perplexity that is not a finite number" in page.text
+
+
+def test_text_is_escaped(tmp_path, store):
+    nasty = '<script>alert("x")</script>&amp;${title}'
+    run = store.run("nasty", {"head": nasty, "seed": 0, "corpus": nasty, nasty: nasty})
+    other = make_run(store, "plif", 0)
+    run.finish({**other.result, "head": nasty, "machine": nasty, "versions": {nasty: nasty}})
+    page = write(tmp_path, [run, other], title=nasty, command=nasty, notes=[nasty])
+    assert "script" not in page.tags
+    assert page.text.count(nasty) > 8
+
+
+def test_several_settings_of_one_head_are_rows_of_their_own(tmp_path, store):
+    runs = [
+        make_run(store, "softmax", seed, d=d, name=f"s{seed}-{d}", analysis=False) for seed in (0, 1) for d in (8, 16)
+    ]
+    page = write(tmp_path, runs)
+    assert "Against softmax (in_features=16)" in page.text
+    assert len(pd.read_csv(tmp_path / "report" / "table.csv")) == 2
+
+
+def test_an_unwritable_folder_is_a_lab_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabError, match=r"file.*cannot be used as output folder"):
+        write_report(tmp_path / "file", [], title="", command="")
+
+
+def test_a_head_that_is_far_behind_does_not_set_the_scale(store):
+    levels = {"softmax": 100.0, "plif": 98.0, "mos": 400.0}
+    drawn = pictures([make_run(store, head, 0, perplexity=level) for head, level in levels.items()])
+    by_name = {picture.name: picture for picture in drawn}
+    low, high = by_name["perplexity"].figure.axes[0].get_xlim()
+    assert 95 < low < 98 < 100 < high < 105
+    assert "Far off, perhaps outside the frame: mos." in by_name["perplexity"].caption
+    assert by_name["curves-relative"].figure.axes[0].get_ylim()[1] < 50
+    pair = pictures([Run.open(store.root / f"{head}-seed0") for head in ("softmax", "mos")])
+    assert pair[0].figure.axes[0].get_xlim()[1] > 400
+    assert "Far off" not in pair[0].caption
+
+
+def test_labels_keep_their_distance():
+    heights = spread([0.0, 0.01, 0.02, 0.5, 0.99, 1.0], 0.1)
+    assert np.all(np.diff(heights) > 0.1 - 1e-9)
+    assert min(heights) >= 0
+    assert max(heights) <= 1
+    assert heights[3] == pytest.approx(0.5)
+
+
+def test_a_head_has_one_look_and_its_variants_differ():
+    alone, among = strokes(["plif"]), strokes(["softmax", "plif", "plif (num_pieces=20)", "new"])
+    assert alone["plif"] == among["plif"]
+    assert among["plif (num_pieces=20)"].color == among["plif"].color
+    assert among["plif (num_pieces=20)"].linestyle != among["plif"].linestyle

@@ -1,0 +1,272 @@
+"""The numbers of a comparison, by hand and against scipy, and the sentences made from them."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from uncork.lab.errors import LabError
+from uncork.lab.findings import caveats, control_sentence, headline
+from uncork.lab.runs import RunStore
+from uncork.lab.summary import print_table, run_labels, runs_table, summarise, to_markdown
+
+SOFTMAX = [100.0, 102.0, 101.0, 99.0, 103.0]
+PLIF = [95.0, 96.5, 97.0, 93.0, 98.0]
+
+
+@pytest.fixture
+def make(tmp_path):
+    store = RunStore(tmp_path / "runs")
+
+    def make_run(head, seed, test, *, config=None, **result):
+        settings = {"head": head, "seed": seed, "corpus": "sotu", "in_features": 8, **(config or {})}
+        run = store.run(f"{head}-{seed}-{len(store.runs())}", settings)
+        if test is not None:
+            scored = {"cross_entropy": 1.0, "perplexity": test, "bits_per_byte": None, "tokens": 10}
+            run.finish(
+                {"valid": {**scored, "perplexity": test + 1}, "test": scored, "parameters": 1000, "head_parameters": 90,
+                 "tokens_per_second": 500.0, "peak_memory_bytes": 2**20, "epochs": 40, "steps": 100, "best_step": 90,
+                 "train_seconds": 60.0, "tokens": 4000, "stopped": "finished", **result}
+            )  # fmt: skip
+        return run
+
+    return make_run
+
+
+@pytest.fixture
+def runs(make):
+    return [make("softmax", s, v) for s, v in enumerate(SOFTMAX)] + [make("plif", s, v) for s, v in enumerate(PLIF)]
+
+
+def row_of(frame, head):
+    (row,) = [row for _, row in frame.iterrows() if row["head"] == head]
+    return row
+
+
+def test_means_and_spread_by_hand(runs):
+    frame = summarise(runs)
+    row = row_of(frame, "softmax")
+    assert (row["seeds"], row["unfinished"], row["not_finite"]) == (5, 0, 0)
+    assert row["test_perplexity"] == 101.0
+    assert row["valid_perplexity"] == 102.0
+    assert row["test_perplexity_std"] == pytest.approx(math.sqrt(2.5))
+    assert (row["test_perplexity_min"], row["test_perplexity_max"]) == (99.0, 103.0)
+    assert math.isnan(row["difference"])
+    plif = row_of(frame, "plif")
+    assert plif["difference"] == pytest.approx(np.mean([-5, -5.5, -4, -6, -5]))
+    assert plif["difference_std"] == pytest.approx(np.std([-5, -5.5, -4, -6, -5], ddof=1))
+    assert (plif["pairs"], plif["wins"], plif["losses"]) == (5, 5, 0)
+
+
+def test_the_test_is_paired_and_on_log_perplexity(runs):
+    row = row_of(summarise(runs), "plif")
+    expected = stats.ttest_rel(np.log(PLIF), np.log(SOFTMAX)).pvalue
+    one_sample = stats.ttest_1samp(np.log(PLIF) - np.log(SOFTMAX), 0).pvalue
+    assert row["p_value"] == pytest.approx(expected, rel=1e-9)
+    assert row["p_value"] == pytest.approx(one_sample, rel=1e-9)
+    assert row["p_holm"] == row["p_value"]  # the only head tested
+
+
+def test_the_order_of_the_runs_does_not_matter(runs):
+    first, second = summarise(runs), summarise(list(reversed(runs)))
+    assert first["head"].tolist() == second["head"].tolist() == ["softmax", "plif"]
+    assert row_of(first, "plif")["p_value"] == row_of(second, "plif")["p_value"]
+
+
+def test_holm_by_hand(make, runs):
+    runs += [make("gss", s, v + d) for s, (v, d) in enumerate(zip(SOFTMAX, [1, -1, 0.5, -0.2, 0.3], strict=True))]
+    runs += [make("mos", s, v + d) for s, (v, d) in enumerate(zip(SOFTMAX, [-1, -2, -1, -2.5, -0.4], strict=True))]
+    frame = summarise(runs)
+    rows = sorted((row_of(frame, head) for head in ("plif", "gss", "mos")), key=lambda row: row["p_value"])
+    raw = [row["p_value"] for row in rows]
+    adjusted = np.maximum.accumulate(np.minimum(np.array(raw) * [3, 2, 1], 1))
+    assert [row["p_holm"] for row in rows] == pytest.approx(list(adjusted))
+    assert [row["head"] for row in rows] == ["plif", "mos", "gss"]
+
+
+def test_no_test_below_five_seeds(runs):
+    row = row_of(summarise(runs[:4] + runs[5:]), "plif")
+    assert row["pairs"] == 4
+    assert math.isnan(row["p_value"])
+    assert math.isnan(row["p_holm"])
+
+
+def test_only_shared_seeds_are_paired(make):
+    runs = [make("softmax", s, v) for s, v in zip((0, 1, 2), (100.0, 110.0, 120.0), strict=True)]
+    runs += [make("plif", s, v) for s, v in zip((1, 2, 7), (109.0, 122.0, 1.0), strict=True)]
+    row = row_of(summarise(runs), "plif")
+    assert (row["pairs"], row["wins"], row["losses"]) == (2, 1, 1)
+    assert row["difference"] == pytest.approx(0.5)
+
+
+def test_without_a_shared_seed_the_means_are_compared(make):
+    frame = summarise([make("softmax", 0, 100.0), make("plif", 1, 97.0)])
+    row = row_of(frame, "plif")
+    assert (row["pairs"], row["difference"]) == (0, pytest.approx(-3.0))
+    assert "−3.00 (unpaired)" in to_markdown(frame)
+    assert "none shared with the softmax" in headline(frame)
+
+
+def test_equal_runs_and_constant_differences_do_not_break_the_test(make):
+    runs = [make("softmax", s, v) for s, v in enumerate(SOFTMAX)]
+    runs += [make("temperature", s, v) for s, v in enumerate(SOFTMAX)]
+    runs += [make("plif", s, v / 2) for s, v in enumerate(SOFTMAX)]
+    frame = summarise(runs)
+    assert row_of(frame, "temperature")["p_value"] == 1.0
+    assert row_of(frame, "plif")["p_value"] < 1e-12
+
+
+def test_unfinished_runs_are_counted_apart(make, runs):
+    frame = summarise([*runs, make("plif", 9, None), make("mos", 0, None)])
+    assert (row_of(frame, "plif")["seeds"], row_of(frame, "plif")["unfinished"]) == (5, 1)
+    assert row_of(frame, "plif")["test_perplexity"] == pytest.approx(np.mean(PLIF))
+    assert (row_of(frame, "mos")["seeds"], row_of(frame, "mos")["unfinished"]) == (0, 1)
+    assert "mos" not in headline(frame)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_perplexity_that_is_not_finite_is_not_left_out_in_silence(make, runs, bad):
+    frame = summarise([*runs[:9], make("plif", 4, bad)])
+    row = row_of(frame, "plif")
+    assert math.isnan(row["test_perplexity"])
+    assert math.isnan(row["p_value"])
+    assert row["not_finite"] == 1
+    assert (row["test_perplexity_min"], row["test_perplexity_max"]) == (93.0, 97.0)
+    assert "plif has no finite mean" in headline(frame)
+
+
+def test_speed_is_the_median_and_memory_the_largest(make):
+    speeds, memory = (100.0, 900.0, 110.0), (3, 5, 4)
+    numbers = list(enumerate(zip(speeds, memory, strict=True)))
+    frame = summarise([make("plif", i, 9.0, tokens_per_second=s, peak_memory_bytes=m) for i, (s, m) in numbers])
+    assert (frame["tokens_per_second"][0], frame["peak_memory_bytes"][0]) == (110.0, 5)
+
+
+def test_analysis_comes_from_the_result_or_its_own_file(make):
+    analysis = {"rank": {"numerical": 40, "linear_rank": 10, "effective": {"1e-4": 6}, "tail_energy": 0.25}}
+    inside, beside = make("plif", 0, 9.0, analysis=analysis), make("plif", 1, 9.0)
+    analysis["rank"]["numerical"] = 42
+    (beside.path / "analysis.json").write_text(
+        '{"rank": {"numerical": 42, "linear_rank": 10, "effective": {"1e-4": 6}, "tail_energy": 0.25}}'
+    )
+    row = row_of(summarise([inside, beside]), "plif")
+    assert (row["numerical_rank"], row["effective_rank"], row["tail_energy"]) == (41, 6, 0.25)
+
+
+def test_one_row_a_run(make, runs):
+    table = runs_table([*runs, make("plif", 9, None), make("gss", 0, 50.0, stopped="early")])
+    assert table["head"].tolist() == ["softmax"] * 5 + ["gss"] + ["plif"] * 6
+    assert table["seed"].tolist() == [0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 9]
+    assert table["state"].tolist()[-1] == "not finished"
+    assert table["state"].tolist()[5] == "stopped early"
+    assert math.isnan(table["test_perplexity"].iloc[-1])
+
+
+def test_settings_other_than_the_seed_are_not_averaged_over(make):
+    runs = [make("plif", 0, 9.0, config={"head_options": {"num_pieces": n}}) for n in (10, 20)]
+    assert run_labels(runs) == ["plif (num_pieces=10)", "plif (num_pieces=20)"]
+    assert len(summarise(runs)) == 2
+
+
+def test_the_softmax_with_the_others_settings_is_the_baseline(make):
+    runs = [make("softmax", 0, 9.0, config={"in_features": d}) for d in (10, 8)] + [make("plif", 0, 8.5)]
+    assert run_labels(runs) == ["softmax (in_features=10)", "softmax", "plif"]
+    frame = summarise(runs)
+    assert frame["head"].tolist() == ["softmax", "softmax (in_features=10)", "plif"]
+    assert row_of(frame, "plif")["difference"] == pytest.approx(-0.5)
+    assert math.isnan(row_of(frame, "softmax")["difference"])
+
+
+def test_heads_without_a_softmax(make):
+    assert headline(summarise([make("plif", 0, 9.0), make("mos", 0, 8.0)])) == (
+        "Test perplexity without a softmax to compare with: mos 8.00, plif 9.00."
+    )
+
+
+def test_the_same_run_twice_is_an_error(make):
+    with pytest.raises(LabError, match="are all of plif with seed 0"):
+        runs_table([make("plif", 0, 9.0), make("plif", 0, 8.0)])
+
+
+def test_no_runs_at_all():
+    frame = summarise([])
+    assert frame.empty
+    assert headline(frame) == "No run has finished, so there is nothing to compare yet."
+    assert control_sentence(frame, runs_table([])) is None
+    assert caveats(frame, runs_table([])) == []
+
+
+def test_markdown(runs):
+    lines = to_markdown(summarise(runs)).splitlines()
+    assert lines[0].startswith(
+        "| head | seeds | test perplexity | valid perplexity | vs softmax (lower in) | p (Holm) |"
+    )
+    assert lines[2].startswith("| softmax | 5 | 101.0 ± 1.6 | 102.0 ± 1.6 | – | – | 1,000 | 90 | 500 | 1 |")
+    assert lines[3].startswith("| plif | 5 | 95.90 ± 1.95 | 96.90 ± 1.95 | −5.10 (5/5) | <0.001 |")
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_terminal_table_fits(runs, width):
+    out = io.StringIO()
+    print_table(summarise(runs), Console(file=out, width=width))
+    text = out.getvalue()
+    assert "95.90 ± 1.95" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert ("peak MiB" in text) == (width == 200)
+
+
+def test_headline_without_a_test_says_so(runs):
+    assert headline(summarise(runs[:3] + runs[5:8])) == (
+        "Against the softmax's test perplexity of 101.0 ± 1.0 (3 seeds): plif 96.17 ± 1.04 (lower in 3 of 3 seeds); "
+        "no test was made, since that takes 5 seeds."
+    )
+
+
+def test_headline_with_a_test(make, runs):
+    runs += [make("gss", s, v + d) for s, (v, d) in enumerate(zip(SOFTMAX, [1, -1, 0.5, -0.2, 0.3], strict=True))]
+    runs += [make("mos", s, v + 5 + 0.1 * s) for s, v in enumerate(SOFTMAX)]
+    sentence = headline(summarise(runs))
+    assert sentence.startswith(
+        "Against the softmax's test perplexity of 101.0 ± 1.6 (5 seeds): plif 95.90 ± 1.95 (p <0.001) is lower; "
+    )
+    assert "mos 106.2 ± 1.6 (p <0.001) is higher; " in sentence
+    assert "gss 101.1 ± 1.6 (p = 0.74) is not told apart from it" in sentence
+
+
+def test_controls_are_named_and_a_vain_gain_is_called_so(make, runs):
+    frozen = [make("plif-frozen", s, v - 0.5) for s, v in enumerate(PLIF)]
+    frame, table = summarise([*runs, *frozen]), runs_table([*runs, *frozen])
+    sentence = control_sentence(frame, table)
+    assert sentence.startswith("Controls: the frozen random PLIF 95.40 ± 1.95 (p ")
+    assert sentence.endswith(
+        "plif is below the frozen random one in 0 of 5 seeds, and not below it in the mean: these runs do not show "
+        "that learning the function helps."
+    )
+    assert "plif-frozen" not in headline(frame)
+
+
+def test_controls_alone_are_the_result(make):
+    runs = [make("softmax", 0, 10.0), make("temperature", 0, 9.0)]
+    frame = summarise(runs)
+    assert "temperature 9.00 (lower in 1 of 1 seed)" in headline(frame)
+    assert control_sentence(frame, runs_table(runs)) is None
+
+
+def test_caveats_name_what_stands_against_the_result(make):
+    runs = [make("softmax", s, 10.0, epochs=3, best_step=100) for s in (0, 1)]
+    runs += [make("plif", 0, 9.0, parameters=1100, stopped="early"), make("plif", 1, None)]
+    text = " ".join(caveats(summarise(runs), runs_table(runs)))
+    for words in ("In 2 of 3 runs validation was best at the very last step", "1 of 3 runs stopped before",
+                  "A head with one seed", "between 1 and 2 finished seeds", "left out of every number here: plif-1",
+                  "Not run: temperature, plif-frozen, softcap", "plif +10%"):  # fmt: skip
+        assert words in text, words
+
+
+def test_long_training_with_every_control_has_no_caveat(make):
+    heads = ("softmax", "temperature", "softcap", "plif", "plif-frozen")
+    runs = [make(head, seed, 10.0) for head in heads for seed in (0, 1)]
+    assert caveats(summarise(runs), runs_table(runs)) == []

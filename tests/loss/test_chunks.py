@@ -1,0 +1,200 @@
+"""Chunks: the same result in pieces, the same bits again, no more products than promised, memory of a chunk."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CHUNKS = [1, 2, 3, 8, 9, 1000]
+
+
+def results(problem, impl, reduction, chunk_size, **options):
+    loss = problem.loss(impl, reduction=reduction, chunk_size=chunk_size, **options)
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return [loss, *torch.autograd.grad(loss, problem.operands(), upstream)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("probabilities", [False, True], ids=["index", "probabilities"])
+def test_any_chunk_size_gives_the_same(impl, mixture, reduction, probabilities, make_problem):
+    problem = make_problem("compose", mixture=mixture, probabilities=probabilities, tokens=9)
+    whole = results(problem, impl, reduction, None, label_smoothing=0.1)
+    for chunk_size in CHUNKS:
+        for a, b in zip(results(problem, impl, reduction, chunk_size, label_smoothing=0.1), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_any_chunk_size_gives_the_same_statistics(impl, mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture, tokens=9)
+    whole = problem.statistics(impl)
+    for chunk_size in CHUNKS:
+        for a, b in zip(problem.statistics(impl, chunk_size=chunk_size), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_same_bits_again(impl, mixture, reduction, make_problem):
+    problem = make_problem("plif", mixture=mixture, tokens=70, vocab=90, dtype=torch.float32)
+    first = results(problem, impl, reduction, 16)
+    for _ in range(3):
+        for a, b in zip(results(problem, impl, reduction, 16), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(150, 300), (40_000, 4)])
+@pytest.mark.parametrize("name", ["scale", "asymmetric-softcap", "plif", "monotone-relu", "monotone-tanh", "compose"])
+def test_function_gradients_do_not_depend_on_threads(name, tokens, vocab, make_problem, threads):
+    """From the same scores: W is the identity matrix, so the product is exact however it is split."""
+    problem = make_problem(name, tokens=tokens, vocab=vocab, features=vocab)
+    problem.weight, problem.bias = torch.eye(vocab, dtype=torch.float64), None
+    parameters = list(problem.function.parameters())
+    bits = []
+    for count in (1, 2, 3):
+        threads(count)
+        loss = problem.loss("torch", chunk_size=tokens)
+        bits.append(torch.autograd.grad(loss, parameters))
+    for other in bits[1:]:
+        for a, b in zip(other, bits[0], strict=True):
+            assert torch.equal(a, b)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear")
+        return func(*args, **(kwargs or {}))
+
+
+def products(problem, reduction, backward):
+    with Products() as counter:
+        loss = problem.loss("torch", reduction=reduction)
+        if backward:
+            loss.sum().backward()
+    return counter.count
+
+
+@pytest.mark.parametrize("name", ["plif", "module"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_call_without_gradients_costs_one_product(mixture, name, reduction, make_problem):
+    problem = make_problem(name, mixture=mixture)
+    with torch.no_grad():
+        assert products(problem, reduction, backward=False) == 1
+    with torch.inference_mode():
+        assert products(problem, reduction, backward=False) == 1
+    for t in problem.operands():
+        t.requires_grad_(False)
+    assert products(problem, reduction, backward=False) == 1
+
+
+def test_products_of_a_training_step(mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture)
+    assert products(problem, "mean", backward=True) == 3
+    assert products(problem, "none", backward=True) == 4
+    problem.weight.requires_grad_(False)
+    assert products(problem, "mean", backward=True) == 2
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages made inside that are alive at once: `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.live = self.peak = 0
+
+    def _free(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in given and storage not in self.known:
+                    self.known.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+
+def peak(problem, impl, reduction, *, grad, statistics=False, **options):
+    for t in problem.operands():
+        t.grad = None
+    with torch.set_grad_enabled(grad), Live() as live:
+        if statistics:
+            loss = problem.statistics(impl, chunk_size=64).entropy
+        else:
+            loss = problem.loss(impl, reduction=reduction, chunk_size=64, **options)
+        if grad:
+            loss.sum().backward()
+    return live.peak
+
+
+# Blocks of scores alive at once. Every primitive of a chain keeps its own scores (and a piece's index, of 8 bytes).
+BLOCKS = {"none": 7, "module": 13, "plif": 15, "monotone-tanh": 19, "compose": 21}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "backward"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "statistics"])
+def test_memory_is_that_of_a_chunk(name, grad, reduction, mixture, make_problem):
+    vocab, features, rows = 512, 4, 64
+    options = {"statistics": True} if reduction == "statistics" else {}
+    few, many = (
+        make_problem(name, mixture=mixture, tokens=n, vocab=vocab, features=features, dtype=torch.float32)
+        for n in (128, 512)
+    )
+    small = peak(few, "torch", reduction, grad=grad, **options)
+    large = peak(many, "torch", reduction, grad=grad, **options)
+    # What may grow with N: gradients of the inputs and a handful of numbers per token, never a row of scores.
+    per_token = (large - small) / (512 - 128)
+    assert per_token < 0.15 * vocab * 4
+    block, matrix = rows * vocab * 4, vocab * features * 4
+    assert small < BLOCKS[name] * block + 4 * matrix
+
+
+def test_the_measure_of_memory_sees_kept_logits(make_problem):
+    problem = make_problem("plif", tokens=1024, vocab=512, dtype=torch.float32)
+    assert peak(problem, "reference", "mean", grad=True) > 2 * 1024 * 512 * 4
+    assert peak(problem, "torch", "mean", grad=True) < 1024 * 512 * 4
+
+
+def test_the_largest_tensor_is_a_block(make_problem):
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.elements = max(self.elements, *sizes, 0)
+            return out
+
+    problem = make_problem("plif", tokens=1000, vocab=200, features=3, dtype=torch.float32)
+    with Largest() as largest:
+        problem.loss("torch", chunk_size=40).backward()
+        problem.loss("torch", chunk_size=40, reduction="none").sum().backward()
+    assert largest.elements == 40 * 200
+
+
+def test_saved_for_backward_is_not_the_scores(mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture, tokens=300, vocab=200, features=3, dtype=torch.float32)
+    for reduction in ("mean", "none"):
+        sizes: list[int] = []
+
+        def note(t, sizes=sizes):
+            sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            loss = problem.loss("torch", reduction=reduction, chunk_size=32)
+        loss.sum().backward()
+        assert max(sizes) <= max(t.numel() for t in problem.operands())
