@@ -70,7 +70,7 @@ class _Experiment:
         from uncork.lab.train_config import TrainConfig
 
         known = {field.name for field in dataclasses.fields(TrainConfig)}
-        values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known}
+        values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known and k != "head"}
         if self.min_count is None:
             values["min_count"] = 1 if self.corpus in ("ptb", "wikitext-2") else 2
         for item in self.set:
@@ -195,7 +195,7 @@ def compare(command: Compare) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from uncork.lab.compare import Event, TimeLeft, finished_runs, make_tasks, run_all
+    from uncork.lab.compare import Event, TimeLeft, make_tasks, run_all, started_runs
     from uncork.lab.errors import LabError
     from uncork.lab.files import write_json
     from uncork.lab.report import write_report
@@ -233,8 +233,8 @@ def compare(command: Compare) -> dict[str, Any]:
         threads=command.threads or max(1, _cores() // command.workers),
         on_event=tell,
     )
-    runs = finished_runs(store.root, tasks)
-    if not runs:
+    runs = started_runs(store.root, tasks)
+    if all(run.result is None for run in runs):
         raise LabError(f"no run finished: {next(iter(failed.values()), 'nothing was run')}")
     title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
     notes = [f"{name} did not finish: {message}" for name, message in failed.items()]
@@ -242,7 +242,7 @@ def compare(command: Compare) -> dict[str, Any]:
     _say()
     print_table(summarise(runs), Console())
     _say(f"\nThe report: {report}")
-    return {"command": "compare", "report": str(report), "runs": len(runs), "failed": failed}
+    return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
 
 
 def train(command: Train) -> dict[str, Any]:

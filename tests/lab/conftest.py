@@ -1,14 +1,18 @@
 """A text small enough to train on in a second, and settings that fit it."""
 
+import itertools
 import random
+import signal
+from typing import Any
 
 import pytest
 
+from uncork.lab import trainer as trainer_module
 from uncork.lab.corpora import load_corpus
 from uncork.lab.train_config import TrainConfig
 
 WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(48)]
-LSTM = {
+LSTM: dict[str, Any] = {
     "preset": "lstm-laptop",
     "model_options": {
         "embedding_size": 6,
@@ -18,7 +22,7 @@ LSTM = {
         "output_dropout": 0.1,
     },
 }
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "preset": "transformer-laptop",
     "model_options": {"width": 8, "depth": 1, "num_heads": 2, "max_length": 32, "dropout": 0.1},
 }
@@ -68,3 +72,20 @@ def tiny_config(tiny_folder):
         return TrainConfig(preset=base["preset"], model_options=options, **settings)
 
     return make
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Deliver Ctrl-C in the middle of the steps with these numbers, counted over all sessions of the test."""
+
+    def install(steps):
+        counter, real = itertools.count(), trainer_module.set_lr
+
+        def set_lr(optimizer, factor):
+            if next(counter) in steps:
+                signal.raise_signal(signal.SIGINT)
+            return real(optimizer, factor)
+
+        monkeypatch.setattr(trainer_module, "set_lr", set_lr)
+
+    return install

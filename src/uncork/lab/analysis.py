@@ -65,11 +65,7 @@ def analyse(
         ValueError: counts has another shape than (V,).
         TypeError: the model's head is no Head.
     """
-    head = model.head
-    if not isinstance(head, Head):
-        raise TypeError(f"model.head: expected a uncork.heads.Head, got {type(head).__name__}")
-    if tuple(counts.shape) != (head.vocab_size,):
-        raise ValueError(f"counts: expected shape ({head.vocab_size},), got {tuple(counts.shape)}")
+    head = _checked_head(model, counts)
     if contexts < 1:
         raise LabError(f"contexts must be at least 1, got {contexts}")
     training = model.training
@@ -77,7 +73,7 @@ def analyse(
     try:
         with torch.no_grad():
             features, sampled_target, per_token = _read(model, head, tokens, batch_size, bptt, contexts)
-            wide = cast(Head, _in_float64(head))
+            wide = _in_float64(head)
             function = wide.logit_function
             histogram = _histogram(wide, features, sampled_target)
             return {
@@ -117,7 +113,16 @@ def frequency_deciles(counts: Tensor) -> Tensor:
     return decile.masked_fill(counts == 0, DECILES - 1)
 
 
-def _in_float64(head: torch.nn.Module) -> torch.nn.Module:
+def _checked_head(model: LanguageModel, counts: Tensor) -> Head:
+    head = model.head
+    if not isinstance(head, Head):
+        raise TypeError(f"model.head: expected a uncork.heads.Head, got {type(head).__name__}")
+    if tuple(counts.shape) != (head.vocab_size,):
+        raise ValueError(f"counts: expected shape ({head.vocab_size},), got {tuple(counts.shape)}")
+    return head
+
+
+def _in_float64(head: Head) -> Head:
     """A copy of the head in float64, on the CPU where the device has no float64."""
     parameter = next(head.parameters())
     device = "cpu" if parameter.device.type == "mps" else parameter.device

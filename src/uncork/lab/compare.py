@@ -220,7 +220,6 @@ class TimeLeft:
         return None if gained < 0.005 else (time.monotonic() - self.started) * (1 - done) / gained
 
 
-def finished_runs(root: Path, tasks: Sequence[Task]) -> list[Run]:
-    """The runs of these tasks that have a result, in the tasks' order."""
-    opened = [Run.open(root / task.name) for task in tasks if (root / task.name / "config.json").exists()]
-    return [run for run in opened if run.result is not None]
+def started_runs(root: Path, tasks: Sequence[Task]) -> list[Run]:
+    """The runs of these tasks, in the tasks' order, those that failed included."""
+    return [Run.open(root / task.name) for task in tasks if (root / task.name / "config.json").exists()]

@@ -18,6 +18,7 @@ from uncork.lab.plot_style import (
     MUTED,
     Stroke,
     dress,
+    frame,
     label_ends,
     label_margin,
     new_axes,
@@ -215,7 +216,7 @@ def _relative_curves(curves: dict[str, _Curve], comparison: _Comparison) -> list
         axes.plot(x, change, color=stroke.color, linestyle=stroke.linestyle, linewidth=stroke.linewidth)
         ends.append((float(x[-1]), float(change[-1]), label, stroke.color))
         late += [] if label in comparison.far else change[len(change) // 5 :].tolist()
-    _frame(axes, late)
+    frame(axes, late)
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -227,12 +228,6 @@ def _relative_curves(curves: dict[str, _Curve], comparison: _Comparison) -> list
     )
     said = f"Validation perplexity relative to the softmax's while training, for {', '.join(others)}."
     return [Picture("curves-relative", "curves", figure, caption, said)]
-
-
-def _frame(axes: Axes, values: Sequence[float]) -> None:
-    """Limits of y that hold the values and a little more."""
-    margin = 0.08 * (max(values) - min(values)) or 0.1
-    axes.set_ylim(min(values) - margin, max(values) + margin)
 
 
 def _draw_curves(curves: dict[str, tuple[Array, Array]], comparison: _Comparison, xlabel: str) -> Figure:
@@ -265,7 +260,7 @@ def _functions(comparison: _Comparison) -> list[Picture]:
         analyses = [analysis for analysis in group.analyses if analysis.get("function")]
         if not analyses:
             continue
-        slopes = np.array(analyses[0]["function"]["slope"], dtype=float)
+        slopes = np.concatenate([analysis["function"]["slope"] for analysis in analyses])
         low, high = f"{slopes.min():.2f}", f"{slopes.max():.2f}"
         caption = f"{group.label}: slope {low if low == high else f'from {low} to {high}'}"
         figure = _draw_function(analyses, comparison.style[group.label])
@@ -382,7 +377,7 @@ def _deciles(comparison: _Comparison) -> list[Picture]:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
     axes.set_xlim(0.7, 10.3)
-    _frame(axes, seen)
+    frame(axes, seen)
     label_ends(figure, axes, ends)
     caption = (
         "Where the difference lies: perplexity against the softmax's on held-out words, by how often the word stands "

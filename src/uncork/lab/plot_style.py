@@ -104,6 +104,12 @@ def dress(axes: Axes, *, xlabel: str = "", ylabel: str = "") -> None:
     axes.set_ylabel(ylabel, color=MUTED, fontsize=FONT, labelpad=4)
 
 
+def frame(axes: Axes, values: Sequence[float]) -> None:
+    """Limits of y that hold the values and a little more."""
+    margin = 0.08 * (max(values) - min(values)) or 0.1
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+
+
 def plain_log_ticks(axes: Axes, which: str, ticks: Sequence[float]) -> None:
     """Ticks of a logarithmic axis, written as plain numbers."""
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -136,7 +142,7 @@ def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, st
         return
     ends = sorted(ends, key=lambda end: end[1])
     to_axes = axes.transData + axes.transAxes.inverted()
-    places = [to_axes.transform((x, y)) for x, y, _, _ in ends]
+    places = [to_axes.transform((x, y)).clip(0, 1) for x, y, _, _ in ends]  # a line may end outside the frame
     height_points = axes.get_position().height * figure.get_figheight() * 72
     heights = spread([float(place[1]) for place in places], 1.25 * FONT / height_points)
     for (_, _, label, color), place, height in zip(ends, places, heights, strict=True):

@@ -148,6 +148,6 @@ class ProbabilityTarget:
 
 
 def highest(logits: Tensor) -> Tensor:
-    """Each row's largest logit (..., 1), or 0 where all are -inf: taken off first, it keeps small losses their digits."""
+    """Each row's largest logit (..., 1), 0 where all are -inf: taken off first, it keeps small losses their digits."""
     top = logits.detach().amax(-1, keepdim=True)
     return top.masked_fill_(top == -torch.inf, 0)

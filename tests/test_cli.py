@@ -1,0 +1,186 @@
+"""The command line as a stranger uses it, wrong input included."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from uncork import cli
+from uncork.lab.compare import Event, TimeLeft, make_tasks, parse_head
+from uncork.lab.errors import LabError
+from uncork.lab.train_config import TrainConfig
+from uncork.lab.trainer import Progress
+
+LINES = ["the cat sat on the mat", "a dog sat on a log", "the dog saw the cat", "a cat saw a dog on the mat"]
+SMALL = [
+    "--in-features", "4", "--epochs", "1", "--batch-size", "4", "--bptt", "8", "--threads", "1", "--min-count", "1",
+    "--set", "model_options.embedding_size=6", "model_options.hidden_sizes=[8]", "log_every=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A text file of 400 lines, and a cache of its own."""
+    monkeypatch.setenv("UNCORK_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(LINES[i * i % 4] for i in range(400)) + "\n")
+    return path
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_train_evaluate_generate(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--corpus", text, "--out-dir", out, "--head", "plif:num_pieces=20", *SMALL) == 0
+    trained = last_json(capsys)
+    assert (out / "report.html").exists()
+    assert json.loads((out / "config.json").read_text())["head_options"] == {"num_pieces": 20}
+    assert run("evaluate", out) == 0
+    tested = last_json(capsys)
+    assert tested["perplexity"] == pytest.approx(trained["test"]["perplexity"], rel=1e-6)
+    assert run("evaluate", out, "--split", "valid") == 0
+    assert last_json(capsys)["perplexity"] == pytest.approx(trained["valid"]["perplexity"], rel=1e-6)
+    (tmp_path / "other.txt").write_text("the dog sat on a cat\n")
+    assert run("evaluate", out, "--text", tmp_path / "other.txt") == 0
+    assert last_json(capsys)["tokens"] == 6
+    assert run("generate", out, "--prompt", "the cat", "--max-tokens", "5") == 0
+    first = last_json(capsys)["text"]
+    assert first.startswith("the cat")
+    run("generate", out, "--prompt", "the cat", "--max-tokens", "5")
+    assert last_json(capsys)["text"] == first
+
+
+def test_compare_reports_and_does_not_run_rows_twice(text, tmp_path, capsys):
+    out = tmp_path / "compared"
+    command = ["compare", "--corpus", text, "--out-dir", out, "--heads", "softmax", "plif:lr=0.01", "--seeds", "1",
+               "--contexts", "20", *SMALL]  # fmt: skip
+    assert run(*command) == 0
+    outcome = last_json(capsys)
+    assert outcome["runs"] == 2
+    assert outcome["failed"] == {}
+    for name in ("report.html", "table.csv", "runs.csv", "config.json", "figures/perplexity.png"):
+        assert (out / name).exists(), name
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "runs").glob("*/result.json")}
+    assert run(*command, "--workers", "2") == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "runs").glob("*/result.json")}
+    assert json.loads((out / "runs/plif_lr_0.01-seed0/config.json").read_text())["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--corpus", "nosuch.txt", "--out-dir", "run"], "nosuch.txt"),
+        (["train", "--head", "nosuch", "--out-dir", "run"], "head must be one of softmax"),
+        (["train", "--head", "plif:num_pieces=0", "--out-dir", "run", "--corpus", "TEXT"], "num_pieces"),
+        (["train", "--head", "plif:bound=-1", "--out-dir", "run", "--corpus", "TEXT"], "bound"),
+        (["train", "--head", "mos:num_components=0", "--out-dir", "run", "--corpus", "TEXT"], "num_components"),
+        (["train", "--head", "plif:num_peices=3", "--out-dir", "run", "--corpus", "TEXT"], "num_peices"),
+        (["train", "--head", "plif:num_pieces", "--out-dir", "run"], "name:key=value"),
+        (["train", "--in-features", "0", "--out-dir", "run"], "in_features"),
+        (["train", "--set", "nosuch=1", "--out-dir", "run"], "set: expected key=value"),
+        (["train", "--preset", "nosuch", "--out-dir", "run"], "preset must be one of"),
+        (["train", "--vocab-size", "1", "--out-dir", "run", "--corpus", "TEXT"], "vocab_size"),
+        (["train", "--corpus", "EMPTY", "--out-dir", "run"], "empty"),
+        (["train", "--corpus", "BINARY", "--out-dir", "run"], "UTF-8"),
+        (["train", "--corpus", "TEXT", "--out-dir", "EMPTY/run"], "EMPTY"),
+        (["compare", "--heads", "softmax", "softmax", "--out-dir", "run"], "named once"),
+        (["compare", "--seeds", "0", "--out-dir", "run"], "seeds"),
+        (["compare", "--workers", "0", "--out-dir", "run"], "workers"),
+        (["evaluate", "nosuch"], "nosuch"),
+        (["generate", "nosuch"], "nosuch"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, said, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "BINARY").write_bytes(bytes(range(256)) * 10)
+    assert run(*[text if a == "TEXT" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("uncork: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_an_unfinished_run_is_not_overwritten_and_resume_ends_it(text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    command = ["train", "--corpus", text, "--out-dir", out, *SMALL]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "_progress_line", interrupt)
+        assert run(*command) == 130
+    assert "--resume" in capsys.readouterr().err
+    if not list((out / "checkpoints").glob("last-*")):
+        pytest.fail("Ctrl-C left no checkpoint")
+    assert run(*command) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert run(*command, "--resume") == 0
+    assert run(*[*command[:-1], "log_every=3"], "--resume") == 2  # another configuration
+    assert "log_every" in capsys.readouterr().err
+
+
+def test_a_loss_of_nan_is_reported(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--corpus", text, "--out-dir", out, "--lr", "1e30", "--head", "softmax", *SMALL) == 2
+    error = capsys.readouterr().err.splitlines()[-1].lower()
+    assert "not finite" in error
+    both = tmp_path / "both"
+    heads = ["--heads", "softmax", "temperature:lr=1e30", "--seeds", "1", "--contexts", "20"]
+    assert run("compare", "--corpus", text, "--out-dir", both, *heads, *SMALL) == 2
+    outcome = last_json(capsys)
+    assert outcome["runs"] == 1
+    assert list(outcome["failed"]) == ["temperature_lr_1e30-seed0"]
+    assert "did not finish" in (both / "report.html").read_text()
+
+
+def test_every_flag_is_explained_and_there_are_few():
+    for kind in (cli.Compare, cli.Train, cli.Evaluate, cli.Generate):
+        assert len(dataclasses.fields(kind)) <= 25
+    for name in ("compare", "train", "evaluate", "generate"):
+        shown = subprocess.run(
+            [sys.executable, "-m", "uncork.cli", name, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert "--help" in shown
+        assert "not documented" not in shown
+
+
+def test_heads_as_the_command_line_writes_them():
+    assert parse_head("softcap:cap=15") == ("softcap", {"cap": 15}, {})
+    assert parse_head("plif:init=random,lr=0.1") == ("plif", {"init": "random"}, {"lr": 0.1})
+    for bad in ("plif:", "plif:=3", "plif:lr"):
+        if bad == "plif:":
+            assert parse_head(bad) == ("plif", {}, {})
+        else:
+            with pytest.raises(LabError, match="name:key=value"):
+                parse_head(bad)
+
+
+def test_tasks_go_seed_by_seed():
+    tasks = make_tasks(["softmax", "softcap:cap=15"], [0, 1], TrainConfig())
+    assert [t.name for t in tasks] == ["softmax-seed0", "softcap_cap_15-seed0", "softmax-seed1", "softcap_cap_15-seed1"]
+    assert tasks[3].config.head_options == {"cap": 15}
+    assert tasks[3].config.seed == 1
+
+
+def test_time_left_counts_what_was_done_in_this_session(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("uncork.lab.compare.time.monotonic", lambda: now[0])
+    left = TimeLeft(runs=2)
+
+    def at(step):
+        return Event("a", "progress", Progress(step, 100, 0.0, 1.0, None, 1.0, 0.0))
+
+    assert left.update(at(0)) is None
+    now[0] = 10.0
+    assert left.update(at(50)) == pytest.approx(30.0)
+    assert left.update(Event("a", "done")) == pytest.approx(10.0)
