@@ -23,13 +23,20 @@ def block(folder: str) -> str:
     """The table of one result and its origin."""
     where = ROOT / "results" / folder
     origin = json.loads((where / "provenance.json").read_text())
-    table = to_markdown(pd.read_csv(where / "table.csv"))
+    frame = pd.read_csv(where / "table.csv")
+    table = to_markdown(frame) if "seeds" in frame else plain_markdown(frame)
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return (
         f"{table}\n\n```\n{origin['command']}\n```\n"
         f"Commit {origin['commit'][:10]}, {origin['machine']}, {origin['threads']} thread(s) a run, {versions}; "
-        f"every run: [runs.csv](results/{folder}/runs.csv).\n"
+        f"as CSV: [results/{folder}](results/{folder}).\n"
     )
+
+
+def plain_markdown(frame: pd.DataFrame) -> str:
+    """A table as it stands in its CSV."""
+    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def rebuilt(page: Path) -> str:

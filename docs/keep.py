@@ -4,6 +4,7 @@ Checkpoints and metrics stay behind. The origin (provenance.json) says how to ma
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,13 @@ def keep(source: Path, destination: Path) -> None:
         shutil.copy(figure, destination / figure.name)
     results = [json.loads(path.read_text()) for path in sorted((source / "runs").glob("*/result.json"))]
     config = json.loads((source / "config.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    began = min(path.stat().st_mtime for path in (source / "runs").glob("*/config.json"))
+    # The commit that was checked out when the first run began.
+    command = ["git", "log", "-1", "--format=%H", f"--before=@{int(began)}"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    shown = config["command"].replace(config["out_dir"], f"runs/{destination.name}")
     origin = {
-        "command": config["command"].replace(config["out_dir"], f"runs/{destination.name}"),
+        "command": re.sub(r"--data-dir \S+", "--data-dir FOLDER", shown),
         "commit": commit,
         "machine": results[0]["machine"],
         "threads": results[0]["threads"],

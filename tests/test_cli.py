@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -94,6 +97,13 @@ def test_compare_reports_and_does_not_run_rows_twice(text, tmp_path, capsys):
         (["compare", "--heads", "softmax", "softmax", "--out-dir", "run"], "named once"),
         (["compare", "--seeds", "0", "--out-dir", "run"], "seeds"),
         (["compare", "--workers", "0", "--out-dir", "run"], "workers"),
+        (["compare", "--heads", "softmax", "mos:num_components=0", "--out-dir", "run"], "num_components"),
+        (["compare", "--threads", "-1", "--out-dir", "run"], "threads"),
+        (["train", "--threads", "-1", "--out-dir", "run", "--corpus", "TEXT"], "threads"),
+        (["train", "--threads", "0", "--out-dir", "run", "--corpus", "TEXT"], "threads"),
+        (["train", "--set", "head=softmax", "--out-dir", "run"], "flags of their own"),
+        (["train", "--set", "head_options.num_pieces=3", "--out-dir", "run"], "flags of their own"),
+        (["train", "--set", "seed=3", "--out-dir", "run"], "flags of their own"),
         (["evaluate", "nosuch"], "nosuch"),
         (["generate", "nosuch"], "nosuch"),
     ],
@@ -107,6 +117,68 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, said, text, tmp_
     assert error.startswith("uncork: ")
     assert error.count("\n") == 1
     assert said in error
+    assert not (tmp_path / "run" / "config.json").exists()  # so that the corrected command can use the folder
+
+
+def test_a_comparison_refuses_other_settings_and_keeps_its_files(text, tmp_path, capsys):
+    out = tmp_path / "compared"
+    command = ["compare", "--corpus", text, "--out-dir", out, "--heads", "softmax", "--seeds", "1", "--contexts", "20"]
+    assert run(*command, *SMALL) == 0
+    before = {p: p.read_bytes() for p in (out / "config.json", out / "report.html")}
+    assert run(*command, "--lr", "0.1", *SMALL) == 2
+    assert "other settings: lr" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in before}
+    for name in ("evaluate", "generate"):
+        assert run(name, out) == 2
+        assert "softmax-seed0" in capsys.readouterr().err
+
+
+def test_a_reader_of_the_output_that_ends_early_interrupts_and_a_checkpoint_is_saved(text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "uncork.cli", "train", "--corpus", text, "--out-dir", out, *SMALL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 141
+    assert error == ""
+
+
+def test_output_that_cannot_be_encoded_does_not_stop_the_command(text, tmp_path):
+    out = tmp_path / "réseau"
+    command = [sys.executable, "-m", "uncork.cli", "evaluate", out]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert b"r?seau" in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_the_workers_once(text, tmp_path):
+    out = tmp_path / "compared"
+    command = [sys.executable, "-m", "uncork.cli", "compare", "--corpus", text, "--out-dir", out, "--workers", "2",
+               "--heads", "softmax", "plif", "--seeds", "1", *SMALL, "epochs=5000"]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        names = set[str]()
+        while len(names) < 2:
+            line = process.stdout.readline()
+            assert line
+            names |= {name for name in ("softmax", "plif") if line.startswith(f"{name}-seed0")}
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.strip() == "uncork: interrupted; the same command goes on from the last checkpoint"
+    for name in names:
+        assert list((out / "runs" / f"{name}-seed0" / "checkpoints").glob("last-*"))
+    for _ in range(50):  # Python's own helper process ends a moment after the others
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a process of the comparison is left")
 
 
 def test_an_unfinished_run_is_not_overwritten_and_resume_ends_it(text, tmp_path, capsys, monkeypatch):

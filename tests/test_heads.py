@@ -287,3 +287,43 @@ def test_parameter_groups_leave_nothing_out_and_nothing_twice():
     assert (groups[1]["lr"], groups[1]["weight_decay"]) == (0.05, 0.0)
     with pytest.raises(ValueError, match="function_lr_scale"):
         uncork.parameter_groups(model, lr=0.1, function_lr_scale=-1.0)
+
+
+@pytest.mark.parametrize("maker", [LinearHead, MixtureHead, ContextMixtureHead])
+def test_from_linear_takes_on_the_dtype(maker):
+    options = {"logit_function": uncork.PLIF()} | ({} if maker is LinearHead else {"num_components": 2})
+    head = maker.from_linear(nn.Linear(D, V).double(), **options)
+    assert all(p.dtype == torch.float64 for p in head.parameters())
+    assert head(torch.randn(2, D, dtype=torch.float64)).dtype == torch.float64
+    if maker is not LinearHead:
+        with pytest.raises(TypeError, match="latent_features: given by the linear layer"):
+            maker.from_linear(nn.Linear(D, V), num_components=2, latent_features=3)
+
+
+def test_a_users_own_function_is_not_decayed():
+    head = LinearHead(D, V, logit_function=nn.Sequential(nn.Linear(1, 1)))
+    groups = uncork.parameter_groups(head, lr=1.0, weight_decay=0.1)
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(2, 0.1), (2, 0.0)]
+
+
+def test_a_plain_head_keeps_half_precision_and_a_users_module_gets_float32():
+    h = torch.randn(2, D, dtype=torch.bfloat16)
+    assert LinearHead(D, V).bfloat16()(h).dtype == torch.bfloat16
+    assert LinearHead(D, V, logit_function=nn.Softplus()).bfloat16()(h).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["softmax", "plif", "temperature", "mos"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_raises_and_is_never_silently_zero(name, reduction):
+    head = scattered(name).double()
+    h = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    loss = head.loss(h, torch.tensor([1, 2, 3]), reduction=reduction).sum()
+    (grad,) = torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        grad.square().sum().backward()
+
+
+def test_a_damaged_spec_is_a_value_error():
+    for spec in ({"name": "LinearHead"}, {"name": "LinearHead", "options": 3}):
+        with pytest.raises(ValueError, match="spec: expected options"):
+            head_from_spec(spec)

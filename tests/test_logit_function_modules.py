@@ -127,3 +127,33 @@ def test_parameter_groups():
     assert len(parameter_groups(nn.Linear(2, 3), lr=0.1)) == 1
     with pytest.raises(ValueError, match="lr"):
         parameter_groups(model, lr=-0.1)
+
+
+def test_a_subclass_with_another_equation_needs_its_own_operations():
+    """The fused loss computes from operations(): an inherited one would be the parent's function, silently."""
+    with pytest.raises(TypeError, match="Tripled overrides transform and inherits operations"):
+
+        class Tripled(Softcap):
+            def transform(self, scores):
+                return 3 * super().transform(scores)
+
+
+def test_a_name_stands_for_one_class():
+    with pytest.raises(TypeError, match="a LogitFunction called Softcap stands in"):
+        type("Softcap", (LogitFunction,), {"transform": lambda self, z: z, "options": lambda self: {}})
+
+
+@pytest.mark.parametrize("function", [Softcap(5.0), Scale(2.0), ScaledSigmoid(), PLIF(4), AsymmetricSoftcap(1.0, 2.0)])
+@torch.no_grad()
+def test_inverse_keeps_impossible_words_and_computes_half_precision_in_float32(function):
+    assert function.inverse(torch.tensor([-math.inf])).item() == -math.inf
+    assert function.inverse(torch.tensor([0.5], dtype=torch.bfloat16)).dtype == torch.float32
+    with pytest.raises(TypeError, match="floating"):
+        function.inverse(torch.tensor([1]))
+
+
+def test_tables_stand_on_the_device_of_the_scores():
+    for function in (Softcap(), Scale(), ScaledSigmoid(), GeneralizedSigsoftmax(), Compose(Softcap(), Scale(0.5))):
+        assert {t.device.type for t in function.tables(device=torch.device("meta"))} == {"meta"}
+    for function in (PLIF(3), MonotoneNetwork(3), Scale(learnable=True), AsymmetricSoftcap(learnable=True)):
+        assert {t.device.type for t in function.to("meta").tables()} == {"meta"}

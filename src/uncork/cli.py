@@ -5,6 +5,7 @@ resolved, ends with one JSON line, and turns a mistake into one clear line and a
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -76,6 +77,8 @@ class _Experiment:
         for item in self.set:
             key, equals, text = item.partition("=")
             field, _, option = key.partition(".")
+            if field in ("head", "head_options", "seed"):
+                raise LabError(f"set: the head, its options and the seed have flags of their own, got {item!r}")
             if not equals or field not in known or (bool(option) != field.endswith("_options")):
                 raise LabError(f"set: expected key=value with a setting of the training as key, got {item!r}")
             if option:
@@ -152,8 +155,16 @@ class Generate:
     """Of the sampling."""
 
 
+class _NobodyReads(KeyboardInterrupt):
+    """The output was piped into something that has ended (`| head`): as Ctrl-C, so that training saves a checkpoint."""
+
+
 def _say(text: str = "") -> None:
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        raise _NobodyReads from None
 
 
 def _clock(seconds: float | None) -> str:
@@ -173,6 +184,15 @@ def _announce(command: Any) -> None:
             _say(f"  {field.name.replace('_', '-'):18} {shown}")
 
 
+def _announce_preset(command: _Experiment, config: Any) -> None:
+    """What the flags that were not given come to."""
+    resolved = config.resolved()
+    names = ("min_count", "in_features", "epochs", "lr", "batch_size", "bptt")
+    shown = [f"{name.replace('_', '-')} {getattr(resolved, name)}" for name in names if getattr(command, name) is None]
+    if shown:
+        _say(f"  {'resolved':18} {', '.join(shown)}")
+
+
 def _progress_line(name: str, p: Any, left: float | None) -> str:
     validation = "" if p.valid_perplexity is None else f"  valid ppl {p.valid_perplexity:8.2f}"
     return (
@@ -185,6 +205,15 @@ def _command_line() -> str:
     return shlex.join(["uncork", *sys.argv[1:]])
 
 
+def _require_positive(command: Any, *names: str) -> None:
+    from uncork.lab.errors import LabError
+
+    for name in names:
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -195,18 +224,19 @@ def compare(command: Compare) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from uncork.lab.compare import Event, TimeLeft, make_tasks, run_all, started_runs
+    from uncork.lab.compare import Event, TimeLeft, check_stored, make_tasks, run_all, started_runs
     from uncork.lab.errors import LabError
     from uncork.lab.files import write_json
     from uncork.lab.report import write_report
     from uncork.lab.runs import RunStore
     from uncork.lab.summary import print_table, summarise
 
-    for name in ("seeds", "workers", "contexts"):
-        if getattr(command, name) < 1:
-            raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(command, name)}")
-    tasks = make_tasks(command.heads, range(command.seeds), command.base())
+    _require_positive(command, "seeds", "workers", "contexts", "threads")
+    base = command.base()
+    _announce_preset(command, base)
+    tasks = make_tasks(command.heads, range(command.seeds), base)
     store = RunStore(command.out_dir / "runs")
+    check_stored(store.root, tasks)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
     features = tasks[0].config.resolved().in_features
@@ -249,14 +279,18 @@ def train(command: Train) -> dict[str, Any]:
     """Trains one run; returns its result."""
     import torch
 
+    from uncork.lab.checkpoints import check_head
     from uncork.lab.compare import parse_head
     from uncork.lab.errors import LabError
     from uncork.lab.report import write_report
     from uncork.lab.runs import RunStore
     from uncork.lab.training import train as train_run
 
+    _require_positive(command, "threads")
     name, options, settings = parse_head(command.head)
     config = dataclasses.replace(command.base(), head=name, head_options=options, seed=command.seed, **settings)
+    _announce_preset(command, config)
+    check_head(config)
     corpus = config.load_corpus(data_dir=command.data_dir)
     out_dir = command.out_dir.absolute()
     run = RunStore(out_dir.parent).run(out_dir.name, config.resolved().to_dict())
@@ -277,10 +311,21 @@ def train(command: Train) -> dict[str, Any]:
     return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
 
 
+def _require_run(path: Path) -> None:
+    """Say so where a comparison's folder is given for that of one of its runs."""
+    from uncork.lab.errors import LabError
+
+    inside = sorted(config.parent.name for config in path.glob("runs/[!.]*/config.json"))
+    if inside:
+        shown = ", ".join(inside)
+        raise LabError(f"{path}: is a comparison; give one of its runs, {path / 'runs' / inside[0]}; it has {shown}")
+
+
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """Evaluates a run; returns the numbers."""
     from uncork.lab.evaluation import evaluate_run
 
+    _require_run(command.run)
     found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
     _say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token")
     where = command.split if command.text is None else str(command.text)
@@ -292,6 +337,7 @@ def generate(command: Generate) -> dict[str, Any]:
     from uncork.lab.checkpoints import load_trained
     from uncork.lab.generation import generate as sample
 
+    _require_run(command.run)
     trained = load_trained(command.run)
     text = "".join(
         sample(
@@ -319,23 +365,31 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, runs, and returns the exit code: 0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C."""
+    """Parses, runs, and returns the exit code.
+
+    0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C; 141 when nobody reads the output any more.
+    """
     from uncork.lab.errors import LabError
 
     command: Any = tyro.extras.subcommand_cli_from_dict(
         {kind.__name__.lower(): kind for kind in _COMMANDS}, prog="uncork", description=_ABOUT, args=arguments
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± or ε shows ?
     try:
         _announce(command)
         outcome = _COMMANDS[type(command)](command)
+        _say(json.dumps(outcome, default=str))
     except LabError as error:
         print(f"uncork: {error}", file=sys.stderr)
         return 2
+    except _NobodyReads:
+        return 141
     except KeyboardInterrupt:
-        again = " with --resume added" if isinstance(command, Train) else ""
-        print(f"\nuncork: interrupted; the same command{again} goes on from the last checkpoint", file=sys.stderr)
+        again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
+        goes_on = f"; the same command{again} goes on from the last checkpoint"
+        print(f"\nuncork: interrupted{goes_on if isinstance(command, _Experiment) else ''}", file=sys.stderr)
         return 130
-    _say(json.dumps(outcome, default=str))
     return 2 if outcome.get("failed") else 0
 
 

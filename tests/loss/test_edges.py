@@ -231,3 +231,15 @@ def test_one_word(impl, function_name, mixture, make_problem):
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     for g in torch.autograd.grad(loss, problem.operands()):
         torch.testing.assert_close(g, torch.zeros_like(g))
+
+
+def test_smoothing_spares_impossible_words_of_weight_0(impl):
+    """A padded vocabulary: with class weight 0 on the padding the loss is that of the real words' smoothing."""
+    torch.manual_seed(0)
+    x, w, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64), torch.arange(5)
+    bias = torch.tensor([0.0] * 6 + [-torch.inf] * 2, dtype=torch.float64)
+    weight = torch.tensor([1.0] * 6 + [0.0] * 2, dtype=torch.float64)
+    got = linear_cross_entropy(x, w, y, linear_bias=bias, weight=weight, label_smoothing=0.2, impl=impl)
+    log_prob = (x @ w[:6].T).log_softmax(-1)
+    expected = (-0.8 * log_prob.gather(1, y[:, None]).squeeze(1) - 0.2 / 8 * log_prob.sum(1)).mean()
+    torch.testing.assert_close(got, expected)

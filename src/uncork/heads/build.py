@@ -65,6 +65,8 @@ def build_head(
     | mos, moss, mop | mixture of softmax, sigsoftmax, PLIF | num_components (4), latent_features, latent_activation |
     | moc | mixture of contexts, one softmax | as mos |
 
+    mop has plif's options too.
+
     Args:
         name: one of HEAD_NAMES. in_features: D. vocab_size: V.
         bias_init: (V,) counts of the words; the bias starts at the log unigram (a word never seen counts 1/2).
@@ -107,10 +109,12 @@ def start_at_unigram(head: Head, counts: Tensor) -> None:
     """
     if head.bias is None:
         raise ValueError("bias_init: expected a head with a bias, got bias=False")
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"bias_init: expected a Tensor, got {type(counts).__name__}")
     if tuple(counts.shape) != (head.vocab_size,):
         raise ValueError(f"bias_init: expected shape ({head.vocab_size},), got {tuple(counts.shape)}")
-    if bool((counts < 0).any()) or not bool((counts > 0).any()):
-        raise ValueError("bias_init: expected counts of at least 0 that are not all 0")
+    if not bool((counts >= 0).all()) or not bool((counts > 0).any()) or bool(counts.isinf().any()):
+        raise ValueError("bias_init: expected finite counts of at least 0 that are not all 0")
     smoothed = counts.double().clamp(min=0.5)
     with torch.no_grad():
         head.bias.copy_((smoothed / smoothed.sum()).log())
@@ -124,6 +128,8 @@ def head_from_spec(spec: dict[str, Any]) -> Head:
     """
     if spec.get("name") not in _CLASSES:
         raise ValueError(f"spec: expected a name among {sorted(_CLASSES)}, got {spec.get('name')!r}")
+    if not isinstance(spec.get("options"), dict):
+        raise ValueError(f"spec: expected options, got {spec!r}")
     function = spec.get("logit_function")
     made = None if function is None else LogitFunction.from_spec(function)
     return _CLASSES[spec["name"]](**spec["options"], logit_function=made)

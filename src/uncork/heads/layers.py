@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.functional import mixture_log_softmax
-from uncork.logit_functions import LogitFunction
+from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import positive_int
 from uncork.loss import (
     TokenStatistics,
@@ -25,6 +25,11 @@ from uncork.loss import (
 from uncork.loss.call import check_function
 from uncork.loss.chunked import default_chunk_size
 from uncork.loss.reference import apply_function
+
+
+def _logits(function: nn.Module | None, scores: Tensor) -> Tensor:
+    """f(scores); the identity costs nothing and keeps half precision."""
+    return scores if function is None or isinstance(function, Identity) else apply_function(function, scores)
 
 
 class Head(nn.Module, ABC):
@@ -54,6 +59,7 @@ class Head(nn.Module, ABC):
         """Takes over the parameters of an nn.Linear themselves, so that tied weights stay tied."""
         self.weight = cast(nn.Parameter, linear.weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
+        self.to(linear.weight.device, linear.weight.dtype)  # the rest follows
 
     def _operands(self) -> dict[str, Any]:
         return {"linear_bias": self.bias, "logit_function": self.logit_function}
@@ -73,7 +79,9 @@ class Head(nn.Module, ABC):
         Args:
             input: (..., D). target: (...) indices or (..., V) probabilities.
             options: keyword arguments of `uncork.linear_cross_entropy` (of `uncork.mixture_cross_entropy`): weight,
-                token_weight, reduction, ignore_index, label_smoothing, z_loss, impl, chunk_size.
+                token_weight, reduction, ignore_index, label_smoothing, impl, chunk_size, and z_loss but for a mixture.
+
+        Forward hooks on the head or its function do not run here, since neither is called.
         """
 
     @abstractmethod
@@ -86,8 +94,8 @@ class Head(nn.Module, ABC):
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def predict(self, input: Tensor) -> Tensor:
-        """The likeliest word of each token, (...) int64."""
-        return self.topk(input, 1)[1].squeeze(-1)
+        """The likeliest word of each token, (...) int64, chunk by chunk; ranked as `topk` does."""
+        return torch.cat([self._ranked(rows).argmax(-1) for rows in self._chunks(input)]).view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest words: (log_prob, ids), each (..., k), likeliest first; chunk by chunk.
@@ -96,10 +104,18 @@ class Head(nn.Module, ABC):
         """
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a whole number in [1, {self.vocab_size}], got {k}")
-        rows = input.reshape(-1, input.shape[-1])
-        parts = [self._topk(chunk, k) for chunk in rows.split(default_chunk_size(self.vocab_size))]
+        parts = [self._topk(rows, k) for rows in self._chunks(input)]
         log_prob, ids = (torch.cat(column).view(*input.shape[:-1], k) for column in zip(*parts, strict=True))
         return log_prob, ids
+
+    def _chunks(self, input: Tensor) -> tuple[Tensor, ...]:
+        rows: Tensor = input.reshape(-1, input.shape[-1])
+        components = getattr(self, "num_components", 1)
+        return rows.split(max(1, default_chunk_size(self.vocab_size) // components))
+
+    def _ranked(self, rows: Tensor) -> Tensor:
+        """What orders the words as their probabilities do, (C, V)."""
+        return self.log_prob(rows)
 
     def _topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         log_prob = self.log_prob(rows)
@@ -134,7 +150,7 @@ class _OneSoftmax(Head):
         """What is projected onto the words: (..., projected features)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return apply_function(self.logit_function, self.scores(input))
+        return _logits(self.logit_function, self.scores(input))
 
     def scores(self, input: Tensor) -> Tensor:
         return F.linear(self.context(input), self.weight, self.bias)
@@ -145,13 +161,16 @@ class _OneSoftmax(Head):
     def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
         return token_statistics(self.context(input), self.weight, target, **self._operands(), **options)
 
+    def _ranked(self, rows: Tensor) -> Tensor:
+        return self.scores(rows)
+
     def _topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores = self.scores(rows)
         best, ids = scores.topk(k, dim=-1)
-        logits = apply_function(self.logit_function, scores)
+        logits = _logits(self.logit_function, scores)
         wide = torch.promote_types(logits.dtype, torch.float32)
         normaliser = torch.logsumexp(logits.to(wide), -1, keepdim=True)
-        return apply_function(self.logit_function, best).to(wide) - normaliser, ids
+        return _logits(self.logit_function, best).to(wide) - normaliser, ids
 
 
 class LinearHead(_OneSoftmax):
@@ -218,8 +237,17 @@ class _LatentHead(Head):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, num_components: int, **options: Any) -> "_LatentHead":
         """The mixture over the parameters of an nn.Linear (the same objects: tied weights stay tied)."""
-        options = {"latent_features": linear.in_features, "bias": linear.bias is not None, **options}
-        head = cls(linear.in_features, linear.out_features, num_components=num_components, **options)
+        for name in ("latent_features", "bias"):
+            if name in options:
+                raise TypeError(f"{name}: given by the linear layer; build a {cls.__name__} to choose it")
+        head = cls(
+            linear.in_features,
+            linear.out_features,
+            num_components=num_components,
+            latent_features=linear.in_features,
+            bias=linear.bias is not None,
+            **options,
+        )
         head._adopt(linear)
         return head
 
@@ -262,7 +290,7 @@ class MixtureHead(_LatentHead):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return mixture_log_softmax(apply_function(self.logit_function, self.scores(input)), self.prior(input))
+        return mixture_log_softmax(_logits(self.logit_function, self.scores(input)), self.prior(input))
 
     def scores(self, input: Tensor) -> Tensor:
         return F.linear(self.latents(input), self.weight, self.bias)

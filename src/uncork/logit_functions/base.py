@@ -14,8 +14,17 @@ Spec = dict[str, Any]
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
 
 
+def nowhere_impossible(scores: Tensor) -> bool:
+    """Whether no score is known to be -inf: a CPU can be asked without stopping, other devices are not."""
+    if scores.device.type != "cpu" or torch.compiler.is_compiling() or not scores.numel():
+        return False
+    return bool(scores.detach().amin() > -torch.inf)
+
+
 def pass_impossible(transform: Any, scores: Tensor) -> Tensor:
     """transform(scores), where a score of -inf (an impossible word) stays -inf and adds nothing to any gradient."""
+    if nowhere_impossible(scores):
+        return transform(scores)
     impossible = scores == -torch.inf
     return transform(scores.masked_fill(impossible, 0)).masked_fill(impossible, -torch.inf)
 
@@ -42,8 +51,16 @@ class LogitFunction(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         known = _REGISTRY.get(cls.__name__)
-        if known is not None and known.__module__.startswith("uncork.") and known.__module__ != cls.__module__:
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"a LogitFunction called {cls.__name__} stands in {known.__module__}: choose another name")
+        own = vars(cls)
+        changed = {"transform", "forward", "derivative"} & own.keys()
+        inherited = cls.operations is not LogitFunction.operations and "operations" not in own
+        if changed and inherited and not issubclass(cls, Compose):
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(sorted(changed))} and inherits operations(), from which the "
+                "fused loss computes: override operations() too (returning None leaves it to autograd)"
+            )
         _REGISTRY[cls.__name__] = cls
 
     def transform(self, scores: Tensor) -> Tensor:
@@ -54,7 +71,7 @@ class LogitFunction(nn.Module, ABC):
         operations = self.operations()
         if operations is None:
             raise NotImplementedError(f"{type(self).__name__} has neither operations() nor transform()")
-        for operation, tables in with_tables(operations, self.tables(scores.dtype), scores.device):
+        for operation, tables in with_tables(operations, self.tables(scores.dtype, scores.device), scores.device):
             scores = Elementwise.apply(scores, operation, *tables)
         return scores
 
@@ -66,8 +83,12 @@ class LogitFunction(nn.Module, ABC):
         """The primitives that f is made of, first to last; None where only autograd can serve it."""
         return None
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """The operations' tables, in their order, differentiable in the parameters; computed in float64."""
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        """The operations' tables, in their order, differentiable in the parameters; computed in float64.
+
+        Args:
+            dtype: of the scores. device: of the scores, for a function without parameters; others use their own.
+        """
         return ()
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -93,20 +114,26 @@ class LogitFunction(nn.Module, ABC):
         if operations is None:
             raise NotImplementedError(f"{type(self).__name__} has neither operations() nor derivative()")
         product: Tensor | None = None
-        for operation, tables in with_tables(operations, self.tables(x.dtype), x.device):
+        for operation, tables in with_tables(operations, self.tables(x.dtype, x.device), x.device):
             factor = operation.derivative(x, tables)
             product = factor if product is None else product * factor
             x = operation.forward(x, tables)
         return torch.ones_like(x) if product is None else product
 
     def inverse(self, logits: Tensor) -> Tensor:
-        """The scores with f(scores) = logits, by bisection in float64 (subclasses with a closed form use that).
+        """The scores with f(scores) = logits.
 
         Args:
-            logits: any shape, floating; outside the image of f the result is +-inf or NaN.
+            logits: any shape, floating (half precision is computed in float32); outside the image of f the result is
+                +-inf or NaN; +-inf gives +-inf.
         """
         y = checked_scores(logits)
-        wide = y.detach().double().nan_to_num(0, posinf=0, neginf=0)
+        infinite = y.isinf()
+        return torch.where(infinite, y, self._inverse(y.masked_fill(infinite, 0)))
+
+    def _inverse(self, logits: Tensor) -> Tensor:
+        """By bisection in float64; subclasses with a closed form use that."""
+        wide = logits.detach().double().nan_to_num(0)
         with torch.no_grad():
             reach = wide.abs().clamp(min=1)
             for _ in range(1000):
@@ -120,7 +147,7 @@ class LogitFunction(nn.Module, ABC):
                 above = self(middle) > wide
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
             found = torch.where(self(reach) < wide, torch.inf, torch.where(self(-reach) > wide, -torch.inf, middle))
-        return torch.where(y.isfinite(), found.to(y.dtype), y)
+        return torch.where(logits.isnan(), logits, found.to(logits.dtype))
 
     def spec(self) -> Spec:
         """Name, version and hyper-parameters as plain JSON; parameters travel in the state_dict."""
@@ -139,11 +166,13 @@ class LogitFunction(nn.Module, ABC):
         """
         name, version = spec.get("name"), spec.get("version")
         cls = _REGISTRY.get(str(name))
+        if not isinstance(spec.get("options"), dict):
+            raise ValueError(f"spec: expected options, got {spec!r}")
         if cls is None:
             raise ValueError(f"spec: expected a name among {sorted(_REGISTRY)}, got {name!r}")
         if version != cls.version:
             raise ValueError(f"spec: {name} is at version {cls.version} here, got version {version!r}")
-        return cls._from_options(spec.get("options", {}))
+        return cls._from_options(spec["options"])
 
     @classmethod
     def _from_options(cls, options: dict[str, Any]) -> "LogitFunction":
@@ -189,7 +218,7 @@ class Compose(LogitFunction):
 
     def transform(self, scores: Tensor) -> Tensor:
         for function in self._parts():
-            scores = function(scores)
+            scores = function.transform(scores)
         return scores
 
     def derivative(self, scores: Tensor) -> Tensor:
@@ -209,8 +238,8 @@ class Compose(LogitFunction):
         parts = [f.operations() for f in self._parts()]
         return None if any(p is None for p in parts) else tuple(op for p in parts for op in p or ())
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return tuple(table for f in self._parts() for table in f.tables(dtype))
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        return tuple(table for f in self._parts() for table in f.tables(dtype, device))
 
     def options(self) -> dict[str, Any]:
         return {"functions": [f.spec() for f in self._parts()]}
@@ -242,22 +271,27 @@ def with_tables(
     return pairs
 
 
+def constants(dtype: torch.dtype, device: torch.device | None, *values: float) -> Tensor:
+    """A table of numbers made where it is used: filling does not stop a GPU, copying from the host would."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+
+
 def table_dtype(device: torch.device) -> torch.dtype:
     """float64, where the device has it: tables are small, and prefix sums of a hundred thousand slopes are not."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: Any) -> float:
     """The value as a float if it is finite and above 0; a ValueError that names it otherwise."""
-    number = float(value)
-    if not (number > 0 and number < float("inf")):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
-    return number
+    return float(value)
 
 
-def positive_int(name: str, value: int) -> int:
+def positive_int(name: str, value: Any) -> int:
     """The value if it is a whole number of at least 1; a ValueError that names it otherwise."""
-    if isinstance(value, bool) or not 1 <= value < float("inf") or int(value) != value:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 1 <= value < float("inf") or int(value) != value:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
     return int(value)
 
@@ -267,11 +301,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """An optimiser's groups: logit functions' parameters get their own learning rate and no weight decay.
 
-    Decaying a slope or a knot pulls the function towards nothing in particular; the published PLIF trains its slopes
-    at 0.02 beside 20 or 30 for the rest (`function_lr_scale` = 1e-3).
+    Weight decay would pull a learned function back to its start; the published PLIF trains its slopes at 0.02 beside
+    20 or 30 for the rest (`function_lr_scale` = 1e-3).
 
     Args:
-        model: any module that holds LogitFunctions.
+        model: any module that holds LogitFunctions, or heads with a function of your own.
         lr: learning rate of all other parameters. weight_decay: theirs too.
         function_lr_scale: factor on lr for the functions' parameters.
 
@@ -285,7 +319,9 @@ def parameter_groups(
             "lr, weight_decay, function_lr_scale: expected numbers of at least 0, "
             f"got {lr}, {weight_decay}, {function_lr_scale}"
         )
-    functions = (m for m in model.modules() if isinstance(m, LogitFunction))
+    modules = list(model.modules())
+    functions: list[nn.Module] = [m for m in modules if isinstance(m, LogitFunction)]
+    functions += [f for m in modules if isinstance(f := getattr(m, "logit_function", None), nn.Module)]
     own = {id(p): p for f in functions for p in f.parameters() if p.requires_grad}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     groups = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork import functional
-from uncork.logit_functions.base import LogitFunction, checked_scores, positive
+from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
 
 
@@ -28,7 +28,7 @@ class Identity(LogitFunction):
     def transform(self, scores: Tensor) -> Tensor:
         return scores
 
-    def inverse(self, logits: Tensor) -> Tensor:
+    def _inverse(self, logits: Tensor) -> Tensor:
         return logits
 
     def operations(self) -> tuple[Operation, ...]:
@@ -59,18 +59,19 @@ class Scale(LogitFunction):
         self.factor, self.learnable = positive("factor", factor), bool(learnable)
         self.log_gain = nn.Parameter(torch.zeros(())) if learnable else None
 
-    def _slope(self, dtype: torch.dtype) -> Tensor:
-        slope = torch.tensor(self.factor, dtype=dtype)
-        return slope if self.log_gain is None else slope.to(self.log_gain.device) * self.log_gain.to(dtype).exp()
+    def _slope(self, dtype: torch.dtype) -> Tensor | float:
+        return self.factor if self.log_gain is None else self.factor * self.log_gain.to(dtype).exp()
 
-    def inverse(self, logits: Tensor) -> Tensor:
-        return logits / self._slope(logits.dtype).to(logits.device)
+    def _inverse(self, logits: Tensor) -> Tensor:
+        return logits / self._slope(logits.dtype)
 
     def operations(self) -> tuple[Operation, ...]:
         return (Affine(),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
         slope = self._slope(dtype)
+        if not isinstance(slope, Tensor):
+            return (constants(dtype, device, slope, 0.0),)
         return (torch.stack([slope, torch.zeros_like(slope)]),)
 
     def options(self) -> dict[str, Any]:
@@ -100,14 +101,14 @@ class Softcap(LogitFunction):
     def transform(self, scores: Tensor) -> Tensor:
         return functional.softcap(scores, self.cap)
 
-    def inverse(self, logits: Tensor) -> Tensor:
+    def _inverse(self, logits: Tensor) -> Tensor:
         return self.cap * torch.atanh(logits / self.cap)
 
     def operations(self) -> tuple[Operation, ...]:
         return (Tanh(),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return (torch.tensor([self.cap, self.cap], dtype=dtype),)
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        return (constants(dtype, device, self.cap, self.cap),)
 
     def options(self) -> dict[str, Any]:
         return {"cap": self.cap}
@@ -133,17 +134,18 @@ class AsymmetricSoftcap(LogitFunction):
         self.learnable = bool(learnable)
         self.log_gain = nn.Parameter(torch.zeros(2)) if learnable else None
 
-    def inverse(self, logits: Tensor) -> Tensor:
-        lower, upper = self.tables(logits.dtype)[0].to(logits.device)
+    def _inverse(self, logits: Tensor) -> Tensor:
+        lower, upper = self.tables(logits.dtype, logits.device)[0]
         cap = torch.where(logits > 0, upper, lower)
         return cap * torch.atanh(logits / cap)
 
     def operations(self) -> tuple[Operation, ...]:
         return (Tanh(),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        caps = torch.tensor([self.lower, self.upper], dtype=dtype)
-        return (caps if self.log_gain is None else caps.to(self.log_gain.device) * self.log_gain.to(dtype).exp(),)
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        if self.log_gain is None:
+            return (constants(dtype, device, self.lower, self.upper),)
+        return (constants(dtype, self.log_gain.device, self.lower, self.upper) * self.log_gain.to(dtype).exp(),)
 
     def options(self) -> dict[str, Any]:
         return {"lower": self.lower, "upper": self.upper, "learnable": self.learnable}
@@ -170,14 +172,14 @@ class ScaledSigmoid(LogitFunction):
     def transform(self, scores: Tensor) -> Tensor:
         return functional.scaled_sigmoid(scores, self.height, self.shift, self.width)
 
-    def inverse(self, logits: Tensor) -> Tensor:
+    def _inverse(self, logits: Tensor) -> Tensor:
         return self.width * torch.logit(logits / self.height) - self.shift
 
     def operations(self) -> tuple[Operation, ...]:
         return (Sigmoid(),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return (torch.tensor([self.height, self.shift, self.width], dtype=dtype),)
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        return (constants(dtype, device, self.height, self.shift, self.width),)
 
     def options(self) -> dict[str, Any]:
         return {"height": self.height, "shift": self.shift, "width": self.width}
@@ -214,8 +216,8 @@ class GeneralizedSigsoftmax(LogitFunction):
     def operations(self) -> tuple[Operation, ...]:
         return (Softplus(),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return (torch.tensor([self.center, self.steepness - 1], dtype=dtype),)
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        return (constants(dtype, device, self.center, self.steepness - 1),)
 
     def options(self) -> dict[str, Any]:
         return {"center": self.center, "steepness": self.steepness}
@@ -235,7 +237,7 @@ class Sigsoftmax(LogitFunction):
     def transform(self, scores: Tensor) -> Tensor:
         return functional.sigsoftmax(scores)
 
-    def inverse(self, logits: Tensor) -> Tensor:
+    def _inverse(self, logits: Tensor) -> Tensor:
         y = logits
         # exp(y) = u^2 / (1 + u), u = exp(z): the positive root, in the form that does not overflow on either side.
         positive_side = y + torch.log((1 + torch.sqrt(1 + 4 * torch.exp(-y.clamp(min=0)))) / 2)
@@ -245,8 +247,8 @@ class Sigsoftmax(LogitFunction):
     def operations(self) -> tuple[Operation, ...]:
         return (Softplus(),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        return (torch.tensor([0.0, 1.0], dtype=dtype),)
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        return (constants(dtype, device, 0.0, 1.0),)
 
     def options(self) -> dict[str, Any]:
         return {}

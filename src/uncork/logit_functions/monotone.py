@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from uncork.functional import sech2, tanh
 from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
-from uncork.logit_functions.operations import Operation, PiecewiseLinear, total
+from uncork.logit_functions.operations import Operation, PiecewiseLinear, first_order, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 
 
@@ -79,9 +79,10 @@ class MonotoneNetwork(LogitFunction):
         return 2 * self.bound / self.num_units
 
     def _start_thresholds(self, dtype: torch.dtype) -> Tensor:
-        steps = torch.arange(self.num_units, dtype=torch.float64) - (self.num_units - 1) / 2
+        device = self.threshold_shifts.device
+        steps = torch.arange(self.num_units, dtype=table_dtype(device), device=device) - (self.num_units - 1) / 2
         # Rounded once to float32, so that the start is the same number in every dtype.
-        return (steps * self._spacing()).float().to(self.threshold_shifts.device, dtype)
+        return (steps * self._spacing()).float().to(dtype)
 
     def transform(self, scores: Tensor) -> Tensor:
         if self.units == "tanh":
@@ -108,16 +109,15 @@ class MonotoneNetwork(LogitFunction):
             slope = slope + (w[u] * r[u] * sech2(r[u] * (x - t[u])) - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u])))
         return slope
 
-    def inverse(self, logits: Tensor) -> Tensor:
+    def _inverse(self, logits: Tensor) -> Tensor:
         if self.units == "tanh":
-            return super().inverse(logits)
-        y = checked_scores(logits)
-        return piecewise_inverse(y, *(t.to(y.device) for t in self.tables(y.dtype)))
+            return super()._inverse(logits)
+        return piecewise_inverse(logits, *(t.to(logits.device) for t in self.tables(logits.dtype)))
 
     def operations(self) -> tuple[Operation, ...] | None:
         return (PiecewiseLinear(),) if self.units == "relu" else None
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
         if self.units == "tanh":
             return ()
         thresholds, order = self.thresholds.sort()
@@ -164,7 +164,7 @@ class _TanhNetwork(torch.autograd.Function):
         return y.add_(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, t, w, r, t0, w0, r0 = ctx.saved_tensors
         slope = torch.ones_like(x)

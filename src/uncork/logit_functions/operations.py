@@ -6,9 +6,11 @@ and to its tables; sums over elements are taken in float64, in a fixed order. So
 constraints stay with the tables' maker, so a kernel never sees them.
 """
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -201,29 +203,51 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
     """Sums of weight per bin, in an order that does not depend on threads."""
-    if index.device.type == "cpu":
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.bincount(index.flatten(), weight.flatten(), minlength=size)
     # Elsewhere bincount adds atomically, in any order; accumulating index_put_ sorts first.
     total = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     return total.index_put_((index.flatten(),), weight.flatten(), accumulate=True)
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an autograd.Function's backward: a second derivative raises, where torch would silently take it for 0.
+
+    torch's once_differentiable looks at the upstream gradient alone, which is a constant in `loss.backward()`.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads: tuple[Tensor | None, ...] = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # no create_graph
+            return grads
+        real = [g.detach().requires_grad_() for g in grads if g is not None]
+        made: Any = torch._C._functions.DelayedError(_SECOND, len(real))(*real)
+        refused = iter((made,) if isinstance(made, Tensor) else made)
+        return tuple(None if g is None else next(refused) for g in grads)
+
+    return wrapped
+
+
+_SECOND = b"second derivatives are not supported here: use impl='reference' and a function with a closed form"
+
+
 class Elementwise(torch.autograd.Function):
-    """An operation under autograd that keeps the scores and their places, and sums table gradients in float64."""
+    """An operation under autograd that keeps the scores alone, and sums table gradients in float64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, operation: Operation, *tables: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.operation = operation
-        place = operation.locate(x, tables)
-        ctx.places = len(place)
-        ctx.save_for_backward(x, *place, *tables)
-        return operation.forward(x, tables, place)
+        ctx.save_for_backward(x, *tables)
+        return operation.forward(x, tables)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
-        place, tables = tuple(rest[: ctx.places]), tuple(rest[ctx.places :])
+        tables = tuple(rest)
+        place = ctx.operation.locate(x, tables)
         grad_x = grad * ctx.operation.derivative(x, tables, place) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[2:]):
             return (grad_x, None, *[None] * len(tables))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
+from uncork.logit_functions.base import LogitFunction, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
 
 # Slopes are MIN_SLOPE + (1 - MIN_SLOPE) softplus(v), so that one plus their rounded distance to 1 stays positive.
@@ -27,8 +27,7 @@ def piecewise_inverse(logits: Tensor, knots: Tensor, values: Tensor, slopes: Ten
     """The inverse of z + values[i] + slopes[i] (z - knots[i]): again a search and a line."""
     heights = knots + values
     index = torch.bucketize(logits.contiguous(), heights[1:].contiguous(), right=True)
-    inner = knots[index] + (logits - heights[index]) / (1 + slopes[index])
-    return torch.where(logits.isinf(), logits, inner)
+    return knots[index] + (logits - heights[index]) / (1 + slopes[index])
 
 
 class PLIF(LogitFunction):
@@ -91,7 +90,7 @@ class PLIF(LogitFunction):
             function: increasing, elementwise; called on float64 points of [-bound, bound].
 
         Raises:
-            ValueError: if the function is not finite, or does not rise by at least 1e-6 of a unit slope in a piece.
+            ValueError: if the function is not finite, falls anywhere, or rises nowhere.
 
         >>> from uncork import Softcap
         >>> f = PLIF.from_function(Softcap(30.0), num_pieces=100)
@@ -102,14 +101,15 @@ class PLIF(LogitFunction):
         with torch.no_grad():
             knots = torch.linspace(-plif.bound, plif.bound, plif.num_pieces + 1, dtype=torch.float64)
             heights = function(knots).double()
-            slopes = (heights.diff() / knots.diff() - MIN_SLOPE) / (1 - MIN_SLOPE)
-            rising = (slopes > 0) & slopes.isfinite()
-            if not bool(rising.all()):
-                worst = int(rising.int().argmin())
+            rises = heights.diff()
+            if not bool(heights.isfinite().all() & (rises >= 0).all()) or heights[-1] == heights[0]:
+                worst = int((heights.isfinite()[1:] & (rises >= 0)).int().argmin())
                 raise ValueError(
-                    f"function: expected finite and increasing, got values {heights[worst]:.6g} and "
-                    f"{heights[worst + 1]:.6g} at {knots[worst]:.6g} and {knots[worst + 1]:.6g}"
+                    f"function: expected finite and increasing, got values {heights[worst]:.17g} and "
+                    f"{heights[worst + 1]:.17g} at {knots[worst]:.6g} and {knots[worst + 1]:.6g}"
                 )
+            # A function that is flat to rounding somewhere gets the smallest slope there.
+            slopes = ((rises / knots.diff() - MIN_SLOPE) / (1 - MIN_SLOPE)).clamp(min=1e-12)
             raw = slopes + torch.log(-torch.expm1(-slopes))  # softplus inverted
             plif.raw_slopes.copy_(raw - SOFTPLUS_ONE)
             points = torch.linspace(-plif.bound, plif.bound, 16 * plif.num_pieces + 1, dtype=torch.float64)
@@ -128,21 +128,21 @@ class PLIF(LogitFunction):
 
     def knots(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The left ends of the pieces, (P,)."""
-        steps = torch.arange(self.num_pieces, dtype=torch.float64) - self.num_pieces / 2
-        return (steps * (2 * self.bound / self.num_pieces)).to(self.raw_slopes.device, dtype)
+        device = self.raw_slopes.device
+        steps = torch.arange(self.num_pieces, dtype=table_dtype(device), device=device) - self.num_pieces / 2
+        return (steps * (2 * self.bound / self.num_pieces)).to(dtype)
 
     def transform(self, scores: Tensor) -> Tensor:
         # z + r(z) is inf - inf at z = inf.
         return torch.where(scores == torch.inf, scores, super().transform(scores))
 
-    def inverse(self, logits: Tensor) -> Tensor:
-        y = checked_scores(logits)
-        return piecewise_inverse(y, *(t.to(y.device) for t in self.tables(y.dtype)))
+    def _inverse(self, logits: Tensor) -> Tensor:
+        return piecewise_inverse(logits, *(t.to(logits.device) for t in self.tables(logits.dtype)))
 
     def operations(self) -> tuple[Operation, ...]:
         return (PiecewiseLinear(bound=self.bound),)
 
-    def tables(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
         wide = table_dtype(self.raw_slopes.device)
         knots = self.knots(dtype)
         excess = excess_slope(self.raw_slopes.to(wide))

@@ -68,7 +68,8 @@ def linear_cross_entropy(
         loss = loss + z_loss * logits.logsumexp(-1)[target != ignore_index].square().mean()  # for "mean"
 
     Gradients are exact for input, linear_weight, linear_bias, token_weight and the function's parameters. A score of
-    -inf (a bias of -inf masks a word or a padded row of W) stays an impossible word and adds nothing to any gradient.
+    -inf (a bias of -inf masks a word or a padded row of W) stays an impossible word and adds nothing to any gradient;
+    with label smoothing, which asks for every word, give it the class weight 0, or the loss is inf as torch's is.
 
     Args:
         input: (..., D), float64, float32, or half precision (raised to float32; under autocast cast down first).
@@ -83,6 +84,8 @@ def linear_cross_entropy(
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0.
+
+    Second derivatives and torch.func transforms need impl="reference" (and a function with a closed form).
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what was expected and what came. The target's range is

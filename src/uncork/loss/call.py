@@ -133,7 +133,7 @@ def _checked_target(
     _expect(tuple(target.shape) == leading, "target", f"shape {leading} for indices", tuple(target.shape))
     # In int64: a short integer dtype would wrap V or ignore_index around.
     flat = target.reshape(-1).long()
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
         if bool(wrong.any()):
             where = int(wrong.int().argmax())

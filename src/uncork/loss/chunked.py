@@ -6,12 +6,14 @@ scores again in the backward: four.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from uncork.logit_functions.operations import first_order
 from uncork.loss.call import Call, Statistics
 from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile_torch import LinearTile, MixtureTile, Upstream, function_parameters, make_runner
@@ -101,8 +103,8 @@ def _forward_statistics(call: Call, walk: _Walk) -> Statistics:
     return Statistics(*columns)  # type: ignore[arg-type]
 
 
-def _cast(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
+def _cast(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    return [None if g is None or dtype is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -130,19 +132,19 @@ class _WeightedSum(torch.autograd.Function):
         zero = ce_factor.new_zeros(0)
         ce = torch.cat([zero, *ce_parts])  # type: ignore[list-item]
         square = torch.where(call.target.kept, torch.cat([zero, *lse_parts]), 0).square()
-        ctx.inputs = [(None if t is None else torch.empty(0, dtype=t.dtype)) for t in inputs]
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         ctx.save_for_backward(ce, square, *grads)
         total = (ce_factor.detach() * ce).sum()
         return total if lse_factor is None else total + (lse_factor.detach() * square).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ce, square, *grads = ctx.saved_tensors
         by_factor = grad * ce if ctx.needs_input_grad[2] else None
         by_square = grad * square if ctx.needs_input_grad[3] else None
         scaled = [None if g is None else grad * g for g in grads]
-        return (None, None, by_factor, by_square, *_cast(scaled, ctx.inputs))
+        return (None, None, by_factor, by_square, *_cast(scaled, ctx.dtypes))
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -150,7 +152,9 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.call = call
+        # What is saved for the backward is not held here too, or hooks that offload it would free nothing.
+        empty = call.input.new_empty(0)
+        ctx.call = replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         # The backward reads the probabilities again: saved, a change in between is refused, as for the inputs.
         given = [call.target.probabilities] if isinstance(call.target, ProbabilityTarget) else []
         ctx.save_for_backward(*inputs, *given)
@@ -161,10 +165,11 @@ class _TokenStatistics(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
-        call: Call = ctx.call
+        x, weight, bias, prior_logits, *_ = inputs
+        call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
         with torch.autocast(call.input.device.type, enabled=False):
             walk = _Walk(call, inputs[4:], ctx.needs_input_grad[1:])
             into = walk.empty_gradients()
@@ -172,10 +177,10 @@ class _TokenStatistics(torch.autograd.Function):
             if call.target is not None and by_ce is not None:
                 by_ce = torch.where(call.target.kept, by_ce, 0)
             for start, stop in walk.spans():
-                tile, x = walk.tile(start, stop)
+                tile, rows = walk.tile(start, stop)
                 up = Upstream(*(None if g is None else g[start:stop] for g in (by_ce, by_lse, by_entropy)))
-                walk.add_gradients(into, tile, x, (start, stop), up)
-        return (None, *_cast(into, inputs))
+                walk.add_gradients(into, tile, rows, (start, stop), up)
+        return (None, *_cast(into, [None if t is None else t.dtype for t in inputs]))
 
 
 def _inputs(call: Call) -> list[Tensor | None]:

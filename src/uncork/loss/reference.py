@@ -4,16 +4,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.functional import mixture_log_softmax
-from uncork.logit_functions.base import pass_impossible
+from uncork.functional import at_least_float32, mixture_log_softmax
+from uncork.logit_functions.base import LogitFunction, pass_impossible
 from uncork.loss.call import Call, Statistics, checked_logits
 from uncork.loss.target import highest
 
 
 def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
     """f(scores), where -inf stays and takes no gradient, whatever the function."""
+    if isinstance(function, LogitFunction) and function.operations() != ():  # it sees to -inf itself
+        return checked_logits(function(scores), scores)
     f = nn.Identity() if function is None else function
-    return pass_impossible(lambda finite: checked_logits(f(finite), finite), scores)
+    return pass_impossible(lambda finite: checked_logits(f(at_least_float32(finite)), finite), scores)
 
 
 def statistics(call: Call) -> Statistics:

@@ -84,7 +84,9 @@ class IndexTarget:
     def cross_entropy(self, logits: Tensor, logsumexp: Tensor) -> Tensor:
         loss = self.hit * (logsumexp - self.at(logits))
         if self.spread:
-            weighted = logits if self.word_weight is None else logits * self.word_weight
+            weighted = logits
+            if self.word_weight is not None:  # an impossible word (-inf) of weight 0 costs nothing
+                weighted = torch.where(self.word_weight == 0, 0, logits * self.word_weight)
             loss = loss + (self._spread_mass() * logsumexp - self.spread * weighted.sum(-1))
         return torch.where(self.kept, loss, 0)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from uncork.logit_functions.base import LogitFunction, with_tables
+from uncork.logit_functions.base import LogitFunction, nowhere_impossible, with_tables
 from uncork.logit_functions.operations import Operation
 from uncork.loss.call import checked_logits
 from uncork.loss.target import IndexTarget, Target, highest
@@ -36,9 +36,7 @@ class FunctionRunner(Protocol):
 
 def _impossible(scores: Tensor) -> Tensor | None:
     """Where the scores are -inf; None if that is nowhere, which only a CPU can be asked without stopping."""
-    if scores.device.type == "cpu" and scores.numel() and bool(scores.amin() > -torch.inf):
-        return None
-    return scores == -torch.inf
+    return None if nowhere_impossible(scores) else scores == -torch.inf
 
 
 def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
@@ -135,13 +133,14 @@ class LinearTile:
         factor = torch.zeros_like(self.lse) if upstream.logsumexp is None else upstream.logsumexp
         if upstream.cross_entropy is not None and self.target is not None:
             factor = factor + upstream.cross_entropy * self.target.mass()
-        grad = grad * factor[:, None] if by_entropy is None else grad * (factor[:, None] - by_entropy)
+        grad.mul_(factor[:, None] if by_entropy is None else factor[:, None] - by_entropy)
         if upstream.cross_entropy is not None and self.target is not None:
             self.target.subtract_from(grad, upstream.cross_entropy)
             unused = ~self.target.kept & (factor == 0)
             if upstream.entropy is not None:
                 unused &= upstream.entropy == 0
-            grad.masked_fill_(unused[:, None], 0)
+            if unused.device.type != "cpu" or torch.compiler.is_compiling() or bool(unused.any()):
+                grad.masked_fill_(unused[:, None], 0)
         by_scores, sums = self.runner.backward(self.context, grad)
         return by_scores, None, sums
 
@@ -227,5 +226,5 @@ def function_parameters(function: nn.Module | None, dtype: torch.dtype, device: 
     if function is None:
         return []
     if isinstance(function, LogitFunction) and function.operations() is not None:
-        return [table.to(device) for table in function.tables(dtype)]
+        return [table.to(device) for table in function.tables(dtype, device)]
     return [p for p in function.parameters() if p.requires_grad]
