@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,25 @@ def test_output_that_cannot_be_encoded_does_not_stop_the_command(text, tmp_path)
     assert done.returncode == 2
     assert b"r?seau" in done.stdout
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_on_a_full_disk_is_one_clear_line(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "uncork.cli", "evaluate", tmp_path], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"uncork: ")
+
+
+def test_a_run_on_a_relative_path_is_evaluated_from_another_folder(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "--corpus", text.name, "--out-dir", "run", *SMALL) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("evaluate", "../run") == 0
 
 
 @pytest.mark.slow

@@ -72,6 +72,8 @@ class _Experiment:
 
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known and k != "head"}
+        if self.corpus not in ("sotu", "ptb", "wikitext-2") and Path(self.corpus).exists():
+            values["corpus"] = str(Path(self.corpus).absolute())  # so that the run can be evaluated from anywhere
         if self.min_count is None:
             values["min_count"] = 1 if self.corpus in ("ptb", "wikitext-2") else 2
         for item in self.set:
@@ -162,9 +164,11 @@ class _NobodyReads(KeyboardInterrupt):
 def _say(text: str = "") -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
-        raise _NobodyReads from None
+        if isinstance(error, BrokenPipeError):
+            raise _NobodyReads from None
+        raise
 
 
 def _clock(seconds: float | None) -> str:
@@ -317,8 +321,7 @@ def _require_run(path: Path) -> None:
 
     inside = sorted(config.parent.name for config in path.glob("runs/[!.]*/config.json"))
     if inside:
-        shown = ", ".join(inside)
-        raise LabError(f"{path}: is a comparison; give one of its runs, {path / 'runs' / inside[0]}; it has {shown}")
+        raise LabError(f"{path}: is a comparison; give one of its runs, {path / 'runs'}/ {', '.join(inside)}")
 
 
 def evaluate(command: Evaluate) -> dict[str, Any]:
@@ -380,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
         _announce(command)
         outcome = _COMMANDS[type(command)](command)
         _say(json.dumps(outcome, default=str))
-    except LabError as error:
+    except (LabError, OSError) as error:  # matplotlib's and the terminal's errors are OSErrors
         print(f"uncork: {error}", file=sys.stderr)
         return 2
     except _NobodyReads:
@@ -388,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
         goes_on = f"; the same command{again} goes on from the last checkpoint"
-        print(f"\nuncork: interrupted{goes_on if isinstance(command, _Experiment) else ''}", file=sys.stderr)
+        print("\nuncork: interrupted" + goes_on * isinstance(command, _Experiment), file=sys.stderr)
         return 130
     return 2 if outcome.get("failed") else 0
 

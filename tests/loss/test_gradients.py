@@ -147,7 +147,7 @@ def test_second_derivative_is_right_or_refused(impl, reduction, make_problem):
     if impl == "reference":
         torch.testing.assert_close(torch.autograd.grad(ours, problem.weight)[0], wanted)
     else:
-        with pytest.raises(RuntimeError, match=r"second derivatives are not supported|not to have been used"):
+        with pytest.raises(RuntimeError, match=r"second derivatives are not supported|not have been used"):
             torch.autograd.grad(ours, problem.weight)
         with pytest.raises(RuntimeError, match="second derivatives are not supported"):
             gradient(problem.loss(impl, reduction=reduction)).square().sum().backward()

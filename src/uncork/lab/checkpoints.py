@@ -79,14 +79,22 @@ def build_untrained(config: TrainConfig, corpus: Corpus) -> LanguageModel:
     model_config = config.resolved_preset().model
     prior = {"bias_init": corpus.counts} if config.bias_prior else {}
     torch.manual_seed(derived_seed(config.seed, "head"))
-    try:
-        head = uncork.build_head(
-            config.head, model_config.feature_size, corpus.vocab_size, **prior, **config.head_options
-        )
-    except (TypeError, ValueError) as error:
-        raise LabError(f"head {config.head}: {error}") from error
+    head = _build_head(config, model_config.feature_size, corpus.vocab_size, **prior)
     torch.manual_seed(derived_seed(config.seed, "backbone"))
     return build_model(model_config, head, corpus.vocab_size)
+
+
+def check_head(config: TrainConfig) -> None:
+    """Raise LabError for a head option that does not exist or does not fit, before a run is made or trained."""
+    with torch.random.fork_rng(devices=[]):
+        _build_head(config, config.resolved_preset().model.feature_size, 4)
+
+
+def _build_head(config: TrainConfig, in_features: int, vocab_size: int, **prior: Any) -> Any:
+    try:
+        return uncork.build_head(config.head, in_features, vocab_size, **prior, **config.head_options)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"head {config.head}: {error}") from error
 
 
 def derived_seed(seed: int, purpose: str) -> int:

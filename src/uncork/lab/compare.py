@@ -3,19 +3,25 @@
 import dataclasses
 import json
 import multiprocessing
-import queue
+import os
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 from uncork.lab.analysis import analyse
-from uncork.lab.checkpoints import load_trained
+from uncork.lab.checkpoints import check_head, load_trained
 from uncork.lab.errors import LabError
-from uncork.lab.files import write_json
+from uncork.lab.files import read_json, write_json
 from uncork.lab.runs import Run, RunStore
 from uncork.lab.train_config import TrainConfig
 from uncork.lab.training import Progress, train
@@ -81,20 +87,32 @@ def make_tasks(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) ->
     """Heads x seeds, seed by seed, so that what is done at any moment compares all heads.
 
     Raises:
-        LabError: a head that cannot be read or is named twice, or a bad option.
+        LabError: a head that cannot be read or is named twice, under two names even, or a bad option.
     """
     if not heads or not seeds:
         raise LabError("heads and seeds: expected at least one of each")
     if len(set(heads)) < len(heads):
         raise LabError(f"heads: each may be named once, got {' '.join(heads)}")
-    tasks = []
+    tasks: list[Task] = []
     for seed in seeds:
         for label in heads:
             name, options, settings = parse_head(label)
             config = dataclasses.replace(base, head=name, head_options=options, seed=seed, **settings)
+            check_head(config)
             folder = re.sub(r"[^A-Za-z0-9._-]+", "_", label)
-            tasks.append(Task(label, f"{folder}-seed{seed}", config))
+            task = Task(label, f"{folder}-seed{seed}", config)
+            for other in tasks:
+                if other.name == task.name or other.stored() == task.stored():
+                    raise LabError(f"heads: {other.label} and {label} are the same run; name one of them")
+            tasks.append(task)
     return tasks
+
+
+def check_stored(root: Path, tasks: Sequence[Task]) -> None:
+    """Raise LabError where a run of these tasks was made with other settings, before anything is written."""
+    for task in tasks:
+        if (root / task.name / "config.json").exists():
+            RunStore(root).run(task.name, task.stored())
 
 
 def run_task(
@@ -102,7 +120,7 @@ def run_task(
 ) -> Run:
     """Trains one task to its end (or returns it as it is, if it ended before) and analyses its output layer."""
     run = store.run(task.name, task.stored())
-    if run.result is not None and (run.path / "analysis.json").exists():
+    if is_done(run, contexts):
         return run
     corpus = task.config.load_corpus(data_dir=data_dir)
     train(task.config, corpus, run, on_progress=on_progress)
@@ -120,22 +138,14 @@ def run_task(
     return run
 
 
-def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads: int, events: Any) -> None:
-    """A worker process: one run, so that its peak memory is its own."""
-    torch.set_num_threads(threads)
+def is_done(run: Run, contexts: int) -> bool:
+    """Whether a run is trained, and analysed on so many contexts; a damaged analysis counts as none."""
+    if run.result is None:
+        return False
     try:
-        run_task(
-            RunStore(root),
-            task,
-            data_dir=data_dir,
-            contexts=contexts,
-            on_progress=lambda p: events.put(Event(task.name, "progress", p)),
-        )
-        events.put(Event(task.name, "done"))
-    except KeyboardInterrupt:
-        events.put(Event(task.name, "interrupted"))
-    except LabError as error:
-        events.put(Event(task.name, "failed", message=str(error)))
+        return bool(read_json(run.path / "analysis.json")["rank"]["contexts"] == contexts)
+    except (LabError, KeyError, TypeError):
+        return False
 
 
 def run_all(
@@ -150,73 +160,150 @@ def run_all(
 ) -> dict[str, str]:
     """Runs what is not done yet, `workers` processes at a time; returns the message of each run that failed.
 
-    A run that fails (a loss of nan, say) does not stop the others. Ctrl-C waits for the workers' checkpoints.
+    A run that fails (a loss of nan, say, or a process that is killed) does not stop the others. Ctrl-C waits for the
+    workers' checkpoints; a second one does not.
     """
-    context = multiprocessing.get_context("spawn")
-    events: Any = context.Queue()
     waiting = list(tasks)
-    active: dict[str, Any] = {}
+    active: dict[connection.Connection, tuple[Task, Any]] = {}
     failed: dict[str, str] = {}
+    told: set[str] = set()
+
+    def tell(event: Event) -> None:
+        if event.kind != "progress":
+            told.add(event.name)
+        if event.kind == "failed":
+            failed[event.name] = event.message
+        on_event(event)
+        if event.kind == "interrupted":
+            raise KeyboardInterrupt
+
     try:
         while waiting or active:
             while waiting and len(active) < workers:
                 task = waiting.pop(0)
-                process = context.Process(target=_work, args=(root, task, data_dir, contexts, threads, events))
-                process.start()
-                active[task.name] = process
-            for event in _drain(events):
-                on_event(event)
-                if event.kind == "interrupted":
-                    raise KeyboardInterrupt
-                if event.kind == "failed":
-                    failed[event.name] = event.message
-            for name in [name for name, process in active.items() if not process.is_alive()]:
-                process = active.pop(name)
-                process.join()
-                if process.exitcode:
-                    failed[name] = f"its process ended with exit code {process.exitcode}"
-                    on_event(Event(name, "failed", message=failed[name]))
-        for event in _drain(events):  # a worker's last word can come after its end
-            on_event(event)
-            if event.kind == "failed":
-                failed[event.name] = event.message
+                if _done_before(root, task, contexts):
+                    tell(Event(task.name, "done"))
+                    continue
+                events, process = _start(root, task, data_dir, contexts, threads)
+                active[events] = task, process
+            for events in list(connection.wait(list(active), timeout=1.0)) if active else []:
+                assert isinstance(events, connection.Connection)
+                task, process = active[events]
+                try:
+                    tell(events.recv())
+                except (EOFError, OSError):  # its process has ended, well or not
+                    process.join()
+                    del active[events]
+                    events.close()
+                    if task.name not in told:
+                        tell(Event(task.name, "failed", message=_how_it_ended(process.exitcode)))
     finally:
-        for process in active.values():
-            process.join(timeout=60)
-            process.kill()
+        _end([process for _, process in active.values()])
     return failed
 
 
-def _drain(events: Any) -> list[Event]:
-    """All events that are there, after at most a fifth of a second."""
-    found = []
-    wait = 0.2
-    while True:
+def _done_before(root: Path, task: Task, contexts: int) -> bool:
+    """Whether there is nothing to start a process for. What is wrong with a run, its own process says."""
+    with suppress(LabError):
+        return is_done(RunStore(root).run(task.name, task.stored()), contexts)
+    return False
+
+
+def _start(root: Path, task: Task, data_dir: Path | None, contexts: int, threads: int) -> tuple[Any, Any]:
+    """A process for the task, and the end of the pipe that its events come from.
+
+    A pipe for each, since a killed process can leave a shared queue locked. Ctrl-C, which the terminal sends to all, is
+    blocked in the worker: `run_all` hands it on, once, as SIGTERM.
+    """
+    context = multiprocessing.get_context("spawn")
+    events, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(root, task, data_dir, contexts, threads, theirs))
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return events, process
+
+
+def _end(processes: Iterable[Any]) -> None:
+    """Ask the workers to save a checkpoint and end; kill them after a minute, or at Ctrl-C."""
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.join(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _how_it_ended(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"its process ended with exit code {exitcode}"
+    hint = "; was the memory full?" if -exitcode == signal.SIGKILL else ""
+    return f"its process was killed ({signal.Signals(-exitcode).name}){hint}"
+
+
+def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads: int, events: Any) -> None:
+    """A worker process: one run, so that its peak memory is its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def tell(kind: str, progress: Progress | None = None, message: str = "") -> None:
         try:
-            found.append(events.get(timeout=wait))
-        except queue.Empty:
-            return found
-        wait = 0.0
+            events.send(Event(task.name, kind, progress, message))
+        except OSError:  # nobody listens any more
+            raise KeyboardInterrupt from None
+
+    try:
+        torch.set_num_threads(threads)
+        run_task(RunStore(root), task, data_dir=data_dir, contexts=contexts, on_progress=lambda p: tell("progress", p))
+        tell("done")
+    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt):
+            tell("interrupted")
+    except LabError as error:
+        tell("failed", message=str(error))
+    except Exception as error:
+        traceback.print_exc()  # a mistake of ours, whose place the one line does not tell
+        tell("failed", message=f"{type(error).__name__}: {error}")
+
+
+def _as_interrupt(signum: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    assert callable(handler)
+    handler(signal.SIGINT, frame)
+
+
+def _end_with_parent() -> None:
+    """Without its parent, a worker would train on unseen and keep its run locked."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class TimeLeft:
     """How long a comparison has still to go, from the share of steps that is done."""
 
     def __init__(self, runs: int) -> None:
-        self.runs, self.share = runs, dict[str, float]()
-        self.started = time.monotonic()
-        self.at_start: float | None = None
+        self.runs, self.started = runs, time.monotonic()
+        self.share = dict[str, float]()
+        self.before = dict[str, float]()
+        """The share that was done of each run when it was first heard of: an earlier session's."""
 
     def update(self, event: Event) -> float | None:
         """Seconds left, or None while too little is known."""
-        if event.progress is not None:
-            self.share[event.name] = event.progress.step / max(1, event.progress.steps_total)
-        else:
-            self.share[event.name] = 1.0
+        p = event.progress
+        self.share[event.name] = 1.0 if p is None else p.step / max(1, p.steps_total)
+        self.before.setdefault(event.name, self.share[event.name])
         done = sum(self.share.values()) / self.runs
-        if self.at_start is None:
-            self.at_start = done
-        gained = done - self.at_start
+        gained = done - sum(self.before.values()) / self.runs
         return None if gained < 0.005 else (time.monotonic() - self.started) * (1 - done) / gained
 
 
