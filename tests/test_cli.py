@@ -138,11 +138,13 @@ def test_a_reader_of_the_output_that_ends_early_interrupts_and_a_checkpoint_is_s
     out = tmp_path / "run"
     command = [sys.executable, "-m", "uncork.cli", "train", "--corpus", text, "--out-dir", out, *SMALL]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
+        while " step " not in process.stdout.readline():
+            assert process.poll() is None
         process.stdout.close()
         error = process.stderr.read()
     assert process.returncode == 141
     assert error == ""
+    assert list((out / "checkpoints").glob("last-*"))
 
 
 def test_output_that_cannot_be_encoded_does_not_stop_the_command(text, tmp_path):

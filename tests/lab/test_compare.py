@@ -1,0 +1,122 @@
+"""The workers of a comparison: however one ends, the others go on and nothing is lost."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from uncork.lab.compare import check_stored, is_done, make_tasks, run_all
+from uncork.lab.errors import LabError
+from uncork.lab.files import read_json, write_json
+from uncork.lab.runs import Run, RunStore
+from uncork.lab.train_config import TrainConfig
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A training of some seconds on a text of its own."""
+    monkeypatch.setenv("UNCORK_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"the {i * i % 7} cat sat on {i % 5} mats" for i in range(300)) + "\n")
+    small = {"embedding_size": 6, "hidden_sizes": [8]}
+    return TrainConfig(
+        corpus=str(path), in_features=4, batch_size=4, bptt=8, epochs=100, max_steps=600, log_every=20, eval_every=200,
+        model_options=small,
+    )  # fmt: skip
+
+
+def quick(base):
+    return dataclasses.replace(base, max_steps=20)
+
+
+def run(root, tasks, on_event=lambda event: None, workers=1):
+    return run_all(root, tasks, data_dir=None, contexts=20, workers=workers, threads=1, on_event=on_event)
+
+
+def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path):
+    victim, other = *make_tasks(["softmax"], [0], base), *make_tasks(["plif"], [0], quick(base))
+    kinds = []
+
+    def kill(event):
+        kinds.append((event.name, event.kind))
+        if event.name == victim.name and event.progress is not None:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+
+    failed = run(tmp_path, [victim, other], kill)
+    assert list(failed) == [victim.name]
+    assert "killed (SIGKILL)" in failed[victim.name]
+    assert kinds[-1] == (other.name, "done")
+    assert Run.open(tmp_path / other.name).result is not None
+
+
+def test_an_unexpected_error_is_reported_in_one_line(base, tmp_path, capfd):
+    (broken,) = make_tasks(["softmax"], [0], base)
+    object.__setattr__(broken.config, "corpus", 5)  # no user can do this; it stands for a mistake of ours
+    failed = run(tmp_path, [broken])
+    assert list(failed) == [broken.name]
+    assert failed[broken.name].startswith(("TypeError: ", "AttributeError: "))
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_the_same_command_gives_the_same_numbers(base, tmp_path):
+    tasks = make_tasks(["softmax"], [0], base)
+
+    def interrupt(event):
+        if event.progress is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "interrupted", tasks, interrupt)
+    assert not multiprocessing.active_children()
+    name = tasks[0].name
+    stopped = Run.open(tmp_path / "interrupted" / name)
+    assert not (stopped.path / "result.json").exists()
+    assert 0 < stopped.load_checkpoint().step < base.max_steps
+    assert run(tmp_path / "interrupted", tasks) == {}
+    assert run(tmp_path / "whole", tasks) == {}
+    whole = Run.open(tmp_path / "whole" / name)
+    assert stopped.result is not None
+    assert whole.result is not None
+    assert stopped.result["test"] == whole.result["test"]
+    assert read_json(stopped.path / "analysis.json") == read_json(whole.path / "analysis.json")
+
+
+def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_again(base, tmp_path, monkeypatch):
+    tasks = make_tasks(["softmax"], [0], quick(base))
+    stored = RunStore(tmp_path).run(tasks[0].name, tasks[0].stored())
+    assert not is_done(stored, 20)
+    stored.finish({"test": {}})
+    assert not is_done(stored, 20)
+    for content in ("{", "[]", "{}"):
+        (stored.path / "analysis.json").write_text(content)
+        assert not is_done(stored, 20)
+    write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}})
+    assert is_done(stored, 20)
+    assert not is_done(stored, 30)
+    monkeypatch.setattr("uncork.lab.compare._start", lambda *_: pytest.fail("a process was started"))
+    assert run(tmp_path, tasks) == {}
+
+
+def test_a_bad_head_option_is_found_before_anything_is_trained(base):
+    with pytest.raises(LabError, match="head plif: num_pieces"):
+        make_tasks(["softmax", "plif:num_pieces=0"], [0], base)
+
+
+def test_two_names_of_the_same_run_are_refused_before_anything_is_trained(base):
+    for heads in (["softmax", "softmax:"], ["plif", f"plif:lr={base.resolved().lr}"]):
+        with pytest.raises(LabError, match="are the same run"):
+            make_tasks(heads, [0], base)
+
+
+def test_other_settings_in_the_same_folder_are_refused_before_anything_is_written(base, tmp_path):
+    tasks = make_tasks(["softmax"], [0], base)
+    check_stored(tmp_path, tasks)
+    assert not list(tmp_path.glob("softmax*"))
+    RunStore(tmp_path).run(tasks[0].name, tasks[0].stored())
+    check_stored(tmp_path, tasks)
+    with pytest.raises(LabError, match="max_steps is 600 there, 20 here"):
+        check_stored(tmp_path, make_tasks(["softmax"], [0], quick(base)))
