@@ -7,8 +7,6 @@ resolved, ends with one JSON line, and turns a mistake into one clear line and a
 import dataclasses
 import io
 import json
-import math
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,6 +17,8 @@ try:
     import tyro
 except ModuleNotFoundError as error:
     raise SystemExit("uncork: the command line needs the laboratory: pip install 'uncork[lab]'") from error
+
+from uncork.lab.terminal import NobodyReads, cores, progress_line, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,35 +157,13 @@ class Generate:
     """Of the sampling."""
 
 
-class _NobodyReads(KeyboardInterrupt):
-    """The output was piped into something that has ended (`| head`): as Ctrl-C, so that training saves a checkpoint."""
-
-
-def _say(text: str = "") -> None:
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
-        if isinstance(error, BrokenPipeError):
-            raise _NobodyReads from None
-        raise
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "--:--"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
 def _announce(command: Any) -> None:
-    _say(f"uncork {type(command).__name__.lower()}")
+    say(f"uncork {type(command).__name__.lower()}")
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if value is not None and value != ():
             shown = " ".join(value) if isinstance(value, tuple) else value
-            _say(f"  {field.name.replace('_', '-'):18} {shown}")
+            say(f"  {field.name.replace('_', '-'):18} {shown}")
 
 
 def _announce_preset(command: _Experiment, config: Any) -> None:
@@ -194,15 +172,7 @@ def _announce_preset(command: _Experiment, config: Any) -> None:
     names = ("min_count", "in_features", "epochs", "lr", "batch_size", "bptt")
     shown = [f"{name.replace('_', '-')} {getattr(resolved, name)}" for name in names if getattr(command, name) is None]
     if shown:
-        _say(f"  {'resolved':18} {', '.join(shown)}")
-
-
-def _progress_line(name: str, p: Any, left: float | None) -> str:
-    validation = "" if p.valid_perplexity is None else f"  valid ppl {p.valid_perplexity:8.2f}"
-    return (
-        f"{name:28} step {p.step:>6}/{p.steps_total}  loss {p.cross_entropy:6.3f}{validation}  "
-        f"{p.tokens_per_second:8,.0f} tok/s  {_clock(left)} left"
-    )
+        say(f"  {'resolved':18} {', '.join(shown)}")
 
 
 def _command_line() -> str:
@@ -218,8 +188,10 @@ def _require_positive(command: Any, *names: str) -> None:
             raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_NEXT = (
+    "To go on: the same command with more --seeds or --heads adds rows to this report; with more --epochs and another "
+    "--out-dir it trains longer; `uncork generate` shows what one of the runs/ says."
+)
 
 
 def compare(command: Compare) -> dict[str, Any]:
@@ -231,9 +203,10 @@ def compare(command: Compare) -> dict[str, Any]:
     from uncork.lab.compare import Event, TimeLeft, check_stored, make_tasks, run_all, started_runs
     from uncork.lab.errors import LabError
     from uncork.lab.files import write_json
+    from uncork.lab.findings import caveats, headline
     from uncork.lab.report import write_report
     from uncork.lab.runs import RunStore
-    from uncork.lab.summary import print_table, summarise
+    from uncork.lab.summary import print_table, runs_table, summarise
 
     _require_positive(command, "seeds", "workers", "contexts", "threads")
     base = command.base()
@@ -244,7 +217,7 @@ def compare(command: Compare) -> dict[str, Any]:
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
     features = tasks[0].config.resolved().in_features
-    _say(
+    say(
         f"\n{corpus.name}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
         f"d = {features}, V / d = {corpus.vocab_size // (features or 1)}; {len(tasks)} runs\n"
     )
@@ -253,10 +226,10 @@ def compare(command: Compare) -> dict[str, Any]:
     def tell(event: Event) -> None:
         remaining = left.update(event)
         if event.progress is None:
-            _say(f"{event.name:28} {event.kind} {event.message}".rstrip())
+            say(f"{event.name:28} {event.kind} {event.message}".rstrip())
         elif time.monotonic() - last_line.get(event.name, -1e9) > 10:
             last_line[event.name] = time.monotonic()
-            _say(_progress_line(event.name, event.progress, remaining))
+            say(progress_line(event.name, event.progress, remaining))
 
     failed = run_all(
         store.root,
@@ -264,7 +237,7 @@ def compare(command: Compare) -> dict[str, Any]:
         data_dir=command.data_dir,
         contexts=command.contexts,
         workers=command.workers,
-        threads=command.threads or max(1, _cores() // command.workers),
+        threads=command.threads or max(1, cores() // command.workers),
         on_event=tell,
     )
     runs = started_runs(store.root, tasks)
@@ -273,9 +246,12 @@ def compare(command: Compare) -> dict[str, Any]:
     title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
     notes = [f"{name} did not finish: {message}" for name, message in failed.items()]
     report = write_report(command.out_dir, runs, title=title, command=_command_line(), notes=notes)
-    _say()
-    print_table(summarise(runs), Console())
-    _say(f"\nThe report: {report}")
+    summary = summarise(runs)
+    say()
+    print_table(summary, Console())
+    for sentence in (headline(summary), *caveats(summary, runs_table(runs))):
+        say(f"- {sentence}")
+    say(f"\nThe report: {report}\n{_NEXT}")
     return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
 
 
@@ -300,18 +276,18 @@ def train(command: Train) -> dict[str, Any]:
     run = RunStore(out_dir.parent).run(out_dir.name, config.resolved().to_dict())
     if not command.resume and run.result is None and run.load_checkpoint() is not None:
         raise LabError(f"{out_dir} holds an unfinished run: --resume goes on with it; or choose another --out-dir")
-    torch.set_num_threads(command.threads or _cores())
+    torch.set_num_threads(command.threads or cores())
     result = train_run(
         config,
         corpus,
         run,
         resume=command.resume,
-        on_progress=lambda p: _say(_progress_line(out_dir.name, p, p.seconds_left)),
+        on_progress=lambda p: say(progress_line(out_dir.name, p, p.seconds_left)),
         tensorboard=command.tensorboard,
     )
     report = write_report(out_dir, [run], title=f"{name} on {corpus.name}", command=_command_line(), notes=[])
     test = result["test"]
-    _say(f"\ntest perplexity {test['perplexity']:.2f} per word. The report: {report}")
+    say(f"\ntest perplexity {test['perplexity']:.2f} per word. The report: {report}")
     return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
 
 
@@ -330,7 +306,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
 
     _require_run(command.run)
     found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
-    _say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token")
+    say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token")
     where = command.split if command.text is None else str(command.text)
     return {"command": "evaluate", "run": str(command.run), "on": where, **found.to_dict()}
 
@@ -352,9 +328,10 @@ def generate(command: Generate) -> dict[str, Any]:
             top_k=command.top_k,
             top_p=command.top_p,
             seed=command.seed,
+            window=trained.training.bptt,
         )
     )
-    _say(text)
+    say(text)
     return {"command": "generate", "run": str(command.run), "prompt": command.prompt, "text": text}
 
 
@@ -382,11 +359,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _announce(command)
         outcome = _COMMANDS[type(command)](command)
-        _say(json.dumps(outcome, default=str))
+        say(json.dumps(outcome, default=str))
     except (LabError, OSError) as error:  # matplotlib's and the terminal's errors are OSErrors
         print(f"uncork: {error}", file=sys.stderr)
         return 2
-    except _NobodyReads:
+    except NobodyReads:
         return 141
     except KeyboardInterrupt:
         again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
