@@ -15,7 +15,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY) ## train three output layers on real text and compare them: ten minutes on 2 cores
-	$(BIN)/uncork compare --preset demo --out-dir runs/demo
+	$(BIN)/uncork compare --heads softmax plif plif-frozen --seeds 1 --vocab-size 4000 --in-features 16 \
+		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
 
 test: $(READY) ## all tests but the slow ones
 	$(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
