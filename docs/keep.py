@@ -1,4 +1,4 @@
-"""Keeps what a comparison found: `python docs/keep.py runs/demo results/demo` copies its tables, figures and origin.
+"""Keeps what a comparison found: `python docs/keep.py runs/demo results/demo [FIGURE ...]` copies tables and origin.
 
 Checkpoints and metrics stay behind. The origin (provenance.json) says how to make the numbers again.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 
-def keep(source: Path, destination: Path) -> None:
-    """Copies table.csv, runs.csv and the figures, and writes provenance.json."""
+def keep(source: Path, destination: Path, figures: list[str]) -> None:
+    """Copies table.csv, runs.csv and the figures of these names, and writes provenance.json."""
     destination.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / "config.json").read_text())
     for name in ("table.csv", "runs.csv"):
@@ -22,8 +22,8 @@ def keep(source: Path, destination: Path) -> None:
         if config["workers"] > 1:  # runs that shared the cores say nothing of speed
             frame[[c for c in frame if c in ("tokens_per_second", "train_seconds")]] = float("nan")
         frame.to_csv(destination / name, index=False)
-    for figure in sorted((source / "figures").glob("*.png")):
-        shutil.copy(figure, destination / figure.name)
+    for name in figures:
+        shutil.copy(source / "figures" / f"{name}.png", destination / f"{name}.png")
     results = [json.loads(path.read_text()) for path in sorted((source / "runs").glob("*/result.json"))]
     began = min(path.stat().st_mtime for path in (source / "runs").glob("*/config.json"))
     # The commit that was checked out when the first run began.
@@ -42,4 +42,4 @@ def keep(source: Path, destination: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]), Path(sys.argv[2]))
+    keep(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

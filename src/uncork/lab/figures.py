@@ -270,7 +270,7 @@ def _functions(comparison: _Comparison) -> list[Picture]:
 
 
 def _draw_function(analyses: list[dict[str, Any]], stroke: Stroke) -> Figure:
-    figure, upper = new_axes(3.4, 3.9, xlabel="", ylabel="f(z)", left=0.52, right=0.12)
+    figure, upper = new_axes(3.4, 3.9, xlabel="", ylabel="f(z)", left=0.66, right=0.12)
     box = upper.get_position()
     upper.set_position((box.x0, box.y0 + 0.3 * box.height, box.width, 0.7 * box.height))
     lower = figure.add_axes((box.x0, box.y0, box.width, 0.24 * box.height), sharex=upper)
