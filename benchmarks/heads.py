@@ -69,19 +69,31 @@ def measure(tokens: int, features: int, vocab_size: int, rounds: int) -> list[di
     return rows
 
 
+def by_head(times: pd.DataFrame) -> pd.DataFrame:
+    """One row a head: the ratio to the eager softmax with its quartiles, for each shape."""
+    text = [f"{r.ratio:.2f} ({r.ratio_q1:.2f} to {r.ratio_q3:.2f})" for r in times.itertuples()]
+    shape = [f"N = {r.tokens}, d = {r.in_features}, V = {r.vocab_size}" for r in times.itertuples()]
+    wide = times.assign(text=text, shape=shape).pivot(index="head", columns="shape", values="text")
+    columns = list(dict.fromkeys(shape))
+    return wide.loc[list(dict.fromkeys(times["head"])), columns].reset_index()
+
+
 def main() -> None:
-    """Measures, prints and writes table.csv with its origin."""
+    """Measures, prints and writes times.csv, table.csv and their origin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="at least 3; the first warms up")
     arguments = parser.parse_args()
-    table = pd.DataFrame([row for shape in SHAPES for row in measure(*shape, arguments.rounds)])
-    print(table.to_string(index=False))
+    if arguments.rounds < 3:
+        parser.error(f"--rounds: expected at least 3, got {arguments.rounds}")
+    times = pd.DataFrame([row for shape in SHAPES for row in measure(*shape, arguments.rounds)])
+    print(times.to_string(index=False))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.out / "table.csv", index=False)
+    times.to_csv(arguments.out / "times.csv", index=False)
+    by_head(times).to_csv(arguments.out / "table.csv", index=False)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     origin = {
-        "command": f"python benchmarks/heads.py --out {arguments.out}",
+        "command": f"python benchmarks/heads.py --rounds {arguments.rounds} --out {arguments.out}",
         "commit": commit,
         "machine": machine_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),

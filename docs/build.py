@@ -27,7 +27,7 @@ def block(folder: str) -> str:
     table = to_markdown(frame) if "seeds" in frame else plain_markdown(frame)
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return (
-        f"{table}\n\n```\n{origin['command']}\n```\n"
+        f"{table.strip()}\n\n```\n{origin['command']}\n```\n"
         f"Commit {origin['commit'][:10]}, {origin['machine']}, {origin['threads']} thread(s) a run, {versions}; "
         f"as CSV: [results/{folder}](results/{folder}).\n"
     )
