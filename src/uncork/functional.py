@@ -39,8 +39,9 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def sech2(x: Tensor) -> Tensor:
-    """The derivative of tanh, 1 / cosh(x)^2 = 4 sigmoid(2x) sigmoid(-2x), without cancellation."""
-    return 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+    """The derivative of tanh, 1 / cosh(x)^2 = 4 s (1 - s) with s = sigmoid(-2|x|), without cancellation."""
+    s = torch.sigmoid(-2 * x.abs())
+    return 4 * s * (1 - s)
 
 
 def identity(scores: Tensor) -> Tensor:

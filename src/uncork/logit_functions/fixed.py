@@ -105,7 +105,7 @@ class Softcap(LogitFunction):
         return self.cap * torch.atanh(logits / self.cap)
 
     def operations(self) -> tuple[Operation, ...]:
-        return (Tanh(),)
+        return (Tanh(symmetric=True),)
 
     def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
         return (constants(dtype, device, self.cap, self.cap),)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uncork.functional import sech2, tanh
+from uncork.functional import sech2
 
 _SUM_BLOCK = 4096
 
@@ -81,24 +81,33 @@ class Affine(Operation):
 
 @dataclass(frozen=True)
 class Tanh(Operation):
-    """y = c tanh(x / c), c = lower for x <= 0 and upper for x > 0. Tables: (lower, upper) of shape (2,)."""
+    """y = c tanh(x / c), c = lower for x <= 0 and upper for x > 0. Tables: (lower, upper) of shape (2,).
 
+    Args:
+        symmetric: lower and upper are the same number, so there is nothing to choose.
+    """
+
+    symmetric: bool = False
     num_tables: ClassVar[int] = 1
 
+    def _cap(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        lower, upper = tables[0]
+        return lower if self.symmetric else torch.where(x > 0, upper, lower)
+
     def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
-        cap = torch.where(x > 0, tables[0][1], tables[0][0])
-        return cap * tanh(x / cap)
+        cap = self._cap(x, tables)
+        return cap * torch.tanh(x / cap)
 
     def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
-        return sech2(x / torch.where(x > 0, tables[0][1], tables[0][0]))
+        return sech2(x / self._cap(x, tables))
 
     def table_gradients(
         self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         above = x > 0
         # In float64: the difference is of the order of u^3.
-        u = wide(x) / torch.where(above, tables[0][1], tables[0][0])
-        by_cap = grad * (tanh(u) - u * sech2(u))
+        u = wide(x) / self._cap(x, tables)
+        by_cap = grad * (torch.tanh(u) - u * sech2(u))
         return (torch.stack([total(by_cap.masked_fill(above, 0)), total(by_cap.masked_fill(~above, 0))]),)
 
 
