@@ -104,7 +104,7 @@ class Tanh(Operation):
     def table_gradients(
         self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
-        above = x > 0
+        above = torch.zeros_like(x, dtype=torch.bool) if self.symmetric else x > 0
         # In float64: the difference is of the order of u^3.
         u = wide(x) / self._cap(x, tables)
         by_cap = grad * (torch.tanh(u) - u * sech2(u))
