@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from uncork.loss import linear_cross_entropy, mixture_cross_entropy
+
 CHUNKS = [1, 2, 3, 8, 9, 1000]
 
 
@@ -198,3 +200,28 @@ def test_saved_for_backward_is_not_the_scores(mixture, make_problem):
             loss = problem.loss("torch", reduction=reduction, chunk_size=32)
         loss.sum().backward()
         assert max(sizes) <= max(t.numel() for t in problem.operands())
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_ignored_tokens_are_left_out_before_the_products(mixture):
+    """What they hold cannot reach a gradient, not even nan."""
+    torch.manual_seed(0)
+    shape = (6, 2, 3) if mixture else (6, 3)
+    x = torch.randn(*shape, dtype=torch.float64)
+    x[[1, 4]] = torch.nan
+    x.requires_grad_()
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    prior = torch.randn(6, 2, dtype=torch.float64)
+    target = torch.tensor([0, -100, 2, 3, -100, 5])
+    kept = [0, 2, 3, 5]
+
+    def loss(rows):
+        if mixture:
+            return mixture_cross_entropy(x[rows], weight, prior[rows], target[rows], impl="torch")
+        return linear_cross_entropy(x[rows], weight, target[rows], z_loss=0.1, impl="torch")
+
+    ours, alone = loss(list(range(6))), loss(kept)
+    assert torch.equal(ours, alone)
+    for a, b in zip(*(torch.autograd.grad(value, (x, weight)) for value in (ours, alone)), strict=True):
+        assert torch.equal(a, b)
+        assert bool(a.isfinite().all())

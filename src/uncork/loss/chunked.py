@@ -50,7 +50,7 @@ class _Walk:
         call = self.call
         x = call.input[start:stop].detach().to(call.dtype)
         scores = F.linear(x, self.weight, self.bias)
-        target = None if call.target is None else call.target.rows(start, stop)
+        target = None if call.target is None else call.target.rows(slice(start, stop))
         if call.prior_logits is None:
             return LinearTile(self.runner, scores, target, call.details), x
         prior = call.prior_logits[start:stop].detach().to(call.dtype)
@@ -194,8 +194,20 @@ def statistics(call: Call) -> Statistics:
         return Statistics(*_TokenStatistics.apply(call, *_inputs(call)))
 
 
+def _without_ignored(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> tuple[Call, Tensor, Tensor | None]:
+    """The same sum over the kept tokens alone. Only a CPU is asked which they are: a GPU would have to stop."""
+    target = call.target
+    if target is None or target.kept.device.type != "cpu" or torch.compiler.is_compiling() or bool(target.kept.all()):
+        return call, ce_factor, lse_factor
+    index = target.kept.nonzero().squeeze(1)
+    prior = None if call.prior_logits is None else call.prior_logits.index_select(0, index)
+    kept = replace(call, input=call.input.index_select(0, index), prior_logits=prior, target=target.rows(index))
+    return kept, ce_factor[index], None if lse_factor is None else lse_factor[index]
+
+
 def weighted_sum(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
-    """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2."""
+    """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; on a CPU ignored tokens cost nothing."""
+    call, ce_factor, lse_factor = _without_ignored(call, ce_factor, lse_factor)
     with torch.autocast(call.input.device.type, enabled=False):
         total: Tensor = _WeightedSum.apply(call, torch.is_grad_enabled(), ce_factor, lse_factor, *_inputs(call))
     return total

@@ -18,7 +18,7 @@ class Target(Protocol):
     def kept(self) -> Tensor:
         """(C,) bool: whether a token counts."""
 
-    def rows(self, start: int, stop: int) -> "Target":
+    def rows(self, part: slice | Tensor) -> "Target":
         """The same for some of the tokens."""
 
     def cross_entropy(self, logits: Tensor, logsumexp: Tensor) -> Tensor:
@@ -64,8 +64,7 @@ class IndexTarget:
         own = like.new_ones(index.shape) if weight is None else weight[index]
         return cls(index, kept, (1 - smoothing) * own, smoothing / vocab_size, weight, own, vocab_size)
 
-    def rows(self, start: int, stop: int) -> "IndexTarget":
-        part = slice(start, stop)
+    def rows(self, part: slice | Tensor) -> "IndexTarget":
         index, kept, hit, own = self.index[part], self.kept[part], self.hit[part], self.own_weight[part]
         return IndexTarget(index, kept, hit, self.spread, self.word_weight, own, self.vocab_size)
 
@@ -119,8 +118,7 @@ class ProbabilityTarget:
         kept = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
         return cls(target, kept, weight, smoothing, dtype)
 
-    def rows(self, start: int, stop: int) -> "ProbabilityTarget":
-        part = slice(start, stop)
+    def rows(self, part: slice | Tensor) -> "ProbabilityTarget":
         probabilities, kept = self.probabilities[part], self.kept[part]
         return ProbabilityTarget(probabilities, kept, self.word_weight, self.smoothing, self.dtype)
 
