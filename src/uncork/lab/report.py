@@ -132,7 +132,7 @@ def _table(text: pd.DataFrame, caption: str, label: str, best: int | None = None
         rows.append(f'<tr{shade}><th scope="row">{first}</th>{data}</tr>')
     return (
         f'<div class="scroll" role="region" aria-label="{html.escape(label)}" tabindex="0">\n<table>\n'
-        f"<caption>{html.escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        f"<caption><span>{html.escape(caption)}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
         + "\n".join(rows)
         + "\n</tbody>\n</table>\n</div>"
     )
