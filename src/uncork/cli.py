@@ -318,18 +318,16 @@ def generate(command: Generate) -> dict[str, Any]:
 
     _require_run(command.run)
     trained = load_trained(command.run)
-    text = "".join(
-        sample(
-            trained.model,
-            trained.tokenizer,
-            command.prompt,
-            max_tokens=command.max_tokens,
-            temperature=command.temperature,
-            top_k=command.top_k,
-            top_p=command.top_p,
-            seed=command.seed,
-            window=trained.training.bptt,
-        )
+    text = sample(
+        trained.model,
+        trained.tokenizer,
+        command.prompt,
+        max_tokens=command.max_tokens,
+        temperature=command.temperature,
+        top_k=command.top_k,
+        top_p=command.top_p,
+        seed=command.seed,
+        window=trained.training.bptt,
     )
     say(text)
     return {"command": "generate", "run": str(command.run), "prompt": command.prompt, "text": text}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from uncork.logit_functions.base import table_dtype
 from uncork.logit_functions.operations import first_order
 from uncork.loss.call import Call, Statistics
 from uncork.loss.target import ProbabilityTarget
@@ -64,9 +65,8 @@ class _Walk:
             torch.zeros(t.shape, dtype=call.dtype, device=t.device) if t is not None and need else None
             for t, need in zip(inputs, self.needs[:4], strict=True)
         ]
-        wide = torch.float32 if call.input.device.type == "mps" else torch.float64
         made += [
-            torch.zeros(p.shape, dtype=wide, device=p.device) if need else None
+            torch.zeros(p.shape, dtype=table_dtype(p.device), device=p.device) if need else None
             for p, need in zip(self.parameters, self.needs[4:], strict=True)
         ]
         return made
