@@ -3,12 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow check format docs clean
+# The C++ sources of the native tile: where one changes, the library is built anew.
+NATIVE := $(wildcard src/uncork/loss/native/*)
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+.PHONY: help demo test test-slow sanitize check format docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "uncork needs Python 3.11 or newer; say PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
@@ -24,6 +28,13 @@ test: $(READY) ## all tests but the slow ones
 test-slow: $(READY) ## the slow tests
 	$(BIN)/pytest -q -m slow
 
+sanitize: $(READY) ## fuzz the native tile under the address and undefined-behaviour sanitizers
+	UNCORK_NATIVE=1 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+		$(BIN)/python setup.py --quiet build_ext --debug --build-lib build/sanitize
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Isrc/uncork/loss/native $(SANITIZE) tests/native/fuzz.cpp -o build/sanitize/fuzz \
+		build/sanitize/uncork/loss/_tile_native.so -Wl,-rpath,'$$ORIGIN/uncork/loss' -pthread
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/fuzz
+
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,4 +49,4 @@ format: $(READY) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the build made (not runs/)
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info src/uncork/loss/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,7 @@ from uncork.loss import (
 )
 
 # Every test of the contract runs on each of these. An implementation joins here.
-IMPLS = ["reference", "torch"]
+IMPLS = ["reference", "torch", "native"]
 
 
 class Bend(nn.Module):
@@ -47,6 +47,23 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | None]] = {
     "compose": lambda: lf.Compose(lf.Scale(1.3, learnable=True), lf.PLIF(5, 2.0), lf.Softcap(6.0)),
     "module": Bend,
 }
+
+# Functions that the native tile has no kernel for: it refuses them (see test_native.py).
+NOT_NATIVE = ["monotone-tanh", "module"]
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    def served(item) -> bool:
+        drawn = getattr(item, "callspec", None)
+        given = {} if drawn is None else drawn.params
+        return "native" not in {given.get("impl"), given.get("chunked_impl")} or not {
+            given.get("function_name"),
+            given.get("name"),
+        } & set(NOT_NATIVE)
+
+    kept = [item for item in items if served(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not served(item)])
+    items[:] = kept
 
 
 @dataclass
@@ -173,6 +190,18 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", params=IMPLS)
 def impl(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=[name for name in IMPLS if name != "native"])
+def module_impl(request) -> str:
+    """For tests of a user's own module."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["torch", "native"])
+def chunked_impl(request) -> str:
+    """For tests of memory, products and threads, which the reference promises nothing of."""
     return request.param
 
 

@@ -136,7 +136,7 @@ def test_backward_twice(impl, mixture, reduction, make_problem):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivative_is_right_or_refused(impl, reduction, make_problem):
-    problem = make_problem("module")
+    problem = make_problem("softcap")
 
     def gradient(loss):
         return torch.autograd.grad(loss.sum(), problem.input, create_graph=True)[0]
@@ -192,13 +192,13 @@ def test_strided_and_expanded_operands(impl, mixture, make_problem):
         torch.testing.assert_close(a, b)
 
 
-def test_a_module_whose_parameter_is_unused(impl, make_problem):
+def test_a_module_whose_parameter_is_unused(module_impl, make_problem):
     module = torch.nn.Tanh()
     module.unused = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     problem = make_problem(module)
-    loss = problem.loss(impl)
+    loss = problem.loss(module_impl)
     torch.testing.assert_close(loss, problem.expected())
-    problem.loss(impl).backward()
+    problem.loss(module_impl).backward()
     assert module.unused.grad is None or not module.unused.grad.any()
 
 

@@ -86,7 +86,7 @@ def test_leading_shapes(impl, shape):
 
 
 def test_under_no_grad(impl, mixture, make_problem):
-    problem = make_problem("module", mixture=mixture)
+    problem = make_problem("compose", mixture=mixture)
     wanted = problem.statistics(impl)
     with torch.no_grad():
         quiet = problem.statistics(impl)

@@ -165,9 +165,9 @@ def test_arguments_of_mixtures(statistics, case):
         call(True, changes, statistics)
 
 
-def test_a_module_that_is_not_elementwise(impl, mixture):
+def test_a_module_that_is_not_elementwise(module_impl, mixture):
     with pytest.raises(ValueError, match=r"logit_function: expected an elementwise module.*\(.*6\).*\(.*1\)"):
-        call(mixture, {"logit_function": NotElementwise(), "impl": impl})
+        call(mixture, {"logit_function": NotElementwise(), "impl": module_impl})
 
 
 def test_a_class_as_ignore_index_is_fine(impl, mixture):

@@ -17,12 +17,14 @@ from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import positive_int
 from uncork.loss import (
     TokenStatistics,
+    implementation,
+    inference,
     linear_cross_entropy,
     mixture_cross_entropy,
     mixture_token_statistics,
     token_statistics,
 )
-from uncork.loss.call import check_function
+from uncork.loss.call import Call, build_call, check_function
 from uncork.loss.chunked import default_chunk_size
 from uncork.loss.reference import apply_function
 
@@ -88,13 +90,24 @@ class Head(nn.Module, ABC):
     def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
         """Log-probability of the target, logsumexp, entropy and argmax of each token, without the (N, V) matrix."""
 
+    def implementation(self) -> str:
+        """What computes its loss where its weights are, with `impl=None`: "torch", or "native (avx512)"."""
+        return implementation(self._fused(self.weight.new_empty(0, self.in_features)))
+
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities (..., V), float32 or better."""
+        if (call := self._inference(input)) is not None:
+            return inference.log_prob(call).view(*input.shape[:-1], self.vocab_size)
+        return self._log_prob(input)
+
+    def _log_prob(self, input: Tensor) -> Tensor:
         logits = self(input)
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def predict(self, input: Tensor) -> Tensor:
         """The likeliest word of each token, (...) int64, chunk by chunk; ranked as `topk` does."""
+        if (call := self._inference(input)) is not None:
+            return inference.argmax(call).view(input.shape[:-1])
         return torch.cat([self._ranked(rows).argmax(-1) for rows in self._chunks(input)]).view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -104,9 +117,21 @@ class Head(nn.Module, ABC):
         """
         if not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a whole number in [1, {self.vocab_size}], got {k}")
+        if (call := self._inference(input)) is not None:
+            log_prob, ids = inference.topk(call, k)
+            return log_prob.view(*input.shape[:-1], k), ids.view(*input.shape[:-1], k)
         parts = [self._topk(rows, k) for rows in self._chunks(input)]
         log_prob, ids = (torch.cat(column).view(*input.shape[:-1], k) for column in zip(*parts, strict=True))
         return log_prob, ids
+
+    @abstractmethod
+    def _fused(self, input: Tensor) -> Call:
+        """What the fused loss would compute from."""
+
+    def _inference(self, input: Tensor) -> Call | None:
+        """The call, where the native tile serves it and nobody asks for a gradient."""
+        call = self._fused(input)
+        return call if inference.serves(call) else None
 
     def _chunks(self, input: Tensor) -> tuple[Tensor, ...]:
         rows: Tensor = input.reshape(-1, input.shape[-1])
@@ -115,10 +140,10 @@ class Head(nn.Module, ABC):
 
     def _ranked(self, rows: Tensor) -> Tensor:
         """What orders the words as their probabilities do, (C, V)."""
-        return self.log_prob(rows)
+        return self._log_prob(rows)
 
     def _topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        log_prob = self.log_prob(rows)
+        log_prob = self._log_prob(rows)
         values, ids = log_prob.topk(k, dim=-1)
         return values, ids
 
@@ -160,6 +185,9 @@ class _OneSoftmax(Head):
 
     def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
         return token_statistics(self.context(input), self.weight, target, **self._operands(), **options)
+
+    def _fused(self, input: Tensor) -> Call:
+        return build_call(self.context(input), self.weight, None, **self._operands())[0]
 
     def _ranked(self, rows: Tensor) -> Tensor:
         return self.scores(rows)
@@ -295,10 +323,13 @@ class MixtureHead(_LatentHead):
     def scores(self, input: Tensor) -> Tensor:
         return F.linear(self.latents(input), self.weight, self.bias)
 
-    def log_prob(self, input: Tensor) -> Tensor:
-        """Log-probabilities (..., V), float32 or better."""
+    def _log_prob(self, input: Tensor) -> Tensor:
         log_prob: Tensor = self(input)
         return log_prob
+
+    def _fused(self, input: Tensor) -> Call:
+        operands = self._operands() | {"prior_logits": self.prior(input)}
+        return build_call(self.latents(input), self.weight, None, **operands)[0]
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         return mixture_cross_entropy(

@@ -206,7 +206,7 @@ def _reproduction(runs: Sequence[Run], command: str) -> str:
     for result in results:
         for name, version in (result.get("versions") or {}).items():
             facts.setdefault(name, set()).add(str(version))
-        for name in ("machine", "threads"):
+        for name in ("machine", "threads", "loss"):
             if result.get(name) is not None:
                 facts.setdefault(name, set()).add(str(result[name]))
     return body + (

@@ -58,6 +58,7 @@ def run_result(
         "versions": {"torch": torch.__version__, "uncork": uncork.__version__, "python": platform.python_version()},
         "machine": machine_name(device),
         "threads": torch.get_num_threads(),
+        "loss": model.head.implementation(),  # type: ignore[operator]
     }
 
 

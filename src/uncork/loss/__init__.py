@@ -4,18 +4,22 @@
 |---|---|---|
 | "reference" | keeps the (N, V) logits, leaves gradients to autograd: the definition | any device |
 | "torch" | walks over chunks of tokens, the memory of a few (chunk, V) blocks | any device, any elementwise module |
+| "native" | the same walk in C++, the memory of one (chunk, V) block | a CPU with Linux, functions of the library |
 
-`impl=None` takes "torch". An implementation that cannot serve a call raises; nothing falls back in silence.
+`impl=None` takes "native" where it can serve the call, and "torch" elsewhere (a missing build is said once). An
+implementation that is asked for and cannot serve a call raises; nothing falls back in silence.
 """
 
-from types import ModuleType
-from typing import NamedTuple
+import functools
+import warnings
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from uncork.loss import chunked, reference
+from uncork.loss import reference, tile_native, tile_torch
 from uncork.loss.call import Call, Statistics, build_call, check_number, checked_factor
+from uncork.loss.chunked import Chunked
 
 __all__ = [
     "TokenStatistics",
@@ -25,7 +29,20 @@ __all__ = [
     "token_statistics",
 ]
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "torch": chunked}
+
+class _Implementation(Protocol):
+    def statistics(self, call: Call) -> Statistics:
+        """Per-token statistics, differentiable but for argmax."""
+
+    def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
+        """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2."""
+
+
+_IMPLEMENTATIONS: dict[str, _Implementation] = {
+    "reference": reference,
+    "torch": Chunked(tile_torch.Tiles),
+    "native": Chunked(tile_native.Tiles),
+}
 
 
 class TokenStatistics(NamedTuple):
@@ -56,6 +73,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     impl: str | None = None,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Cross-entropy of softmax(f(W h + b)), without an (N, V) matrix in memory.
 
@@ -80,7 +98,9 @@ def linear_cross_entropy(
         reduction: "none" (the shape of the tokens), "sum", or "mean": the CE part over the sum of the kept targets'
             class weights (over the number of rows for probabilities), the z part over the number of kept tokens.
         label_smoothing: in [0, 1]. z_loss: factor of logsumexp^2, at least 0.
-        impl: "reference", "torch" or None. chunk_size: rows of scores at once (see `chunked.default_chunk_size`).
+        impl: "reference", "torch", "native" or None (the best).
+        chunk_size: rows of scores at once. memory_budget: bytes of scores at once, in its place. With neither, as many
+            rows as 64 MiB hold, between 64 and 512 (`loss.chunked.default_chunk_size`).
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0.
@@ -109,8 +129,9 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         chunk_size=chunk_size,
+        memory_budget=memory_budget,
     )
-    return _reduce(call, leading, token_weight, reduction, z_loss, _implementation(impl))
+    return _reduce(call, leading, token_weight, reduction, z_loss, _implementation(impl, call))
 
 
 def mixture_cross_entropy(
@@ -128,6 +149,7 @@ def mixture_cross_entropy(
     label_smoothing: float = 0.0,
     impl: str | None = None,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the mixture sum_k pi_k softmax(f(W h_k + b)), pi = softmax(prior_logits).
 
@@ -161,8 +183,9 @@ def mixture_cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         chunk_size=chunk_size,
+        memory_budget=memory_budget,
     )
-    return _reduce(call, leading, token_weight, reduction, 0.0, _implementation(impl))
+    return _reduce(call, leading, token_weight, reduction, 0.0, _implementation(impl, call))
 
 
 def token_statistics(
@@ -174,6 +197,7 @@ def token_statistics(
     logit_function: nn.Module | None = None,
     impl: str | None = None,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> TokenStatistics:
     """Log-probability of the target, logsumexp, entropy and argmax per token, without an (N, V) matrix in memory.
 
@@ -197,6 +221,7 @@ def token_statistics(
         linear_bias=linear_bias,
         logit_function=logit_function,
         chunk_size=chunk_size,
+        memory_budget=memory_budget,
         details=True,
     )
     return _token_statistics(call, leading, impl)
@@ -212,6 +237,7 @@ def mixture_token_statistics(
     logit_function: nn.Module | None = None,
     impl: str | None = None,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> TokenStatistics:
     """`token_statistics` of a mixture; arguments as in `mixture_cross_entropy`.
 
@@ -228,6 +254,7 @@ def mixture_token_statistics(
         linear_bias=linear_bias,
         logit_function=logit_function,
         chunk_size=chunk_size,
+        memory_budget=memory_budget,
         details=True,
     )
     return _token_statistics(call, leading, impl)
@@ -247,11 +274,35 @@ def _check_reduction(reduction: str, z_loss: float) -> None:
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss!r}")
 
 
-def _implementation(impl: str | None) -> ModuleType:
-    name = "torch" if impl is None else impl
-    if name not in _IMPLEMENTATIONS:
+def _implementation(impl: str | None, call: Call) -> _Implementation:
+    if impl is not None and impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {sorted(_IMPLEMENTATIONS)} or None, got {impl!r}")
-    return _IMPLEMENTATIONS[name]
+    if impl == "native" and (reason := tile_native.refuses(call)):
+        raise ValueError(f'impl="native" cannot serve this call: {reason}')
+    return _IMPLEMENTATIONS[impl or _best(call)]
+
+
+def _best(call: Call) -> str:
+    """The fastest implementation that serves a call."""
+    if call.input.device.type != "cpu" or torch.compiler.is_compiling():
+        return "torch"
+    if tile_native.missing:
+        _say_missing()
+    return "torch" if tile_native.refuses(call) else "native"
+
+
+def implementation(call: Call) -> str:
+    """What `impl=None` takes for a call, to be read by people: "torch", or "native (avx512)"."""
+    name = _best(call)
+    return f"{name} ({tile_native.instructions()})" if name == "native" else name
+
+
+@functools.cache
+def _say_missing() -> None:
+    warnings.warn(
+        f"uncork: the native tile is missing, so impl='torch' serves (slower, same results): {tile_native.missing}",
+        stacklevel=5,
+    )
 
 
 def _checked_token_weight(token_weight: Tensor | None, call: Call, leading: tuple[int, ...]) -> Tensor | None:
@@ -269,7 +320,7 @@ def _reduce(
     token_weight: Tensor | None,
     reduction: str,
     z_loss: float,
-    implementation: ModuleType,
+    implementation: _Implementation,
 ) -> Tensor:
     """Turns reduction, token weights and z-loss into one factor per row and term."""
     token_weight = _checked_token_weight(token_weight, call, leading)
@@ -301,7 +352,7 @@ def _reduce(
 
 
 def _token_statistics(call: Call, leading: tuple[int, ...], impl: str | None) -> TokenStatistics:
-    result: Statistics = _implementation(impl).statistics(call)
+    result: Statistics = _implementation(impl, call).statistics(call)
     assert result.entropy is not None
     assert result.argmax is not None
     log_prob = None if result.cross_entropy is None else (-result.cross_entropy).view(leading)

@@ -30,7 +30,8 @@ class Call:
     function: nn.Module | None
     target: Target | None
     details: bool = False  # entropy and argmax too
-    chunk_size: int | None = None
+    chunk_size: int | None = None  # rows of scores
+    memory_budget: int | None = None  # bytes of scores at once, where chunk_size does not say
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,6 +181,7 @@ def build_call(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
+    memory_budget: int | None = None,
     details: bool = False,
 ) -> tuple[Call, tuple[int, ...]]:
     """Checks the arguments; returns the call and the leading shape of its tokens.
@@ -195,9 +197,11 @@ def build_call(
     check_number("ignore_index", ignore_index, Integral)
     check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    if chunk_size is not None:
-        whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
-        _expect(whole, "chunk_size", "a whole number of at least 1 (rows of scores), or None", chunk_size)
+    for key, size, unit in (("chunk_size", chunk_size, "rows of scores"), ("memory_budget", memory_budget, "bytes")):
+        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", size)
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
     leading = tuple(input.shape[:-1])
     if prior_logits is not None:
         _expect(input.dim() >= 2, "latent", "shape (..., K, D)", tuple(input.shape))
@@ -215,7 +219,17 @@ def build_call(
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)
     flat = input.reshape(-1, *input.shape[-2:]) if mixture else input.reshape(-1, features)
-    call = Call(flat, linear_weight, linear_bias, prior_logits, logit_function, None, details, chunk_size)
+    call = Call(
+        flat,
+        linear_weight,
+        linear_bias,
+        prior_logits,
+        logit_function,
+        None,
+        details,
+        chunk_size,
+        memory_budget,
+    )
     if target is None:
         return call, leading
     rows = _checked_target(_tensor("target", target), leading, vocab_size, ignore_index, input.device)

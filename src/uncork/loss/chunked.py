@@ -1,110 +1,177 @@
-"""Walks over chunks of tokens: the memory of a few (chunk, V) blocks, whatever N is. The one autograd.Function.
+"""Walks over chunks of tokens: the memory of one (rows, V) block of scores, whatever N is. The one autograd.Function.
 
 Two ways through. `weighted_sum` (scalar reductions) knows every row's factor beforehand, so one pass makes the loss and
 its gradient: three matrix products. `statistics` (per-token results) learns its upstream gradient later and makes the
-scores again in the backward: four.
+scores again in the backward: four. What happens between the products is a tile's (see `tile.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from uncork.logit_functions.base import table_dtype
 from uncork.logit_functions.operations import first_order
 from uncork.loss.call import Call, Statistics
 from uncork.loss.target import ProbabilityTarget
-from uncork.loss.tile_torch import LinearTile, MixtureTile, Upstream, function_parameters, make_runner
+from uncork.loss.tile import TileResult, Tiles, Upstream
+from uncork.loss.tile_torch import function_parameters
 
-# Elements of one (rows, V) block of scores when the caller does not say: 4 MiB in float32, which stays in the cache
-# from one pass over it to the next. About six such blocks live at once. Few rows make the matrix products slow.
-BLOCK_ELEMENTS = 2**20
-MIN_ROWS = 64
-
-
-def default_chunk_size(vocab_size: int) -> int:
-    """Rows of scores in a chunk: BLOCK_ELEMENTS / V, at least MIN_ROWS; a function of the shape alone."""
-    return max(MIN_ROWS, BLOCK_ELEMENTS // vocab_size)
+# Bytes of scores at once when the caller does not say. Products of fewer rows than a few hundred are slow, since each
+# of them reads W (and adds to its gradient) once; more than MOST_ROWS gain nothing.
+MEMORY_BUDGET = 64 * 2**20
+FEWEST_ROWS, MOST_ROWS = 64, 512
 
 
-class _Walk:
+def default_chunk_size(vocab_size: int, bytes_per_score: int = 4, memory_budget: int = MEMORY_BUDGET) -> int:
+    """Rows of scores in a chunk: as many as `memory_budget` bytes hold, between 64 and 512; from the shape alone.
+
+    Above 32 they are a multiple of 32.
+
+    Args:
+        vocab_size: V. bytes_per_score: 4 of float32, times the blocks that a tile keeps at once.
+        memory_budget: bytes.
+
+    >>> default_chunk_size(10_000), default_chunk_size(33_278), default_chunk_size(50_257), default_chunk_size(256_000)
+    (512, 480, 320, 64)
+    """
+    rows = memory_budget // max(1, vocab_size * bytes_per_score)
+    return min(max(rows // 32 * 32, FEWEST_ROWS), MOST_ROWS)
+
+
+def rows_of_chunk(call: Call, blocks: int) -> int:
+    """Rows of scores at once, for a tile that keeps so many blocks of them.
+
+    A budget of the caller's is kept to, down to one row; it holds the raised copy of a half-precision weight too.
+    """
+    vocab, score = max(1, call.weight.shape[0]), call.dtype.itemsize * blocks
+    if call.chunk_size is not None:
+        return call.chunk_size
+    if call.memory_budget is None:
+        return default_chunk_size(vocab, score)
+    copies = 0 if call.weight.dtype == call.dtype else call.weight.numel() * call.dtype.itemsize
+    rows = (call.memory_budget - copies) // (vocab * score)
+    if rows < 1:
+        raise ValueError(
+            f"memory_budget: expected at least {copies + vocab * score} bytes ({vocab * score} for one row of scores, "
+            f"{copies} for the weight in {call.dtype}), got {call.memory_budget}"
+        )
+    return min(rows // 32 * 32 or rows, MOST_ROWS)
+
+
+@dataclass
+class _Gradients:
+    """Of one call, in the loss's dtype or better; None where nobody asks."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    prior: Tensor | None
+    parameters: list[Tensor | None]
+
+    def in_order(self) -> list[Tensor | None]:
+        return [self.input, self.weight, self.bias, self.prior, *self.parameters]
+
+
+class Walk:
     """Makes the tiles of one call, chunk by chunk, and adds up their gradients."""
 
-    def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
+    def __init__(
+        self, call: Call, make_tiles: type[Tiles], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
+    ) -> None:
         self.call = call
         # Half precision is raised for the products: their sums, and the gradients', are then float32.
         self.weight = call.weight.detach().to(call.dtype)
-        self.bias = None if call.bias is None else call.bias.detach().to(call.dtype)
-        self.parameters, self.needs = list(parameters), list(needs)
-        self.runner = make_runner(call.function, self.parameters, self.needs[4:])
-        rows = call.chunk_size or default_chunk_size(call.weight.shape[0])
-        self.chunk = max(1, rows // call.components)
+        self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
+        self.tiles = make_tiles(call, self.parameters, self.needs[4:])
+        self.chunk = max(1, rows_of_chunk(call, make_tiles.blocks) // call.components)
+        rows = min(self.chunk, call.tokens) * call.components
+        self.buffer = torch.empty(rows, call.weight.shape[0], dtype=call.dtype, device=call.input.device)
 
-    def spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> list[slice]:
         tokens = self.call.tokens
-        return [(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
+        return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
-    def tile(self, start: int, stop: int) -> tuple[LinearTile | MixtureTile, Tensor]:
+    def rows(self, span: slice) -> Tensor:
+        """(rows, D) in the loss's dtype."""
+        x = self.call.input[span].detach().to(self.call.dtype)
+        return x if self.call.prior_logits is None else x.flatten(0, 1)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x W^T (rows, V), in the one block that all chunks share."""
+        return torch.mm(x, self.weight.T, out=self.buffer[: x.shape[0]])
+
+    def statistics(self, span: slice) -> TileResult:
+        return self.tiles.statistics(self.scores(self.rows(span)), span)
+
+    def log_prob(self, span: slice) -> Tensor:
+        return self.tiles.log_prob(self.scores(self.rows(span)), span)
+
+    def gradients(self) -> _Gradients:
+        """To be added to. What every chunk writes its own part of is not filled."""
         call = self.call
-        x = call.input[start:stop].detach().to(call.dtype)
-        scores = F.linear(x, self.weight, self.bias)
-        target = None if call.target is None else call.target.rows(slice(start, stop))
-        if call.prior_logits is None:
-            return LinearTile(self.runner, scores, target, call.details), x
-        prior = call.prior_logits[start:stop].detach().to(call.dtype)
-        return MixtureTile(self.runner, scores, prior, target, call.details), x.flatten(0, 1)
 
-    def empty_gradients(self) -> list[Tensor | None]:
-        """For input, weight, bias, prior and the function's parameters: zeros, or None where nobody asks."""
-        call = self.call
-        inputs = [call.input, call.weight, call.bias, call.prior_logits]
-        made: list[Tensor | None] = [
-            torch.zeros(t.shape, dtype=call.dtype, device=t.device) if t is not None and need else None
-            for t, need in zip(inputs, self.needs[:4], strict=True)
-        ]
-        made += [
-            torch.zeros(p.shape, dtype=table_dtype(p.device), device=p.device) if need else None
-            for p, need in zip(self.parameters, self.needs[4:], strict=True)
-        ]
-        return made
+        def of(tensor: Tensor | None, need: bool, make: Callable[..., Tensor]) -> Tensor | None:
+            return make(tensor.shape, dtype=call.dtype, device=tensor.device) if tensor is not None and need else None
 
-    def add_gradients(
-        self, into: list[Tensor | None], tile: LinearTile | MixtureTile, x: Tensor, span: tuple[int, int], up: Upstream
-    ) -> None:
-        by_input, by_weight, by_bias, by_prior, *by_parameter = into
-        by_scores, prior, sums = tile.gradient(up)
-        if by_input is not None:
-            part = by_input[slice(*span)]
-            torch.mm(by_scores, self.weight, out=part.view(by_scores.shape[0], -1))
-        if by_weight is not None:
-            by_weight.addmm_(by_scores.T, x)
-        if by_bias is not None:
-            by_bias += by_scores.sum(0)
-        if by_prior is not None and prior is not None:
-            by_prior[slice(*span)] = prior
-        for total, part_sum in zip(by_parameter, sums, strict=True):
-            if total is not None and part_sum is not None:
-                total += part_sum
+        by_input, by_weight, by_bias, by_prior, *by_parameter = self.needs
+        return _Gradients(
+            of(call.input, by_input, torch.empty),
+            of(call.weight, by_weight, torch.zeros),
+            of(call.bias, by_bias, torch.zeros),
+            of(call.prior_logits, by_prior, torch.empty),
+            [
+                torch.zeros(p.shape, dtype=table_dtype(p.device), device=p.device) if need else None
+                for p, need in zip(self.parameters, by_parameter, strict=True)
+            ],
+        )
+
+    def add_gradients(self, into: _Gradients, span: slice, upstream: Upstream) -> TileResult:
+        """Adds a chunk's gradients; returns its statistics."""
+        x = self.rows(span)
+        result = self.tiles.gradient(self.scores(x), span, upstream)
+        by_scores, scale = result.by_scores, result.scale
+        assert by_scores is not None
+        if into.input is not None:
+            part = into.input[span].view(by_scores.shape[0], -1)
+            torch.mm(by_scores, self.weight, out=part)
+            if scale is not None:
+                part.mul_(scale[:, None])
+        if into.weight is not None:
+            into.weight.addmm_(by_scores.T, x if scale is None else x * scale[:, None])
+        if into.bias is not None:
+            into.bias += by_scores.sum(0) if scale is None else torch.mv(by_scores.T, scale)
+        if into.prior is not None and result.by_prior is not None:
+            into.prior[span] = result.by_prior
+        for total, own in zip(into.parameters, result.sums, strict=True):
+            if total is not None and own is not None:
+                total += own.view(total.shape)
+        return result
 
 
-def _forward_statistics(call: Call, walk: _Walk) -> Statistics:
-    tiles = []
-    for span in walk.spans():
-        tile, _ = walk.tile(*span)
-        tiles.append((tile.cross_entropy, tile.lse, tile.entropy, tile.argmax))
-    if not tiles:
-        empty = torch.zeros(0, dtype=call.dtype, device=call.input.device)
-        details = (empty, empty.long()) if call.details else (None, None)
-        return Statistics(None if call.target is None else empty, empty, *details)
-    columns = [None if c[0] is None else torch.cat(c) for c in zip(*tiles, strict=True)]
-    return Statistics(*columns)  # type: ignore[arg-type]
+def _join(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    return torch.cat([like[:0], *parts])  # type: ignore[list-item]
 
 
-def _cast(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-    return [None if g is None or dtype is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+def _forward_statistics(walk: Walk) -> Statistics:
+    call = walk.call
+    results = [walk.statistics(span) for span in walk.spans()]
+    empty = torch.zeros(0, dtype=call.dtype, device=call.input.device)
+    lse = _join([r.lse for r in results], empty)
+    ce = None if call.target is None else _join([r.cross_entropy for r in results], empty)
+    if not call.details:
+        return Statistics(ce, lse, None, None)
+    entropy, argmax = (
+        _join([getattr(r, name) for r in results], like)
+        for name, like in (("entropy", empty), ("argmax", empty.long()))
+    )
+    return Statistics(ce, lse, entropy, argmax)
+
+
+def _cast(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -112,54 +179,86 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, grad_mode: bool, ce_factor: Tensor, lse_factor: Tensor | None, *inputs: Tensor | None
+        ctx: Any,
+        call: Call,
+        tiles: type[Tiles],
+        grad_mode: bool,
+        ce_factor: Tensor,
+        lse_factor: Tensor | None,
+        *inputs: Tensor | None,
     ) -> Tensor:
         # needs_input_grad asks the tensors alone: under no_grad it is True all the same.
-        needs = [grad_mode and need for need in ctx.needs_input_grad[4:]]
-        walk = _Walk(call, inputs[4:], needs)  # type: ignore[arg-type]
-        grads = walk.empty_gradients()
-        assert call.target is not None
-        ce_parts, lse_parts = [], []
-        for start, stop in walk.spans():
-            tile, x = walk.tile(start, stop)
-            a = ce_factor[start:stop].detach()
-            b = None if lse_factor is None else lse_factor[start:stop].detach()
-            by_lse = None if b is None else torch.where(b == 0, 0, 2 * b * tile.lse)
-            if any(needs):
-                walk.add_gradients(grads, tile, x, (start, stop), Upstream(a, by_lse, None))
-            ce_parts.append(tile.cross_entropy)
-            lse_parts.append(tile.lse)
-        zero = ce_factor.new_zeros(0)
-        ce = torch.cat([zero, *ce_parts])  # type: ignore[list-item]
-        square = torch.where(call.target.kept, torch.cat([zero, *lse_parts]), 0).square()
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
-        ctx.save_for_backward(ce, square, *grads)
+        ctx.needs = [grad_mode and need for need in ctx.needs_input_grad[5:]]
+        ctx.tiles = tiles
+        ce, square, ctx.made = _weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
+        empty = call.input.new_empty(0)
+        ctx.call = replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
+        ctx.save_for_backward(ce, square, ce_factor, lse_factor, *inputs)
         total = (ce_factor.detach() * ce).sum()
         return total if lse_factor is None else total + (lse_factor.detach() * square).sum()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ce, square, *grads = ctx.saved_tensors
-        by_factor = grad * ce if ctx.needs_input_grad[2] else None
-        by_square = grad * square if ctx.needs_input_grad[3] else None
-        scaled = [None if g is None else grad * g for g in grads]
-        return (None, None, by_factor, by_square, *_cast(scaled, ctx.dtypes))
+        ce, square, ce_factor, lse_factor, *inputs = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is None:  # the gradients were handed out by an earlier backward: they are made again
+            x, weight, bias, prior_logits, *parameters = inputs
+            call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
+            with torch.autocast(x.device.type, enabled=False):
+                *_, made = _weighted(call, ctx.tiles, ctx.needs, ce_factor, lse_factor, parameters)
+        grads = made.in_order()
+        if not _is_one(grad):
+            grads = [None if g is None else g.mul_(grad) for g in grads]
+        by_factor = grad * ce if ctx.needs_input_grad[3] else None
+        by_square = grad * square if ctx.needs_input_grad[4] else None
+        return (None, None, None, by_factor, by_square, *_cast(grads, inputs))
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether nothing needs to be multiplied; only a CPU can be asked without stopping."""
+    return grad.device.type == "cpu" and not torch.compiler.is_compiling() and bool(grad == 1)
+
+
+def _weighted(
+    call: Call,
+    tiles: type[Tiles],
+    needs: Sequence[bool],
+    ce_factor: Tensor,
+    lse_factor: Tensor | None,
+    parameters: Sequence[Any],
+) -> tuple[Tensor, Tensor, _Gradients]:
+    """CE_n, lse_n^2 and the gradients of their weighted sum."""
+    walk = Walk(call, tiles, parameters, needs)
+    into = walk.gradients()
+    empty = ce_factor.new_zeros(0, dtype=call.dtype)
+    ce, lse = [empty], [empty]  # nothing else of a chunk may outlive it
+    for span in walk.spans():
+        if any(needs):
+            b = None if lse_factor is None else lse_factor[span].detach()
+            result = walk.add_gradients(into, span, Upstream(ce_factor[span].detach(), square=b))
+        else:
+            result = walk.statistics(span)
+        assert result.cross_entropy is not None
+        ce.append(result.cross_entropy)
+        lse.append(result.lse)
+    assert call.target is not None
+    return torch.cat(ce), torch.where(call.target.kept, torch.cat(lse), 0).square(), into
 
 
 class _TokenStatistics(torch.autograd.Function):
     """Per-token cross-entropy, logsumexp, entropy and argmax; the scores are made again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, call: Call, tiles: type[Tiles], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         # What is saved for the backward is not held here too, or hooks that offload it would free nothing.
         empty = call.input.new_empty(0)
-        ctx.call = replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
+        ctx.tiles, ctx.call = tiles, replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         # The backward reads the probabilities again: saved, a change in between is refused, as for the inputs.
         given = [call.target.probabilities] if isinstance(call.target, ProbabilityTarget) else []
         ctx.save_for_backward(*inputs, *given)
         ctx.set_materialize_grads(False)
-        result = _forward_statistics(call, _Walk(call, inputs[4:], ctx.needs_input_grad[1:]))  # type: ignore[arg-type]
+        result = _forward_statistics(Walk(call, tiles, inputs[4:]))  # type: ignore[arg-type]
         if result.argmax is not None:
             ctx.mark_non_differentiable(result.argmax)
         return tuple(result)
@@ -167,31 +266,20 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
-        x, weight, bias, prior_logits, *_ = inputs
+        needs = ctx.needs_input_grad[2:]
+        inputs = ctx.saved_tensors[: len(needs)]
+        x, weight, bias, prior_logits, *parameters = inputs
         call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
         with torch.autocast(call.input.device.type, enabled=False):
-            walk = _Walk(call, inputs[4:], ctx.needs_input_grad[1:])
-            into = walk.empty_gradients()
+            walk = Walk(call, ctx.tiles, parameters, needs)
+            into = walk.gradients()
             by_ce, by_lse, by_entropy, _ = grads
             if call.target is not None and by_ce is not None:
                 by_ce = torch.where(call.target.kept, by_ce, 0)
-            for start, stop in walk.spans():
-                tile, rows = walk.tile(start, stop)
-                up = Upstream(*(None if g is None else g[start:stop] for g in (by_ce, by_lse, by_entropy)))
-                walk.add_gradients(into, tile, rows, (start, stop), up)
-        return (None, *_cast(into, [None if t is None else t.dtype for t in inputs]))
-
-
-def _inputs(call: Call) -> list[Tensor | None]:
-    parameters = function_parameters(call.function, call.dtype, call.input.device)
-    return [call.input, call.weight, call.bias, call.prior_logits, *parameters]
-
-
-def statistics(call: Call) -> Statistics:
-    """Per-token statistics, differentiable but for argmax."""
-    with torch.autocast(call.input.device.type, enabled=False):
-        return Statistics(*_TokenStatistics.apply(call, *_inputs(call)))
+            for span in walk.spans():
+                own = [None if g is None else g[span] for g in (by_ce, by_lse, by_entropy)]
+                walk.add_gradients(into, span, Upstream(own[0], own[1], None, own[2]))
+        return (None, None, *_cast(into.in_order(), inputs))
 
 
 def _without_ignored(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> tuple[Call, Tensor, Tensor | None]:
@@ -205,9 +293,25 @@ def _without_ignored(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -
     return kept, ce_factor[index], None if lse_factor is None else lse_factor[index]
 
 
-def weighted_sum(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
-    """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; on a CPU ignored tokens cost nothing."""
-    call, ce_factor, lse_factor = _without_ignored(call, ce_factor, lse_factor)
-    with torch.autocast(call.input.device.type, enabled=False):
-        total: Tensor = _WeightedSum.apply(call, torch.is_grad_enabled(), ce_factor, lse_factor, *_inputs(call))
-    return total
+class Chunked:
+    """An implementation: the walk over one kind of tile."""
+
+    def __init__(self, tiles: type[Tiles]) -> None:
+        self.tiles = tiles
+
+    def _inputs(self, call: Call) -> list[Tensor | None]:
+        parameters = function_parameters(call.function, call.dtype, call.input.device)
+        return [call.input, call.weight, call.bias, call.prior_logits, *parameters]
+
+    def statistics(self, call: Call) -> Statistics:
+        """Per-token statistics, differentiable but for argmax."""
+        with torch.autocast(call.input.device.type, enabled=False):
+            return Statistics(*_TokenStatistics.apply(call, self.tiles, *self._inputs(call)))
+
+    def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
+        """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; on a CPU ignored tokens cost nothing."""
+        call, ce_factor, lse_factor = _without_ignored(call, ce_factor, lse_factor)
+        factors = (torch.is_grad_enabled(), ce_factor, lse_factor)
+        with torch.autocast(call.input.device.type, enabled=False):
+            total: Tensor = _WeightedSum.apply(call, self.tiles, *factors, *self._inputs(call))
+        return total

@@ -1,27 +1,16 @@
-"""The tile in plain torch: any function, any device. A tile is a block of scores of C tokens and all V words.
-
-What a driver asks of a tile: the statistics of its rows (lse, cross-entropy, on request entropy and argmax), and, given
-each row's upstream factors, the gradient to the scores and the sums over elements that the function's tables need.
-"""
+"""The tile in plain torch: any function, any device."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from uncork.logit_functions.base import LogitFunction, nowhere_impossible, with_tables
 from uncork.logit_functions.operations import Operation
-from uncork.loss.call import checked_logits
+from uncork.loss.call import Call, checked_logits
 from uncork.loss.target import IndexTarget, Target, highest
-
-
-class Upstream(NamedTuple):
-    """(C,) each: the upstream gradients of a row's cross-entropy, logsumexp and entropy."""
-
-    cross_entropy: Tensor | None
-    logsumexp: Tensor | None
-    entropy: Tensor | None
+from uncork.loss.tile import TileResult, Upstream
 
 
 class FunctionRunner(Protocol):
@@ -121,9 +110,13 @@ class LinearTile:
         self.cross_entropy = None if target is None else target.cross_entropy(self.shifted, self.shifted_lse)
         self.entropy = torch.special.entr((self.shifted - self.shifted_lse[:, None]).exp()).sum(-1) if details else None
 
+    def log_probabilities(self) -> Tensor:
+        """(C, V); uses the logits up."""
+        return self.shifted.sub_(self.shifted_lse[:, None])
+
     def gradient(self, upstream: Upstream) -> tuple[Tensor, None, Sequence[Tensor | None]]:
         """(gradient to the scores (C, V), None for the prior, table sums); uses the logits up."""
-        log_prob = self.shifted.sub_(self.shifted_lse[:, None])
+        log_prob = self.log_probabilities()
         by_entropy = None
         if upstream.entropy is not None and self.entropy is not None:
             by_entropy = upstream.entropy[:, None] * (
@@ -131,6 +124,8 @@ class LinearTile:
             )
         grad = log_prob.exp_()
         factor = torch.zeros_like(self.lse) if upstream.logsumexp is None else upstream.logsumexp
+        if upstream.square is not None:
+            factor = factor + torch.where(upstream.square == 0, 0, 2 * upstream.square * self.lse)
         if upstream.cross_entropy is not None and self.target is not None:
             factor = factor + upstream.cross_entropy * self.target.mass()
         grad.mul_(factor[:, None] if by_entropy is None else factor[:, None] - by_entropy)
@@ -177,6 +172,12 @@ class MixtureTile:
             self.entropy = torch.special.entr(self.mixed.exp()).sum(-1)
             self.argmax = self.mixed.argmax(-1)
 
+    def log_probabilities(self) -> Tensor:
+        """(C, V)."""
+        if self.sparse:
+            return torch.logsumexp(self.log_prior[..., None] + self.log_prob, 1)
+        return self.mixed
+
     def gradient(self, upstream: Upstream) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         """(gradient to the scores (C K, V), to the prior's logits (C, K), table sums)."""
         by_logits, by_component = self._sparse(upstream) if self.sparse else self._dense(upstream)
@@ -209,6 +210,43 @@ class MixtureTile:
         by_component = by_logits.sum(-1)
         by_logits = by_logits - self.log_prob.exp().mul_(by_component[..., None])
         return by_logits, by_component
+
+
+class Tiles:
+    """The tiles of one call."""
+
+    # Of a typical function. The default block of scores, 4 MiB, then stays in the cache from one pass to the next.
+    blocks: ClassVar[int] = 16
+
+    def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        self.call = call
+        self.bias = None if call.bias is None else call.bias.detach().to(call.dtype)
+        self.runner = make_runner(call.function, parameters, needs)
+
+    def _tile(self, scores: Tensor, span: slice) -> LinearTile | MixtureTile:
+        call = self.call
+        if self.bias is not None:
+            scores += self.bias
+        target = None if call.target is None else call.target.rows(span)
+        if call.prior_logits is None:
+            return LinearTile(self.runner, scores, target, call.details)
+        prior = call.prior_logits[span].detach().to(call.dtype)
+        return MixtureTile(self.runner, scores.unflatten(0, prior.shape), prior, target, call.details)
+
+    def statistics(self, scores: Tensor, span: slice) -> TileResult:
+        """The tokens' statistics: entropy and argmax where the call asks for details."""
+        tile = self._tile(scores, span)
+        return TileResult(tile.cross_entropy, tile.lse, tile.entropy, tile.argmax)
+
+    def gradient(self, scores: Tensor, span: slice, upstream: Upstream) -> TileResult:
+        """Cross-entropy, lse, and all gradients but the products'."""
+        tile = self._tile(scores, span)
+        by_scores, by_prior, sums = tile.gradient(upstream)
+        return TileResult(tile.cross_entropy, tile.lse, None, None, by_scores, None, by_prior, sums)
+
+    def log_prob(self, scores: Tensor, span: slice) -> Tensor:
+        """Log-probabilities of all words, (C, V)."""
+        return self._tile(scores, span).log_probabilities()
 
 
 def make_runner(function: nn.Module | None, parameters: Sequence[Tensor], needs: Sequence[bool]) -> FunctionRunner:

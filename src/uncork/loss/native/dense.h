@@ -1,0 +1,191 @@
+// Any target, entropy, and a mixture's log-probabilities: up to three passes over a token's rows, of which the first is
+// that of token.h, the second gathers the sums over words, and the third writes the gradient.
+#pragma once
+
+#include "token.h"
+
+namespace {
+
+template <class T>
+struct Dense {
+  const Worker<T>& w;
+  const int64_t n, components;
+  const Upstream up;
+  // (K,) each, then blocks: (K, block) of log p in each component, and one block each.
+  T *log_prior, *by_component;
+  T *log_prob, *mixed, *prob, *target, *upstream, *share;
+  double loss = 0, entropy = 0;
+  T best = -kInfinity<T>;
+  int64_t argmax = -1;
+
+  static int64_t scratch(int64_t components) { return components * (kBlock + 2) + 5 * kBlock; }
+
+  Dense(const Worker<T>& worker, int64_t token, const Upstream& upstream_, T* memory)
+      : w(worker), n(token), components(worker.tile.components), up(upstream_) {
+    log_prior = memory, by_component = memory + components, log_prob = memory + 2 * components;
+    mixed = log_prob + components * kBlock;
+    prob = mixed + kBlock, target = prob + kBlock, upstream = target + kBlock, share = upstream + kBlock;
+    for (int64_t k = 0; k < components; ++k) {
+      log_prior[k] = at<T>(w.tile.log_prior, n * components + k, T(0));
+      by_component[k] = 0;
+    }
+  }
+
+  bool mixture() const { return w.tile.log_prior != nullptr; }
+
+  // For a block of words: log p of the components and of their mixture, the target, the gradient to the mixed log p.
+  void block(int64_t start, int count) {
+    for (int64_t k = 0; k < components; ++k) {
+      const Row<T>& row = w.rows.get()[k];
+      T* y = w.logits_of(int(k), w.row(n * components + k), start, count, row.masked);
+      w.fill(int(k), y, count, row.masked, -kInfinity<T>);
+      const T top = row.top, log_of_sum = static_cast<T>(std::log(row.sum));
+      T* p = mixture() ? log_prob + k * kBlock : mixed;
+#pragma omp simd
+      for (int j = 0; j < count; ++j) p[j] = (y[j] - top) - log_of_sum;
+    }
+    if (mixture()) mix(count);
+#pragma omp simd
+    for (int j = 0; j < count; ++j) prob[j] = exp_(mixed[j]);
+    fill_target(start, count);
+    const T by_loss = static_cast<T>(up.cross_entropy), by_entropy = static_cast<T>(up.entropy);
+#pragma omp simd
+    for (int j = 0; j < count; ++j) {
+      const T p = prob[j], from_loss = target[j] == T(0) ? T(0) : -by_loss * target[j];
+      upstream[j] = from_loss - (p == T(0) ? T(0) : by_entropy * (p + p * mixed[j]));
+    }
+  }
+
+  // mixed = log sum_k exp(log_prior + log_prob), the largest taken off first.
+  void mix(int count) {
+    T* top = share;
+    std::fill_n(top, count, -kInfinity<T>);
+    std::fill_n(mixed, count, T(0));
+    for (int64_t k = 0; k < components; ++k) {
+      const T prior = log_prior[k];
+      const T* p = log_prob + k * kBlock;
+#pragma omp simd
+      for (int j = 0; j < count; ++j) top[j] = prior + p[j] > top[j] ? prior + p[j] : top[j];
+    }
+    for (int64_t k = 0; k < components; ++k) {
+      const T prior = log_prior[k];
+      const T* p = log_prob + k * kBlock;
+#pragma omp simd
+      for (int j = 0; j < count; ++j) {
+        const T joint = prior + p[j];
+        mixed[j] += joint == -kInfinity<T> ? T(0) : exp_(joint - top[j]);
+      }
+    }
+#pragma omp simd
+    for (int j = 0; j < count; ++j) mixed[j] = mixed[j] == T(0) ? -kInfinity<T> : top[j] + log_(mixed[j]);
+  }
+
+  void fill_target(int64_t start, int count) {
+    const UncorkTile& tile = w.tile;
+    const T* given = tile.probabilities ? static_cast<const T*>(tile.probabilities) + n * tile.vocab + start : nullptr;
+    const T* weight = tile.word_weight ? static_cast<const T*>(tile.word_weight) + start : nullptr;
+    const T spread = up.kept ? static_cast<T>(tile.spread) : T(0);
+    const T whole = up.kept ? static_cast<T>(1 - tile.spread * static_cast<double>(tile.vocab)) : T(0);
+    for (int j = 0; j < count; ++j) target[j] = given ? whole * given[j] + spread : spread;
+    for (int j = 0; weight && j < count; ++j) target[j] = weight[j] == T(0) ? T(0) : target[j] * weight[j];
+    if (up.kept && up.index >= start && up.index < start + count) target[up.index - start] += static_cast<T>(up.hit);
+  }
+
+  // The part of the words' upstream gradient that reaches component k: upstream times its responsibility.
+  const T* shared(int64_t k, int count) {
+    if (!mixture()) return upstream;
+    const T prior = log_prior[k];
+    const T* p = log_prob + k * kBlock;
+#pragma omp simd
+    for (int j = 0; j < count; ++j) {
+      const T part = upstream[j] * exp_(prior + p[j] - mixed[j]);
+      share[j] = mixed[j] == -kInfinity<T> || upstream[j] == T(0) ? T(0) : part;
+    }
+    return share;
+  }
+
+  void gather(int64_t start, int count, bool gradient) {
+    double own_loss = 0, own_entropy = 0;
+#pragma omp simd reduction(+ : own_loss, own_entropy)
+    for (int j = 0; j < count; ++j) {
+      own_loss -= target[j] == T(0) ? 0.0 : double(target[j]) * double(mixed[j]);
+      own_entropy -= prob[j] == T(0) ? 0.0 : double(prob[j]) * double(mixed[j]);
+    }
+    loss += own_loss, entropy += own_entropy;
+    for (int j = 0; w.tile.argmax && mixture() && j < count; ++j) {
+      const bool first_nan = mixed[j] != mixed[j] && best == best;
+      if (argmax < 0 || mixed[j] > best || first_nan) best = mixed[j], argmax = start + j;
+    }
+    for (int64_t k = 0; gradient && k < components; ++k) {
+      const T* part = shared(k, count);
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int j = 0; j < count; ++j) sum += double(part[j]);
+      by_component[k] += static_cast<T>(sum);
+    }
+  }
+
+  void write(int64_t start, int count, T by_lse) {
+    for (int64_t k = 0; k < components; ++k) {
+      const T* part = shared(k, count);
+      const T* log_p = mixture() ? log_prob + k * kBlock : mixed;
+      T* g = w.grads.get() + k * kBlock;
+      const T factor = by_lse - by_component[k];
+#pragma omp simd
+      for (int j = 0; j < count; ++j) {
+        const T p = exp_(log_p[j]);
+        g[j] = part[j] + (p == T(0) ? T(0) : p * factor);
+      }
+      w.fill(int(k), g, count, w.rows.get()[k].masked, T(0));
+      w.backward(int(k), g, start, count);
+      std::memcpy(w.row(n * components + k) + start, g, sizeof(T) * count);
+    }
+  }
+
+  template <class Work>
+  void each_block(Work&& work) {
+    const int64_t vocab = w.tile.vocab;
+    for (int64_t start = 0; start < vocab; start += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, vocab - start));
+      block(start, count);
+      work(start, count);
+    }
+  }
+};
+
+template <class T>
+void dense(const Worker<T>& w, int64_t n, int32_t mode, T* memory, double* sums) {
+  const UncorkTile& tile = w.tile;
+  const int64_t components = tile.components;
+  const Upstream up = upstream_of<T>(tile, n);
+  if (mode == UNCORK_GRADIENT && !up.kept && up.none()) return skip_token(w, n);
+  for (int64_t k = 0; k < components; ++k)
+    w.rows.get()[k] = sweep(w, int(k), w.row(n * components + k), false, false);
+  const Row<T>& first = w.rows.get()[0];
+  const double lse = tile.log_prior ? 0 : double(first.top) + std::log(first.sum);
+  Dense<T> d(w, n, up, memory);
+  if (mode == UNCORK_LOG_PROB) {
+    T* into = w.row(n * components);
+    d.each_block([&](int64_t start, int count) { std::copy_n(d.mixed, count, into + start); });
+    return;
+  }
+  const bool gradient = mode == UNCORK_GRADIENT;
+  d.each_block([&](int64_t start, int count) { d.gather(start, count, gradient); });
+  put<T>(tile.cross_entropy, n, up.kept ? d.loss : 0);
+  put<T>(tile.lse, n, lse);
+  put<T>(tile.entropy, n, d.entropy);
+  if (tile.argmax) tile.argmax[n] = tile.log_prior ? d.argmax : w.argmax(w.row(n), first);
+  if (!gradient) return;
+  const double by_lse = tile.log_prior ? 0 : up.lse + 2 * up.square * lse;
+  d.each_block([&](int64_t start, int count) { d.write(start, count, static_cast<T>(by_lse)); });
+  double total = 0;
+  for (int64_t k = 0; k < components; ++k) total += double(d.by_component[k]);
+  for (int64_t k = 0; k < components; ++k) {
+    const int64_t r = n * components + k;
+    if (w.chain.wanted) w.flush(int(k), 1.0, sums);
+    put<T>(tile.scale, r, 1);
+    if (tile.log_prior) put<T>(tile.by_prior, r, double(d.by_component[k]) - std::exp(double(d.log_prior[k])) * total);
+  }
+}
+
+}  // namespace

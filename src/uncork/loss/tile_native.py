@@ -1,0 +1,249 @@
+"""The tile on a CPU: C++ with OpenMP (see `native/`), called through ctypes on the tensors' memory.
+
+The library is built when the package is installed, if there is a C++ compiler; it shares torch's OpenMP runtime, which
+is loaded before it. It is supported on Linux; where it is missing, impl="torch" serves.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uncork.logit_functions.base import LogitFunction
+from uncork.logit_functions.operations import Affine, Operation, PiecewiseLinear, Sigmoid, Softplus, Tanh
+from uncork.loss.call import Call
+from uncork.loss.target import IndexTarget, ProbabilityTarget
+from uncork.loss.tile import TileResult, Upstream
+
+LIBRARY = Path(__file__).with_name("_tile_native.so")
+_VERSION = 1
+_KINDS: dict[type[Operation], int] = {Affine: 0, Tanh: 1, Sigmoid: 2, Softplus: 3, PiecewiseLinear: 4}
+_SORTED = 5
+_STATISTICS, _GRADIENT, _LOG_PROB = 0, 1, 2
+_MOST_OPERATIONS, _MOST_PIECES = 16, 2**24
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# OpenMP's threads do not live on in a forked child: there the tile works alone.
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("num_pieces", ctypes.c_int32),
+        ("bound", ctypes.c_double),
+        ("tables", ctypes.c_void_p * 3),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "components", "vocab", "stride")),
+        ("scores", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("operations", ctypes.POINTER(_Operation)),
+        *((name, ctypes.c_int32) for name in ("num_operations", "is_double", "threads")),
+        *((name, ctypes.c_void_p) for name in ("index", "kept", "hit", "probabilities", "word_weight")),
+        ("spread", ctypes.c_double),
+        ("log_prior", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("by_cross_entropy", "by_lse", "by_square", "by_entropy")),
+        *((name, ctypes.c_void_p) for name in ("cross_entropy", "lse", "entropy", "argmax", "scale", "by_prior")),
+    )
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why it is not there."""
+    if not LIBRARY.exists():
+        return None, "it was not built when uncork was installed (that takes a C++ compiler with OpenMP, on Linux)"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        version = library.uncork_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{LIBRARY.name} cannot be used: {error}"
+    if version != _VERSION:
+        return None, f"{LIBRARY.name} is of version {version}, not {_VERSION}: install uncork again"
+    library.uncork_instructions.restype = ctypes.c_char_p
+    library.uncork_run.argtypes = (ctypes.POINTER(_Tile), ctypes.c_int32)
+    wanted = os.environ.get("UNCORK_INSTRUCTIONS")
+    if wanted and library.uncork_select(wanted.encode()):
+        return None, f"UNCORK_INSTRUCTIONS: this CPU or build has no {wanted!r}"
+    return library, ""
+
+
+_library, missing = _load()
+
+
+def instructions() -> str:
+    """The instruction set in use: "avx512", "avx2" or "base"; the environment's UNCORK_INSTRUCTIONS forces one."""
+    return "" if _library is None else _library.uncork_instructions().decode()
+
+
+def refuses(call: Call) -> str:
+    """Why this call cannot be served; empty if it can."""
+    if missing:
+        return missing
+    tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+    if any(t.device.type != "cpu" for t in tensors):
+        return f"it works on the CPU, not on {call.input.device}"
+    if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        return f"it needs plain tensors, not {type(call.input).__name__}"
+    return _refuses_function(call.function)
+
+
+def _refuses_function(function: nn.Module | None) -> str:
+    if function is None:
+        return ""
+    operations = function.operations() if isinstance(function, LogitFunction) else None
+    if operations is None:
+        return f"{type(function).__name__} is not made of its primitives"
+    if len(operations) > _MOST_OPERATIONS:
+        return f"a chain of {len(operations)} primitives is longer than {_MOST_OPERATIONS}"
+    unknown = [type(operation).__name__ for operation in operations if type(operation) not in _KINDS]
+    if unknown:
+        return f"it has no kernel for {', '.join(unknown)}"
+    pieces = [getattr(f, "num_pieces", 0) for f in function.modules()]
+    return f"it has at most {_MOST_PIECES} pieces" if max(pieces) > _MOST_PIECES else ""
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+class Tiles:
+    """The tiles of one call, over one set of the function's tables."""
+
+    blocks: ClassVar[int] = 1
+
+    def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        self.call = call
+        self.bias = None if call.bias is None else call.bias.detach().to(call.dtype).contiguous()
+        assert call.function is None or isinstance(call.function, LogitFunction)
+        self.operations: Sequence[Operation] = (() if call.function is None else call.function.operations()) or ()
+        self.tables = [table.detach().to(call.dtype).contiguous() for table in parameters]
+        self.needs = list(needs)
+
+    def statistics(self, scores: Tensor, span: slice) -> TileResult:
+        """Statistics of the tokens of a span, whose scores (rows, V) have no bias yet."""
+        return self._run(scores, span, _STATISTICS, None)
+
+    def gradient(self, scores: Tensor, span: slice, upstream: Upstream) -> TileResult:
+        """Statistics, and gradients; the scores are used up."""
+        return self._run(scores, span, _GRADIENT, upstream)
+
+    def log_prob(self, scores: Tensor, span: slice) -> Tensor:
+        """Log-probabilities (tokens, V), in place of the scores."""
+        self._run(scores, span, _LOG_PROB, None)
+        return scores[:: self.call.components]
+
+    def _run(self, scores: Tensor, span: slice, mode: int, upstream: Upstream | None) -> TileResult:
+        assert _library is not None
+        call, k = self.call, self.call.components
+        tokens = scores.shape[0] // k
+        held: list[Any] = []  # what the struct points to
+
+        def point(tensor: Tensor | None, dtype: torch.dtype = call.dtype) -> int | None:
+            if tensor is None:
+                return None
+            held.append(tensor.detach().to(dtype).contiguous())
+            return _address(held[-1])
+
+        result, sums = self._result(tokens, mode)
+        prior = None if call.prior_logits is None else call.prior_logits[span].detach().to(call.dtype).log_softmax(-1)
+        tile = _Tile(
+            tokens=tokens,
+            components=k,
+            vocab=scores.shape[1],
+            stride=scores.stride(0),
+            scores=_address(scores),
+            bias=_address(self.bias),
+            operations=self._described(sums),
+            num_operations=len(self.operations),
+            is_double=call.dtype == torch.float64,
+            threads=1 if _forked else torch.get_num_threads(),
+            log_prior=point(prior),
+            **{name: _address(tensor) for name, tensor in result._asdict().items() if isinstance(tensor, Tensor)},
+        )
+        tile.scores = _address(scores)
+        target = None if call.target is None else call.target.rows(span)
+        if isinstance(target, IndexTarget):
+            tile.index, tile.kept = point(target.index, torch.int64), point(target.kept, torch.uint8)
+            tile.hit, tile.word_weight, tile.spread = point(target.hit), point(target.word_weight), target.spread
+        elif isinstance(target, ProbabilityTarget):
+            tile.probabilities, tile.word_weight = point(target.probabilities), point(target.word_weight)
+            tile.spread = target.smoothing / scores.shape[1]
+        if upstream is not None:
+            tile.by_cross_entropy, tile.by_lse = point(upstream.cross_entropy), point(upstream.logsumexp)
+            tile.by_square, tile.by_entropy = point(upstream.square), point(upstream.entropy)
+        status = _library.uncork_run(tile, mode)
+        if status == 1:
+            raise MemoryError("impl='native': no memory left for the tile; give a smaller chunk_size")
+        assert status == 0, status
+        if mode == _GRADIENT:
+            return result._replace(by_scores=scores, sums=self._by_table(sums))
+        return result
+
+    def _result(self, tokens: int, mode: int) -> tuple[TileResult, list[Tensor | None]]:
+        """Empty results, and float64 zeros (one tensor an operation) for the sums that are asked."""
+        call, gradient = self.call, mode == _GRADIENT
+        details = call.details and mode == _STATISTICS
+
+        def empty(asked: bool, *shape: int, dtype: torch.dtype = call.dtype) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype) if asked else None
+
+        result = TileResult(
+            cross_entropy=empty(call.target is not None, tokens),
+            lse=torch.empty(tokens, dtype=call.dtype),
+            entropy=empty(details, tokens),
+            argmax=empty(details, tokens, dtype=torch.int64),
+            scale=empty(gradient, tokens * call.components),
+            by_prior=empty(gradient and call.prior_logits is not None, tokens, call.components),
+        )
+        sums: list[Tensor | None] = []
+        start = 0
+        for operation in self.operations:
+            stop = start + operation.num_tables
+            sizes = [t.numel() for t in self.tables[start:stop]]
+            wanted = gradient and any(self.needs[start:stop])
+            size = sum(sizes[1:]) if isinstance(operation, PiecewiseLinear) else sum(sizes)
+            sums.append(torch.zeros(size, dtype=torch.float64) if wanted else None)
+            start = stop
+        return result, sums
+
+    def _described(self, sums: Sequence[Tensor | None]) -> Any:
+        described = (_Operation * len(self.operations))()
+        start = 0
+        for into, operation, own in zip(described, self.operations, sums, strict=True):
+            tables = self.tables[start : start + operation.num_tables]
+            into.kind, into.sums = _KINDS[type(operation)], _address(own)
+            into.tables[: len(tables)] = [_address(table) for table in tables]
+            if isinstance(operation, PiecewiseLinear):
+                into.num_pieces = tables[0].numel()
+                into.kind = _SORTED if operation.bound is None else into.kind
+                into.bound = operation.bound or 0.0
+            start += len(tables)
+        return described
+
+    def _by_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One gradient a table: knots carry none of their own."""
+        tables: list[Tensor | None] = []
+        for operation, own in zip(self.operations, sums, strict=True):
+            if own is None:
+                tables += [None] * operation.num_tables
+            elif isinstance(operation, PiecewiseLinear):
+                by_value, by_slope = own.chunk(2)
+                tables += [torch.zeros_like(by_value), by_value, by_slope]
+            else:
+                tables.append(own)
+        return tables
