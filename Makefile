@@ -18,8 +18,8 @@ $(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
 	@touch $(READY)
 
-demo: $(READY) ## train three output layers on real text and compare them: ten minutes on 2 cores
-	$(BIN)/uncork compare --heads softmax plif plif-frozen --seeds 1 --vocab-size 4000 --in-features 16 \
+demo: $(READY) ## train six output layers on real text and compare them: ten minutes on 2 cores
+	$(BIN)/uncork compare --seeds 1 --vocab-size 4000 --in-features 16 \
 		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
 
 test: $(READY) ## all tests but the slow ones

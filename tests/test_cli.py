@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from uncork import cli
+from uncork import build_head, cli
 from uncork.lab.compare import Event, TimeLeft, make_tasks, parse_head
 from uncork.lab.errors import LabError
 from uncork.lab.train_config import TrainConfig
@@ -74,6 +74,7 @@ def test_compare_reports_and_does_not_run_rows_twice(text, tmp_path, capsys):
         assert (out / name).exists(), name
     stamps = {p: p.stat().st_mtime_ns for p in (out / "runs").glob("*/result.json")}
     assert run(*command, "--workers", "2") == 0
+    assert f"Computed by the {build_head('plif', 4, 9).implementation()} loss." in capsys.readouterr().out
     assert stamps == {p: p.stat().st_mtime_ns for p in (out / "runs").glob("*/result.json")}
     assert json.loads((out / "runs/plif_lr_0.01-seed0/config.json").read_text())["lr"] == 0.01
 

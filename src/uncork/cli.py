@@ -18,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit("uncork: the command line needs the laboratory: pip install 'uncork[lab]'") from error
 
+from uncork.lab.bench.settings import Bench
 from uncork.lab.terminal import NobodyReads, cores, progress_line, say
 
 
@@ -98,7 +99,9 @@ class Compare(_Experiment):
     more heads or seeds can be added later, and an interrupted comparison goes on with the same command.
     """
 
-    heads: tuple[str, ...] = ("softmax", "temperature", "sigsoftmax", "plif", "plif-frozen", "mos")
+    heads: tuple[str, ...] = (
+        "softmax", "temperature", "sigsoftmax", "plif", "plif-frozen", "mos:latent_activation=null",
+    )  # fmt: skip
     """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
     with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4"""
     seeds: int = 3
@@ -251,6 +254,8 @@ def compare(command: Compare) -> dict[str, Any]:
     print_table(summary, Console())
     for sentence in (headline(summary), *caveats(summary, runs_table(runs))):
         say(f"- {sentence}")
+    kinds = sorted({str(run.result.get("loss")) for run in runs if run.result})
+    say(f"- Computed by the {', '.join(kinds)} loss.")
     say(f"\nThe report: {report}\n{_NEXT}")
     return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
 
@@ -287,7 +292,7 @@ def train(command: Train) -> dict[str, Any]:
     )
     report = write_report(out_dir, [run], title=f"{name} on {corpus.name}", command=_command_line(), notes=[])
     test = result["test"]
-    say(f"\ntest perplexity {test['perplexity']:.2f} per word. The report: {report}")
+    say(f"\ntest perplexity {test['perplexity']:.2f} per word, by the {result['loss']} loss. The report: {report}")
     return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
 
 
@@ -333,12 +338,23 @@ def generate(command: Generate) -> dict[str, Any]:
     return {"command": "generate", "run": str(command.run), "prompt": command.prompt, "text": text}
 
 
+def bench(command: Bench) -> dict[str, Any]:
+    """Measures the loss; returns the median ratios to G."""
+    from uncork.lab.bench.run import plan_of, run
+    from uncork.lab.bench.tables import median_ratios, terminal_table
+
+    tables = run(command, plan_of(command), _command_line())
+    say(f"\n{terminal_table(tables)}\n")
+    return {"command": "bench", "out_dir": command.out_dir, "ratio_to_G": median_ratios(tables["times"])}
+
+
 _ABOUT = "Output layers that break the softmax bottleneck, compared on real text."
 _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Compare: compare,
     Train: train,
     Evaluate: evaluate,
     Generate: generate,
+    Bench: bench,
 }
 
 

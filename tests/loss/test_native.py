@@ -104,9 +104,14 @@ def test_slope_gradients_of_a_large_vocabulary(pieces, make_problem):
 
 
 def test_it_is_what_a_cpu_call_gets(monkeypatch, make_problem):
-    calls = []
+    calls: list[object] = []
     run = tile_native.Tiles._run
-    monkeypatch.setattr(tile_native.Tiles, "_run", lambda self, *args: (calls.append(1), run(self, *args))[1])
+
+    def spy(self, *args):
+        calls.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(tile_native.Tiles, "_run", spy)
     make_problem("plif").loss(None)
     assert calls
     calls.clear()

@@ -1,5 +1,6 @@
 """Traps that others fell into, one test each; and nothing that would stop a GPU."""
 
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -128,8 +129,9 @@ def test_unreduced_loss_with_gradients_of_the_forward_is_wrong(impl, mixture, ma
 
 
 def test_chunks_of_a_few_rows_are_slow():
-    for vocab in (1, 100, 10_000, 151_936, 10_000_000):
-        assert default_chunk_size(vocab) >= 32
+    for vocab, features in itertools.product((1, 100, 10_000, 151_936, 10_000_000), (1, 16, 400, 4096)):
+        assert 32 <= default_chunk_size(vocab, features) <= 512
+        assert default_chunk_size(vocab, features, blocks=16) >= 32
 
 
 @pytest.mark.parametrize("times", [1, 2])

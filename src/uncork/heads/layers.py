@@ -136,7 +136,7 @@ class Head(nn.Module, ABC):
     def _chunks(self, input: Tensor) -> tuple[Tensor, ...]:
         rows: Tensor = input.reshape(-1, input.shape[-1])
         components = getattr(self, "num_components", 1)
-        return rows.split(max(1, default_chunk_size(self.vocab_size) // components))
+        return rows.split(max(1, default_chunk_size(*self.weight.shape) // components))
 
     def _ranked(self, rows: Tensor) -> Tensor:
         """What orders the words as their probabilities do, (C, V)."""

@@ -100,7 +100,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1]. z_loss: factor of logsumexp^2, at least 0.
         impl: "reference", "torch", "native" or None (the best).
         chunk_size: rows of scores at once. memory_budget: bytes of scores at once, in its place. With neither, as many
-            rows as 64 MiB hold, between 64 and 512 (`loss.chunked.default_chunk_size`).
+            rows as 64 MiB hold, or 5 MiB for D < 64, between 32 and 512 (`loss.chunked.default_chunk_size`).
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0.

@@ -19,26 +19,29 @@ from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile import TileResult, Tiles, Upstream
 from uncork.loss.tile_torch import function_parameters
 
-# Bytes of scores at once when the caller does not say. Products of fewer rows than a few hundred are slow, since each
-# of them reads W (and adds to its gradient) once; more than MOST_ROWS gain nothing.
-MEMORY_BUDGET = 64 * 2**20
-FEWEST_ROWS, MOST_ROWS = 64, 512
+# Bytes of scores at once when the caller does not say. Products of few rows are slow, since each of them reads W (and
+# adds to its gradient) once; more than MOST_ROWS gain nothing. Over few features the products are as quick as the
+# memory, and the block of scores had better stay in the cache.
+MEMORY_BUDGET, CACHE_BUDGET = 64 * 2**20, 5 * 2**20
+FEW_FEATURES = 64
+FEWEST_ROWS, MOST_ROWS = 32, 512
 
 
-def default_chunk_size(vocab_size: int, bytes_per_score: int = 4, memory_budget: int = MEMORY_BUDGET) -> int:
-    """Rows of scores in a chunk: as many as `memory_budget` bytes hold, between 64 and 512; from the shape alone.
+def default_chunk_size(vocab_size: int, features: int, itemsize: int = 4, blocks: int = 1) -> int:
+    """Rows of scores in a chunk: as many as 64 MiB hold, or 5 MiB for fewer than 64 features, between 32 and 512.
 
-    Above 32 they are a multiple of 32.
+    A multiple of 32, from the shape alone.
 
     Args:
-        vocab_size: V. bytes_per_score: 4 of float32, times the blocks that a tile keeps at once.
-        memory_budget: bytes.
+        vocab_size: V. features: D. itemsize: bytes of a score. blocks: (rows, V) blocks that share the 64 MiB.
 
-    >>> default_chunk_size(10_000), default_chunk_size(33_278), default_chunk_size(50_257), default_chunk_size(256_000)
-    (512, 480, 320, 64)
+    >>> [default_chunk_size(V, 400) for V in (10_000, 33_278, 50_257, 256_000)], default_chunk_size(10_000, 16)
+    ([512, 480, 320, 64], 128)
     """
-    rows = memory_budget // max(1, vocab_size * bytes_per_score)
-    return min(max(rows // 32 * 32, FEWEST_ROWS), MOST_ROWS)
+    budget = MEMORY_BUDGET // blocks
+    if features < FEW_FEATURES:
+        budget = min(budget, CACHE_BUDGET)
+    return min(max(budget // max(1, vocab_size * itemsize) // 32 * 32, FEWEST_ROWS), MOST_ROWS)
 
 
 def rows_of_chunk(call: Call, blocks: int) -> int:
@@ -46,17 +49,18 @@ def rows_of_chunk(call: Call, blocks: int) -> int:
 
     A budget of the caller's is kept to, down to one row; it holds the raised copy of a half-precision weight too.
     """
-    vocab, score = max(1, call.weight.shape[0]), call.dtype.itemsize * blocks
+    vocab, features = call.weight.shape
     if call.chunk_size is not None:
         return call.chunk_size
     if call.memory_budget is None:
-        return default_chunk_size(vocab, score)
+        return default_chunk_size(vocab, features, call.dtype.itemsize, blocks)
+    row = max(1, vocab) * call.dtype.itemsize * blocks
     copies = 0 if call.weight.dtype == call.dtype else call.weight.numel() * call.dtype.itemsize
-    rows = (call.memory_budget - copies) // (vocab * score)
+    rows = (call.memory_budget - copies) // row
     if rows < 1:
         raise ValueError(
-            f"memory_budget: expected at least {copies + vocab * score} bytes ({vocab * score} for one row of scores, "
-            f"{copies} for the weight in {call.dtype}), got {call.memory_budget}"
+            f"memory_budget: expected at least {copies + row} bytes ({row} for one row of scores, {copies} for the "
+            f"weight in {call.dtype}), got {call.memory_budget}"
         )
     return min(rows // 32 * 32 or rows, MOST_ROWS)
 
@@ -87,8 +91,7 @@ class Walk:
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
         self.tiles = make_tiles(call, self.parameters, self.needs[4:])
         self.chunk = max(1, rows_of_chunk(call, make_tiles.blocks) // call.components)
-        rows = min(self.chunk, call.tokens) * call.components
-        self.buffer = torch.empty(rows, call.weight.shape[0], dtype=call.dtype, device=call.input.device)
+        self.block = self.tiles.block(min(self.chunk, call.tokens) * call.components)
 
     def spans(self) -> list[slice]:
         tokens = self.call.tokens
@@ -101,7 +104,7 @@ class Walk:
 
     def scores(self, x: Tensor) -> Tensor:
         """x W^T (rows, V), in the one block that all chunks share."""
-        return torch.mm(x, self.weight.T, out=self.buffer[: x.shape[0]])
+        return torch.mm(x, self.weight.T, out=self.block[: x.shape[0]])
 
     def statistics(self, span: slice) -> TileResult:
         return self.tiles.statistics(self.scores(self.rows(span)), span)

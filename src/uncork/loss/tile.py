@@ -45,6 +45,9 @@ class Tiles(Protocol):
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
         """parameters: what of the function is differentiated; needs: for which of them a gradient is asked."""
 
+    def block(self, rows: int) -> Tensor:
+        """Memory for (rows, V) scores, not filled."""
+
     def statistics(self, scores: Tensor, span: slice) -> TileResult:
         """The tokens' statistics: entropy and argmax where the call asks for details."""
 

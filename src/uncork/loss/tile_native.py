@@ -134,6 +134,13 @@ class Tiles:
         self.tables = [table.detach().to(call.dtype).contiguous() for table in parameters]
         self.needs = list(needs)
 
+    def block(self, rows: int) -> Tensor:
+        """Memory for (rows, V) scores, not filled; in large pages, since it is new to the process in every call."""
+        assert _library is not None
+        block = torch.empty(rows, self.call.weight.shape[0], dtype=self.call.dtype)
+        _library.uncork_large_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
+        return block
+
     def statistics(self, scores: Tensor, span: slice) -> TileResult:
         """Statistics of the tokens of a span, whose scores (rows, V) have no bias yet."""
         return self._run(scores, span, _STATISTICS, None)

@@ -223,6 +223,11 @@ class Tiles:
         self.bias = None if call.bias is None else call.bias.detach().to(call.dtype)
         self.runner = make_runner(call.function, parameters, needs)
 
+    def block(self, rows: int) -> Tensor:
+        """Memory for (rows, V) scores, not filled."""
+        call = self.call
+        return torch.empty(rows, call.weight.shape[0], dtype=call.dtype, device=call.input.device)
+
     def _tile(self, scores: Tensor, span: slice) -> LinearTile | MixtureTile:
         call = self.call
         if self.bias is not None:

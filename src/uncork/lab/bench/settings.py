@@ -1,0 +1,97 @@
+"""What a benchmark is asked to measure: the flags of `uncork bench`, shapes, and what a process is told."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from uncork.lab.errors import LabError
+
+EAGER, PRODUCTS = "eager", "G"
+
+CONTENDERS: tuple[str, ...] = (
+    "G", "G-forward", "eager", "compile", "torch-auto", "torch-best", "naive-sigsoftmax", "naive-plif", "naive-mos-4",
+    "softmax", "softmax-forward", "temperature", "softcap", "sigsoftmax", "gss", "monotone", "plif-16", "plif-100",
+    "plif-1000", "plif-1000-forward", "plif-10000", "plif-100000", "plif-frozen", "mos-4",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """N tokens, D features, V words.
+
+    >>> str(Shape.parse("2048,400,33278"))
+    '2048, 400, 33278'
+    """
+
+    tokens: int
+    in_features: int
+    vocab_size: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A shape as the command line writes it. Raises LabError for anything else."""
+        try:
+            tokens, in_features, vocab_size = map(int, text.split(","))
+        except ValueError:
+            raise LabError(f"shapes: expected N,D,V as 2048,400,33278, got {text!r}") from None
+        if min(tokens, in_features, vocab_size) < 1:
+            raise LabError(f"shapes: expected N, D and V of at least 1, got {text!r}")
+        return cls(tokens, in_features, vocab_size)
+
+    def __str__(self) -> str:
+        return f"{self.tokens}, {self.in_features}, {self.vocab_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What stays the same for all contenders of one process."""
+
+    shape: Shape
+    threads: int
+    dtype: str = "float32"
+    impl: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON's types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The setup that `to_dict` wrote."""
+        return cls(**{**values, "shape": Shape(**values["shape"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Time and memory of the loss with each function, beside what PyTorch and people's own code need for it.
+
+    Before anything is timed, our losses and gradients are checked against plain torch in float64. Then all contenders
+    take turns within one process, in another order every round, and each is compared with G (the three matrix products
+    alone) and with eager (F.cross_entropy(x @ W.T)) of the same round: drift of the machine meets all of them alike.
+    Leave the machine alone meanwhile.
+    """
+
+    shapes: tuple[str, ...] = ("2048,400,10000",)
+    """N,D,V: tokens, features, words. The larger V / D, the more the function counts beside the matrix products."""
+    only: tuple[str, ...] = ()
+    """Contenders; none: all. G G-forward eager compile torch-auto torch-best torch-256 (chunk) naive-sigsoftmax
+    naive-plif naive-mos-4 softmax temperature softcap sigsoftmax gss monotone plif-1000 (pieces) plif-frozen mos-4
+    (components); -forward after one of ours: without gradients. G and eager always take part."""
+    rounds: int = 5
+    """Rounds a process, after one to warm up. Whoever takes more than 4 G takes part in every third."""
+    processes: int = 2
+    """Fresh processes to repeat it in: their spread says which differences are noise (here up to 15 %)."""
+    max_seconds: float = 20.0
+    """A contender whose one call takes longer is left out, and the table says so."""
+    memory: bool = True
+    """Also measure each contender's peak memory, in a process of its own (Linux)."""
+    instructions: bool = False
+    """Also count the native tile's instructions with valgrind, which do not drift: two minutes more."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of input and weight."""
+    threads: int | None = None
+    """CPU threads. None: all cores."""
+    impl: str | None = None
+    """Implementation of ours: native, torch or reference. None: the best that serves the call."""
+    out_dir: Path | None = None
+    """Where times.csv, memory.csv, table.csv and provenance.json go. None: only print the table."""
