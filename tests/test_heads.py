@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import uncork
 from uncork import HEAD_NAMES, ContextMixtureHead, LinearHead, MixtureHead, build_head, head_from_spec
+from uncork.loss import inference
 
 D, V = 6, 40
 LINEAR = ["softmax", "temperature", "moc"]  # those whose log-probabilities stay at rank d + 1 (+ 1 with a bias)
@@ -82,6 +85,50 @@ def test_probability_targets_and_token_weights(name):
     index = torch.randint(0, V, (4,))
     expected = (F.cross_entropy(head(h), index, reduction="none") * weight).sum() / weight.sum()
     torch.testing.assert_close(head.loss(h, index, token_weight=weight), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_inference_without_gradients_agrees_with_the_graph(name, dtype):
+    """Fused on a CPU, in chunks that do not divide the tokens, and on the way that autograd needs."""
+    head = scattered(name, v=300).to(dtype)
+    h = 2 * torch.randn(7, 100, D, dtype=dtype)
+    tracked = head.log_prob(h), *head.topk(h, 4), head.predict(h)
+    assert tracked[0].requires_grad
+    assert inference.serves(head._fused(h)) is False
+    with torch.no_grad():
+        assert inference.serves(head._fused(h))
+        fused = head.log_prob(h), *head.topk(h, 4), head.predict(h)
+    for a, b in zip(fused, tracked, strict=True):
+        assert not a.requires_grad
+        torch.testing.assert_close(a, b)
+    empty = head(h[:0]), head.log_prob(h[:0]), head.topk(h[:0], 4)[1], head.predict(h[:0])
+    assert [tuple(t.shape) for t in empty] == [(0, 100, 300), (0, 100, 300), (0, 100, 4), (0, 100)]
+
+
+@pytest.mark.parametrize("name", ["plif", "mos"])
+def test_inference_keeps_no_second_matrix(name):
+    """predict and topk make nothing of N V elements, log_prob one: its result."""
+
+    class Made(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.sizes: list[int] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.sizes += [t.untyped_storage().nbytes() for t in made if t.untyped_storage()._cdata not in given]
+            return out
+
+    head, h = scattered(name, v=500), torch.randn(4096, D)
+    matrix = 4096 * 500 * 4
+    for call, most in ((head.predict, 0), (lambda h: head.topk(h, 3), 0), (head.log_prob, 1)):
+        with torch.no_grad(), Made() as made:
+            call(h)
+        assert sum(size >= matrix for size in made.sizes) == most
+        assert sorted(made.sizes)[-1 - most] < matrix / 4
 
 
 @pytest.mark.parametrize("name", HEAD_NAMES)
