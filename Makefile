@@ -23,7 +23,7 @@ demo: $(READY) ## train six output layers on real text and compare them: ten min
 		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
 
 test: $(READY) ## all tests but the slow ones
-	$(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/pytest -q -m slow

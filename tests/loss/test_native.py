@@ -9,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uncork
 from uncork import loss as loss_package
+from uncork.logit_functions.operations import Affine, PiecewiseLinear
 from uncork.loss import linear_cross_entropy, mixture_cross_entropy, tile_native, token_statistics
 from uncork.loss.call import build_call
 
@@ -265,6 +268,10 @@ def test_memory_budget(make_problem):
     for budget in (100 * 8, 350 * 8, 2**20):
         for a, b in zip(gradients(problem, "native", memory_budget=budget), whole, strict=True):
             torch.testing.assert_close(a, b)
+    mixed = make_problem("plif", mixture=True, components=3, vocab=100)
+    with pytest.raises(ValueError, match=r"expected at least 2400 bytes \(2400 for one token's scores"):
+        mixed.loss("native", memory_budget=2399)
+    assert mixed.loss("native", memory_budget=2400).isfinite()
     with pytest.raises(ValueError, match=r"memory_budget: expected at least 800 bytes.*got 799"):
         problem.loss("native", memory_budget=799)
     with pytest.raises(ValueError, match="memory_budget: expected None beside chunk_size=3, got 10"):
@@ -272,7 +279,7 @@ def test_memory_budget(make_problem):
     with pytest.raises(ValueError, match="memory_budget: expected a whole number of at least 1"):
         problem.loss("native", memory_budget=0)
     half = make_problem("plif", tokens=9, vocab=100, features=3, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"at least 1600 bytes \(400 for one row of scores, 1200 for the weight"):
+    with pytest.raises(ValueError, match=r"at least 1600 bytes \(400 for one token's scores, 1200 for the weight"):
         half.loss("native", memory_budget=1599)
     assert half.loss("native", memory_budget=1600).isfinite()
 
@@ -298,3 +305,198 @@ def test_mixture_of_one_is_the_linear_loss(make_problem):
 def test_argmax_of_ties_and_nan_is_torchs(row):
     scores = torch.tensor(row)
     assert token_statistics(torch.ones(1, 1), scores[:, None], impl="native").argmax.item() == scores.argmax()
+
+
+class Wrong(uncork.LogitFunction):
+    """A user's function that may say anything of itself."""
+
+    def __init__(self, operations=(), sizes=()):
+        super().__init__()
+        self._operations, self._sizes = operations, sizes
+
+    def options(self):
+        return {}
+
+    def operations(self):
+        return self._operations
+
+    def tables(self, dtype=torch.float32, device=None):
+        return tuple(torch.full((size,), 0.5, dtype=dtype) for size in self._sizes)
+
+
+class Decreasing(Wrong):
+    increasing = False
+
+    def tables(self, dtype=torch.float32, device=None):
+        return (torch.tensor([-1.0, 0.0], dtype=dtype),)
+
+
+@pytest.mark.parametrize(
+    ("operations", "sizes", "message"),
+    [
+        ((Affine(),), (1,), r"Affine expects tables of 2 numbers, got sizes \[1\]"),
+        ((PiecewiseLinear(2.0),), (100, 10, 10), "PiecewiseLinear expects tables of the same size P each"),
+        ((PiecewiseLinear(),), (0, 0, 0), r"same size P each, got sizes \[0, 0, 0\]"),
+        ((Affine(), Affine()), (2,), "expected 2 tables for its operations, got 1"),
+    ],
+)
+def test_tables_of_the_wrong_size_are_refused(operations, sizes, message):
+    x, weight, target = torch.randn(3, 2), torch.randn(5, 2), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(x, weight, target, logit_function=Wrong(operations, sizes))
+
+
+def test_a_decreasing_function_is_not_for_this_tile():
+    x, weight, target = 5 * torch.randn(3, 9), 5 * torch.randn(50, 9), torch.tensor([0, 1, 2])
+    function = Decreasing((Affine(),))
+    wanted = F.cross_entropy(-(x @ weight.T), target)
+    torch.testing.assert_close(linear_cross_entropy(x, weight, target, logit_function=function), wanted)
+    with pytest.raises(ValueError, match="Decreasing does not increase"):
+        linear_cross_entropy(x, weight, target, logit_function=function, impl="native")
+
+
+def test_another_default_device(make_problem):
+    problem = make_problem("plif", dtype=torch.float32)
+    head = uncork.LinearHead(3, 7, logit_function=uncork.PLIF(5, 2.0))
+    with torch.no_grad():
+        wanted = [head.log_prob(problem.input), *head.topk(problem.input, 2), head.predict(problem.input)]
+    loss = problem.loss("native")
+    with torch.device("meta"):
+        assert torch.equal(problem.loss("native"), loss)
+        problem.loss("native", reduction="none").sum().backward()
+        with torch.no_grad():
+            found = [head.log_prob(problem.input), *head.topk(problem.input, 2), head.predict(problem.input)]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_what_follows_operations_does_not_get_the_native_tile():
+    head, x = uncork.build_head("softcap", 4, 9), torch.randn(3, 4)
+    head.requires_grad_(False)
+    tangent = torch.func.jvp(lambda h: head(h).log_softmax(-1), (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(torch.func.jvp(head.log_prob, (x,), (torch.ones_like(x),))[1], tangent)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(head.log_prob(dual)).tangent, tangent)
+    with torch.no_grad():
+        plain = uncork.LinearHead(4, 9)
+        torch.testing.assert_close(torch.func.vmap(plain.log_prob)(x), plain(x).log_softmax(-1))
+        graph = make_fx(lambda h: head.log_prob(h))(x)
+    other = torch.randn(3, 4)
+    torch.testing.assert_close(graph(other), head(other).log_softmax(-1))
+
+
+def test_a_head_that_is_changed_computes_what_it_says():
+    class Doubled(uncork.LinearHead):
+        def scores(self, input):
+            return 2 * super().scores(input)
+
+    head, x = Doubled(4, 9, logit_function=uncork.PLIF(5, 2.0)), torch.randn(3, 4)
+    wanted = head.log_prob(x)
+    with torch.no_grad():
+        torch.testing.assert_close(head.log_prob(x), wanted)
+    plain = uncork.LinearHead(4, 9, logit_function=uncork.PLIF(5, 2.0))
+    plain.logit_function.register_forward_hook(lambda module, given, out: 2 * out)
+    wanted = plain.log_prob(x)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.log_prob(x), wanted)
+
+
+def test_steep_pieces_do_not_lose_the_order(library):
+    """y = x + (value + slope (x - knot)), not offset + slope x, which cancels where slopes differ strongly."""
+    plif = uncork.PLIF(100, 20.0)
+    with torch.no_grad():
+        plif.raw_slopes.fill_(-12.0)
+        plif.raw_slopes[98] = 100.0
+        z = torch.linspace(18, 20, 2001)
+        head = uncork.LinearHead(1, z.numel(), bias=False, logit_function=plif)
+        head.weight.copy_(z[:, None])
+        log_prob = head.log_prob(torch.ones(1, 1)).squeeze()
+        torch.testing.assert_close(log_prob, head(torch.ones(1, 1)).log_softmax(-1).squeeze(), rtol=0, atol=1e-4)
+        plain = plif(z)
+        fell = plain.diff().min()
+        assert log_prob.diff().min() >= fell - 2e-5  # the rounding of log p itself, of numbers near 160
+
+
+@pytest.mark.parametrize("row", [[-torch.inf, torch.inf, 0.0], [-torch.inf, torch.nan, 0.0]])
+def test_a_row_of_nan_does_not_reach_a_masked_word(impl, row):
+    bias = torch.tensor(row)
+    weight = torch.randn(3, 2, requires_grad=True)
+    loss = linear_cross_entropy(torch.randn(1, 2), weight, torch.tensor([2]), linear_bias=bias, impl=impl)
+    loss.backward()
+    assert loss.isnan()
+    assert weight.grad is not None
+    assert not weight.grad[0].any()
+
+
+def test_an_impossible_target_of_a_mixture(impl):
+    """Its loss is inf; the other tokens' gradients, and that of the masked word, are what they are without it."""
+    latent, prior = torch.randn(3, 2, 4), torch.randn(3, 2)
+    weight, bias = torch.randn(4, 4, requires_grad=True), torch.tensor([-torch.inf, 0, 0, 0])
+
+    def gradient(rows, impl):
+        loss = mixture_cross_entropy(
+            latent[rows],
+            weight,
+            prior[rows],
+            torch.tensor([0, 1, 2])[rows],
+            linear_bias=bias,
+            impl=impl,
+            reduction="none",
+        )
+        return loss, torch.autograd.grad(loss.sum(), weight)[0]
+
+    loss, whole = gradient([0, 1, 2], impl)
+    assert loss[0] == torch.inf
+    assert not whole[0].any()
+    if impl != "torch":  # which gives nan to the other words
+        torch.testing.assert_close(whole, gradient([1, 2], "reference")[1])
+
+
+def test_a_masked_target_of_weight_0_costs_nothing(impl):
+    bias, weight = torch.tensor([-torch.inf, 0, 0, 0]), torch.tensor([0.0, 1, 1, 1])
+    options = {"linear_bias": bias, "weight": weight, "impl": impl, "reduction": "none"}
+    x, w, y = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
+    for smoothing in (0.0, 0.1):
+        loss = linear_cross_entropy(x, w, y, label_smoothing=smoothing, **options)
+        assert loss.isfinite().all()
+    assert linear_cross_entropy(x, w, y, **options)[0] == 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_changed_class_weights_are_noticed(chunked_impl, reduction, make_problem):
+    problem = make_problem("plif")
+    weight = torch.rand(7, dtype=torch.float64)
+    loss = problem.loss(chunked_impl, weight=weight, label_smoothing=0.3, reduction=reduction).sum()
+    torch.autograd.grad(loss, problem.weight, retain_graph=True)
+    weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, problem.weight)
+
+
+def test_ignored_tokens_of_a_per_token_loss_have_no_products(chunked_impl, mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture, tokens=8)
+    problem.target[2:] = -100
+    rows = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "mm":
+                rows.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with Rows():
+        loss = problem.loss(chunked_impl, reduction="none")
+        loss.sum().backward()
+    kept = int((problem.target != -100).sum()) * (2 if mixture else 1)
+    assert max(rows) == kept
+
+
+def test_topk_of_a_confident_row_keeps_its_digits():
+    head = uncork.LinearHead(1, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[60.0], [45.0], [40.0]]))
+        got = head.topk(torch.ones(1, 1), 2)[0].squeeze().double()
+    truth = torch.tensor([60.0, 45.0, 40.0], dtype=torch.float64).log_softmax(-1)[:2]
+    torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-7)  # of 1, where float32 at 60 has 4e-6

@@ -111,8 +111,9 @@ class Head(nn.Module, ABC):
         return torch.cat([self._ranked(rows).argmax(-1) for rows in self._chunks(input)]).view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k likeliest words: (log_prob, ids), each (..., k), likeliest first; chunk by chunk.
+        """The k likeliest words: (log_prob, ids), each (..., k), likeliest first.
 
+        Chunk by chunk; where a gradient is asked, the graphs of all chunks stay until it is taken.
         Ranking uses the scores (but for mixtures), which an increasing function cannot reorder but may tie.
         """
         if not 1 <= k <= self.vocab_size:
@@ -129,7 +130,13 @@ class Head(nn.Module, ABC):
         """What the fused loss would compute from."""
 
     def _inference(self, input: Tensor) -> Call | None:
-        """The call, where the native tile serves it and nobody asks for a gradient."""
+        """The call, where the native tile serves it and nobody asks for a gradient, or has changed what is computed."""
+        own = type(self) in (LinearHead, MixtureHead, ContextMixtureHead)
+        hooks = self.logit_function is not None and (
+            self.logit_function._forward_hooks or self.logit_function._forward_pre_hooks
+        )
+        if not own or hooks or inference.asked_for_gradients(input, *self.parameters()):
+            return None
         call = self._fused(input)
         return call if inference.serves(call) else None
 

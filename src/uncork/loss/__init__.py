@@ -99,8 +99,9 @@ def linear_cross_entropy(
             class weights (over the number of rows for probabilities), the z part over the number of kept tokens.
         label_smoothing: in [0, 1]. z_loss: factor of logsumexp^2, at least 0.
         impl: "reference", "torch", "native" or None (the best).
-        chunk_size: rows of scores at once. memory_budget: bytes of scores at once, in its place. With neither, as many
-            rows as 64 MiB hold, or 5 MiB for D < 64, between 32 and 512 (`loss.chunked.default_chunk_size`).
+        chunk_size: rows of scores at once. memory_budget: bytes of scores at once, in its place (gradients, and the
+            sums that the function's parameters need, come on top). With neither, as many rows as 64 MiB hold, or 5 MiB
+            for D < 64, between 32 and 512 (`loss.chunked.default_chunk_size`); "torch" has 16 blocks to share it.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0.

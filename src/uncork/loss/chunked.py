@@ -47,7 +47,7 @@ def default_chunk_size(vocab_size: int, features: int, itemsize: int = 4, blocks
 def rows_of_chunk(call: Call, blocks: int) -> int:
     """Rows of scores at once, for a tile that keeps so many blocks of them.
 
-    A budget of the caller's is kept to, down to one row; it holds the raised copy of a half-precision weight too.
+    A budget of the caller's is kept to, down to one token; it holds the raised copy of a half-precision weight too.
     """
     vocab, features = call.weight.shape
     if call.chunk_size is not None:
@@ -56,11 +56,11 @@ def rows_of_chunk(call: Call, blocks: int) -> int:
         return default_chunk_size(vocab, features, call.dtype.itemsize, blocks)
     row = max(1, vocab) * call.dtype.itemsize * blocks
     copies = 0 if call.weight.dtype == call.dtype else call.weight.numel() * call.dtype.itemsize
-    rows = (call.memory_budget - copies) // row
-    if rows < 1:
+    rows, least = (call.memory_budget - copies) // row, call.components
+    if rows < least:
         raise ValueError(
-            f"memory_budget: expected at least {copies + row} bytes ({row} for one row of scores, {copies} for the "
-            f"weight in {call.dtype}), got {call.memory_budget}"
+            f"memory_budget: expected at least {copies + least * row} bytes ({least * row} for one token's scores, "
+            f"{copies} for the weight in {call.dtype}), got {call.memory_budget}"
         )
     return min(rows // 32 * 32 or rows, MOST_ROWS)
 
@@ -177,6 +177,13 @@ def _cast(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list
     return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)]
 
 
+def _given(call: Call) -> list[Tensor]:
+    """The caller's tensors that a later pass reads beside its inputs: saved, a change in between is refused."""
+    target = call.target
+    held = [target.probabilities] if isinstance(target, ProbabilityTarget) else []
+    return held if target is None or target.word_weight is None else [*held, target.word_weight]
+
+
 class _WeightedSum(torch.autograd.Function):
     """sum_n a_n CE_n + b_n lse_n^2, its gradient made in the forward and scaled in the backward."""
 
@@ -196,14 +203,14 @@ class _WeightedSum(torch.autograd.Function):
         ce, square, ctx.made = _weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
         empty = call.input.new_empty(0)
         ctx.call = replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
-        ctx.save_for_backward(ce, square, ce_factor, lse_factor, *inputs)
+        ctx.save_for_backward(ce, square, ce_factor, lse_factor, *inputs, *_given(call))
         total = (ce_factor.detach() * ce).sum()
         return total if lse_factor is None else total + (lse_factor.detach() * square).sum()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ce, square, ce_factor, lse_factor, *inputs = ctx.saved_tensors
+        ce, square, ce_factor, lse_factor, *inputs = ctx.saved_tensors[: 4 + len(ctx.needs)]
         made, ctx.made = ctx.made, None
         if made is None:  # the gradients were handed out by an earlier backward: they are made again
             x, weight, bias, prior_logits, *parameters = inputs
@@ -257,9 +264,7 @@ class _TokenStatistics(torch.autograd.Function):
         # What is saved for the backward is not held here too, or hooks that offload it would free nothing.
         empty = call.input.new_empty(0)
         ctx.tiles, ctx.call = tiles, replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
-        # The backward reads the probabilities again: saved, a change in between is refused, as for the inputs.
-        given = [call.target.probabilities] if isinstance(call.target, ProbabilityTarget) else []
-        ctx.save_for_backward(*inputs, *given)
+        ctx.save_for_backward(*inputs, *_given(call))
         ctx.set_materialize_grads(False)
         result = _forward_statistics(Walk(call, tiles, inputs[4:]))  # type: ignore[arg-type]
         if result.argmax is not None:
@@ -285,15 +290,19 @@ class _TokenStatistics(torch.autograd.Function):
         return (None, None, *_cast(into.in_order(), inputs))
 
 
-def _without_ignored(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> tuple[Call, Tensor, Tensor | None]:
-    """The same sum over the kept tokens alone. Only a CPU is asked which they are: a GPU would have to stop."""
+def _kept(call: Call) -> Tensor | None:
+    """The tokens that count, or None where all do. Only a CPU is asked which they are: a GPU would have to stop."""
     target = call.target
     if target is None or target.kept.device.type != "cpu" or torch.compiler.is_compiling() or bool(target.kept.all()):
-        return call, ce_factor, lse_factor
-    index = target.kept.nonzero().squeeze(1)
+        return None
+    return target.kept.nonzero().squeeze(1)
+
+
+def _select(call: Call, index: Tensor) -> Call:
+    assert call.target is not None
     prior = None if call.prior_logits is None else call.prior_logits.index_select(0, index)
-    kept = replace(call, input=call.input.index_select(0, index), prior_logits=prior, target=target.rows(index))
-    return kept, ce_factor[index], None if lse_factor is None else lse_factor[index]
+    rows = call.input.index_select(0, index)
+    return replace(call, input=rows, prior_logits=prior, target=call.target.rows(index))
 
 
 class Chunked:
@@ -307,13 +316,23 @@ class Chunked:
         return [call.input, call.weight, call.bias, call.prior_logits, *parameters]
 
     def statistics(self, call: Call) -> Statistics:
-        """Per-token statistics, differentiable but for argmax."""
+        """Per-token statistics, differentiable but for argmax.
+
+        Without details, tokens that a CPU sees to be ignored cost nothing; their logsumexp is given as 0.
+        """
+        if not call.details and (index := _kept(call)) is not None:
+            ce, lse, *_ = self.statistics(_select(call, index))
+            assert ce is not None
+            nothing = ce.new_zeros(call.tokens)
+            return Statistics(nothing.index_copy(0, index, ce), nothing.index_copy(0, index, lse), None, None)
         with torch.autocast(call.input.device.type, enabled=False):
             return Statistics(*_TokenStatistics.apply(call, self.tiles, *self._inputs(call)))
 
     def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
         """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; on a CPU ignored tokens cost nothing."""
-        call, ce_factor, lse_factor = _without_ignored(call, ce_factor, lse_factor)
+        if (index := _kept(call)) is not None:
+            call, ce_factor = _select(call, index), ce_factor[index]
+            lse_factor = None if lse_factor is None else lse_factor[index]
         factors = (torch.is_grad_enabled(), ce_factor, lse_factor)
         with torch.autocast(call.input.device.type, enabled=False):
             total: Tensor = _WeightedSum.apply(call, self.tiles, *factors, *self._inputs(call))

@@ -9,16 +9,22 @@ from uncork.loss import tile_native
 from uncork.loss.call import Call
 from uncork.loss.chunked import Walk
 from uncork.loss.reference import apply_function
+from uncork.loss.target import IndexTarget
 from uncork.loss.tile_torch import function_parameters
+
+
+def asked_for_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd, backward or forward, would have something to follow."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def serves(call: Call) -> bool:
     """Whether a call can go this way: no gradient asked, float32 or float64, and the native tile takes it."""
-    operands = [call.input, call.weight, call.bias, call.prior_logits]
     parameters = [] if call.function is None else list(call.function.parameters())
-    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in [*operands, *parameters])
-    half = call.input.dtype != call.dtype
-    return not (asked or half or torch.compiler.is_compiling() or tile_native.refuses(call))
+    asked = asked_for_gradients(call.input, call.weight, call.bias, call.prior_logits, *parameters)
+    return not (asked or call.input.dtype != call.dtype or tile_native.refuses(call))
 
 
 def _walk(call: Call) -> Walk:
@@ -29,7 +35,7 @@ def _walk(call: Call) -> Walk:
 def log_prob(call: Call) -> Tensor:
     """(N, V), the only matrix of that size."""
     walk = _walk(call)
-    result = torch.empty(call.tokens, call.weight.shape[0], dtype=call.dtype)
+    result = call.input.new_empty(call.tokens, call.weight.shape[0])
     for span in walk.spans():
         if call.prior_logits is None:
             scores = torch.mm(walk.rows(span), walk.weight.T, out=result[span])
@@ -43,11 +49,12 @@ def log_prob(call: Call) -> Tensor:
 def topk(call: Call, k: int) -> tuple[Tensor, Tensor]:
     """(log_prob, ids), (N, k) each. The scores are ranked, which the function cannot reorder; a mixture's words."""
     bias = call.bias
+    first = IndexTarget.build(call.input.new_zeros(call.tokens, dtype=torch.int64), -1, None, 0.0, 1, call.input)
     if call.prior_logits is None:
-        call = replace(call, bias=None)
+        call = replace(call, bias=None, target=first)
     walk = _walk(call)
-    values = torch.empty(call.tokens, k, dtype=call.dtype)
-    ids = torch.empty(call.tokens, k, dtype=torch.int64)
+    values = call.input.new_empty(call.tokens, k)
+    ids = call.input.new_empty(call.tokens, k, dtype=torch.int64)
     for span in walk.spans():
         if call.prior_logits is not None:
             values[span], ids[span] = walk.log_prob(span).topk(k, dim=-1)
@@ -56,7 +63,12 @@ def topk(call: Call, k: int) -> tuple[Tensor, Tensor]:
         if bias is not None:
             scores += bias
         best, ids[span] = scores.topk(k, dim=-1)
-        values[span] = apply_function(call.function, best) - walk.tiles.statistics(scores, span).lse[:, None]
+        first.index[span] = ids[span][:, 0]
+        logits = apply_function(call.function, best)
+        # From the likeliest word on, whose cross-entropy keeps its digits where it is small.
+        surprise = walk.tiles.statistics(scores, span).cross_entropy
+        assert surprise is not None
+        values[span] = logits - logits[:, :1] - surprise[:, None]
     return values, ids
 
 
@@ -64,7 +76,7 @@ def topk(call: Call, k: int) -> tuple[Tensor, Tensor]:
 def argmax(call: Call) -> Tensor:
     """(N,): the first of the words with the highest score, or probability in a mixture."""
     walk = _walk(call)
-    ids = torch.empty(call.tokens, dtype=torch.int64)
+    ids = call.input.new_empty(call.tokens, dtype=torch.int64)
     for span in walk.spans():
         if call.prior_logits is not None:
             ids[span] = walk.log_prob(span).argmax(-1)

@@ -18,6 +18,10 @@ class Target(Protocol):
     def kept(self) -> Tensor:
         """(C,) bool: whether a token counts."""
 
+    @property
+    def word_weight(self) -> Tensor | None:
+        """(V,) class weights."""
+
     def rows(self, part: slice | Tensor) -> "Target":
         """The same for some of the tokens."""
 
@@ -81,7 +85,9 @@ class IndexTarget:
         return values.gather(-1, index).squeeze(-1)
 
     def cross_entropy(self, logits: Tensor, logsumexp: Tensor) -> Tensor:
-        loss = self.hit * (logsumexp - self.at(logits))
+        surprise = logsumexp - self.at(logits)
+        # A word of weight 0 costs nothing, not even where it is impossible.
+        loss = torch.where((self.hit == 0) & (surprise == torch.inf), 0, self.hit * surprise)
         if self.spread:
             weighted = logits
             if self.word_weight is not None:  # an impossible word (-inf) of weight 0 costs nothing

@@ -22,6 +22,7 @@ from uncork.loss.tile import TileResult, Upstream
 LIBRARY = Path(__file__).with_name("_tile_native.so")
 _VERSION = 1
 _KINDS: dict[type[Operation], int] = {Affine: 0, Tanh: 1, Sigmoid: 2, Softplus: 3, PiecewiseLinear: 4}
+_SIZES: dict[type[Operation], int] = {Affine: 2, Tanh: 2, Sigmoid: 3, Softplus: 2}
 _SORTED = 5
 _STATISTICS, _GRADIENT, _LOG_PROB = 0, 1, 2
 _MOST_OPERATIONS, _MOST_PIECES = 16, 2**24
@@ -85,6 +86,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _library, missing = _load()
 
 
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError(f"the native tile is missing: {missing}")
+    return _library
+
+
 def instructions() -> str:
     """The instruction set in use: "avx512", "avx2" or "base"; the environment's UNCORK_INSTRUCTIONS forces one."""
     return "" if _library is None else _library.uncork_instructions().decode()
@@ -97,9 +104,23 @@ def refuses(call: Call) -> str:
     tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
     if any(t.device.type != "cpu" for t in tensors):
         return f"it works on the CPU, not on {call.input.device}"
-    if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
-        return f"it needs plain tensors, not {type(call.input).__name__}"
+    odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+    if odd:
+        return f"it needs plain tensors, not {odd[0]}"
+    if _is_recorded():
+        return "it reads and writes memory, which no tracer, compiler or function transform sees"
     return _refuses_function(call.function)
+
+
+def _is_recorded() -> bool:
+    """Whether torch follows the operations of this call instead of only running them."""
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    )
 
 
 def _refuses_function(function: nn.Module | None) -> str:
@@ -113,8 +134,26 @@ def _refuses_function(function: nn.Module | None) -> str:
     unknown = [type(operation).__name__ for operation in operations if type(operation) not in _KINDS]
     if unknown:
         return f"it has no kernel for {', '.join(unknown)}"
-    pieces = [getattr(f, "num_pieces", 0) for f in function.modules()]
-    return f"it has at most {_MOST_PIECES} pieces" if max(pieces) > _MOST_PIECES else ""
+    if not all(f.increasing for f in function.modules() if isinstance(f, LogitFunction)):
+        return f"{type(function).__name__} does not increase, and the largest score is taken for the largest logit"
+    pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
+    return f"it has at most {_MOST_PIECES} pieces" if max(pieces) >= _MOST_PIECES else ""
+
+
+def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> None:
+    """C++ believes the sizes of tables that a user's own function may have got wrong."""
+    expected = sum(operation.num_tables for operation in operations)
+    if len(tables) != expected:
+        raise ValueError(f"logit_function: expected {expected} tables for its operations, got {len(tables)}")
+    start = 0
+    for operation in operations:
+        sizes = [t.numel() for t in tables[start : start + operation.num_tables]]
+        pieces = isinstance(operation, PiecewiseLinear)
+        wrong = len(set(sizes)) > 1 or not 0 < sizes[0] < _MOST_PIECES if pieces else sizes != [_SIZES[type(operation)]]
+        if wrong:
+            wanted = "of the same size P each" if pieces else f"of {_SIZES[type(operation)]} numbers"
+            raise ValueError(f"logit_function: {type(operation).__name__} expects tables {wanted}, got sizes {sizes}")
+        start += operation.num_tables
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -132,13 +171,13 @@ class Tiles:
         assert call.function is None or isinstance(call.function, LogitFunction)
         self.operations: Sequence[Operation] = (() if call.function is None else call.function.operations()) or ()
         self.tables = [table.detach().to(call.dtype).contiguous() for table in parameters]
+        _check_tables(self.operations, self.tables)
         self.needs = list(needs)
 
     def block(self, rows: int) -> Tensor:
         """Memory for (rows, V) scores, not filled; in large pages, since it is new to the process in every call."""
-        assert _library is not None
-        block = torch.empty(rows, self.call.weight.shape[0], dtype=self.call.dtype)
-        _library.uncork_large_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
+        block = torch.empty(rows, self.call.weight.shape[0], dtype=self.call.dtype, device="cpu")
+        _loaded().uncork_large_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
         return block
 
     def statistics(self, scores: Tensor, span: slice) -> TileResult:
@@ -155,7 +194,6 @@ class Tiles:
         return scores[:: self.call.components]
 
     def _run(self, scores: Tensor, span: slice, mode: int, upstream: Upstream | None) -> TileResult:
-        assert _library is not None
         call, k = self.call, self.call.components
         tokens = scores.shape[0] // k
         held: list[Any] = []  # what the struct points to
@@ -193,10 +231,11 @@ class Tiles:
         if upstream is not None:
             tile.by_cross_entropy, tile.by_lse = point(upstream.cross_entropy), point(upstream.logsumexp)
             tile.by_square, tile.by_entropy = point(upstream.square), point(upstream.entropy)
-        status = _library.uncork_run(tile, mode)
+        status = _loaded().uncork_run(tile, mode)
         if status == 1:
             raise MemoryError("impl='native': no memory left for the tile; give a smaller chunk_size")
-        assert status == 0, status
+        if status:
+            raise RuntimeError(f"impl='native': the tile refused its arguments (status {status})")
         if mode == _GRADIENT:
             return result._replace(by_scores=scores, sums=self._by_table(sums))
         return result
@@ -207,11 +246,11 @@ class Tiles:
         details = call.details and mode == _STATISTICS
 
         def empty(asked: bool, *shape: int, dtype: torch.dtype = call.dtype) -> Tensor | None:
-            return torch.empty(shape, dtype=dtype) if asked else None
+            return torch.empty(shape, dtype=dtype, device="cpu") if asked else None
 
         result = TileResult(
             cross_entropy=empty(call.target is not None, tokens),
-            lse=torch.empty(tokens, dtype=call.dtype),
+            lse=torch.empty(tokens, dtype=call.dtype, device="cpu"),
             entropy=empty(details, tokens),
             argmax=empty(details, tokens, dtype=torch.int64),
             scale=empty(gradient, tokens * call.components),
@@ -224,7 +263,7 @@ class Tiles:
             sizes = [t.numel() for t in self.tables[start:stop]]
             wanted = gradient and any(self.needs[start:stop])
             size = sum(sizes[1:]) if isinstance(operation, PiecewiseLinear) else sum(sizes)
-            sums.append(torch.zeros(size, dtype=torch.float64) if wanted else None)
+            sums.append(torch.zeros(size, dtype=torch.float64, device="cpu") if wanted else None)
             start = stop
         return result, sums
 

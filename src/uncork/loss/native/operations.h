@@ -35,12 +35,12 @@ struct Op {
   T per_unit, half;        // piece = floor(x per_unit + half) + middle
   int32_t middle;
   int32_t copies;  // of its histogram, interleaved; 0 where a row leaves a trail instead
-  T spacing, spacing_rest;
+  T spacing, spacing_rest;  // of the knots; the first has so few bits that its multiples are exact
   const T* knots;         // sorted knots, and for each of `cells` equal cells the last knot below it
   const int32_t* below;
   int32_t cells;
   T origin;
-  const Pair<T>* lines;   // y = first + second x
+  const Pair<T>* lines;   // y = x + (first + second (x - knot))
   int64_t sums, scalars, histogram, trail;  // where its own begin, among the sums, scalar sums, histograms and trails
   int num_scalars() const { return kind == UNCORK_SIGMOID ? 3 : 2; }
   bool piecewise() const { return kind >= UNCORK_UNIFORM; }
@@ -53,22 +53,29 @@ template <class T>
 struct Stage {
   alignas(64) T x[kBlock];
   alignas(64) T slope[kBlock];
-  alignas(64) int32_t piece[kBlock];
+  alignas(64) int32_t piece[kBlock];  // of a piecewise linear operation, and x minus that piece's knot
+  alignas(64) T distance[kBlock];
 };
 
 template <class T>
-void find_uniform(const Op<T>& op, const T* x, int32_t* piece, int n) {
-  const T per_unit = op.per_unit, half = op.half, most = T(op.num_pieces);
-  const int32_t middle = op.middle, last = op.num_pieces - 1;
+void find_uniform(const Op<T>& op, Stage<T>& stage, int n) {
+  const T per_unit = op.per_unit, half = op.half, most = T(op.num_pieces), spacing = op.spacing, rest = op.spacing_rest;
+  const int32_t middle = op.middle, lowest = -op.middle, highest = op.num_pieces - 1 - op.middle;
+  const T* x = stage.x;
+  int32_t* piece = stage.piece;
+  T* distance = stage.distance;
 #pragma omp simd
   for (int j = 0; j < n; ++j) {
     T q = x[j] * per_unit + half;
     q = q > -most ? q : -most;  // NaN goes to the first piece; its value stays NaN
     q = q < most ? q : most;
     int32_t i = static_cast<int32_t>(q);
-    i = (i - (q < static_cast<T>(i))) + middle;
-    i = i > 0 ? i : 0;
-    piece[j] = i < last ? i : last;
+    i -= q < static_cast<T>(i);
+    i = i > lowest ? i : lowest;
+    i = i < highest ? i : highest;
+    piece[j] = i + middle;
+    const T steps = static_cast<T>(i) - half;
+    distance[j] = x[j] - (steps * spacing + steps * rest);  // the knot as the table has it, rounded once
   }
 }
 
@@ -77,14 +84,16 @@ template <class T>
 inline int32_t cell_of(const Op<T>& op, T x) {
   T q = (x - op.origin) * op.per_unit;
   q = q > T(0) ? q : T(0);
-  const T last = static_cast<T>(op.cells - 1);
-  return static_cast<int32_t>(q < last ? q : last);
+  const T most = static_cast<T>(op.cells);
+  const int32_t cell = static_cast<int32_t>(q < most ? q : most);
+  return cell < op.cells ? cell : op.cells - 1;
 }
 
 // The last knot at or below x, or the first knot: bisection among those in the cell of x.
 template <class T>
-void find_sorted(const Op<T>& op, const T* x, int32_t* piece, int n) {
-  const T* knots = op.knots;
+void find_sorted(const Op<T>& op, Stage<T>& stage, int n) {
+  const T *knots = op.knots, *x = stage.x;
+  int32_t* piece = stage.piece;
 #pragma omp simd
   for (int j = 0; j < n; ++j) piece[j] = cell_of(op, x[j]);
   for (int j = 0; j < n; ++j) {
@@ -95,24 +104,25 @@ void find_sorted(const Op<T>& op, const T* x, int32_t* piece, int n) {
       count -= step;
     }
     piece[j] = low;
+    stage.distance[j] = x[j] - knots[low];
   }
 }
 
 template <class T>
 void forward_pieces(const Op<T>& op, Stage<T>& stage, T* y, Pair<T>* pairs, int n) {
   if (op.kind == UNCORK_UNIFORM)
-    find_uniform(op, stage.x, stage.piece, n);
+    find_uniform(op, stage, n);
   else
-    find_sorted(op, stage.x, stage.piece, n);
+    find_sorted(op, stage, n);
   const int32_t* piece = stage.piece;
   const Pair<T>* lines = op.lines;
   for (int j = 0; j < n; ++j) std::memcpy(&pairs[j], &lines[piece[j]], sizeof(Pair<T>));
-  const T* x = stage.x;
+  const T *x = stage.x, *distance = stage.distance;
   T* slope = stage.slope;
 #pragma omp simd
   for (int j = 0; j < n; ++j) {
-    slope[j] = pairs[j].second;
-    y[j] = pairs[j].first + pairs[j].second * x[j];
+    slope[j] = T(1) + pairs[j].second;
+    y[j] = x[j] + (pairs[j].first + pairs[j].second * distance[j]);
   }
 }
 
@@ -158,14 +168,6 @@ void forward(const Op<T>& op, Stage<T>& stage, T* y, Pair<T>* pairs, int n) {
   }
 }
 
-// x minus the knot of its piece.
-template <class T>
-inline T distance(const Op<T>& op, T x, int32_t piece) {
-  if (op.kind == UNCORK_SORTED) return x - op.knots[piece];
-  const T steps = static_cast<T>(piece - op.middle) - op.half;
-  return (x - steps * op.spacing) - steps * op.spacing_rest;
-}
-
 // An element's piece and what is to be added there.
 template <class T>
 struct Step {
@@ -175,20 +177,12 @@ struct Step {
 
 // Pairs of (g, g distance): the gradients to the value and the slope of each element's piece.
 template <class T>
-void piece_gradients(const Op<T>& op, const Stage<T>& stage, const T* g, Pair<T>* pairs, int n) {
-  const T* x = stage.x;
-  const int32_t* piece = stage.piece;
-  if (op.kind == UNCORK_UNIFORM) {
-    const T half = op.half, spacing = op.spacing, rest = op.spacing_rest;
-    const int32_t middle = op.middle;
+void piece_gradients(const Stage<T>& stage, const T* g, Pair<T>* pairs, int n) {
+  const T* distance = stage.distance;
 #pragma omp simd
-    for (int j = 0; j < n; ++j) {
-      const T steps = static_cast<T>(piece[j] - middle) - half;
-      pairs[j].first = g[j];
-      pairs[j].second = g[j] * ((x[j] - steps * spacing) - steps * rest);
-    }
-  } else {
-    for (int j = 0; j < n; ++j) pairs[j] = {g[j], g[j] * distance(op, x[j], piece[j])};
+  for (int j = 0; j < n; ++j) {
+    pairs[j].first = g[j];
+    pairs[j].second = g[j] * distance[j];
   }
 }
 
@@ -209,42 +203,76 @@ void add_pieces(const Op<T>& op, const int32_t* piece, const Pair<T>* pairs, dou
   }
 }
 
+// tanh(u) - u sech(u)^2, which is of the order of u^3.
+inline float tanh_less_line(float u) {
+  const float q = u * u;
+  float p = 0.007983971387147903f;
+  p = p * q - 0.034263502806425095f;
+  p = p * q + 0.08517754822969437f;
+  p = p * q - 0.17423418164253235f;
+  p = p * q + 0.3237363398075104f;
+  p = p * q - 0.533330500125885f;
+  p = p * q + 0.6666666269302368f;
+  return q < 0.64f ? u * q * p : tanh_(u) - u * sech2_(u);
+}
+inline double tanh_less_line(double u) { return tanh_(u) - u * sech2_(u); }
+
 // The gradients of a table without pieces at one element, before they are multiplied by the upstream g.
 template <class T>
-inline void table_terms(const Op<T>& op, T x, double* terms) {
-  terms[0] = terms[1] = terms[2] = 0;
-  const double z = x, a = op.a, b = op.b, c = op.c;
-  if (op.kind == UNCORK_AFFINE) {
-    terms[0] = z, terms[1] = 1;
-  } else if (op.kind == UNCORK_TANH) {  // in double: the difference is of the order of u^3
-    const double u = z / (x > T(0) ? b : a);
-    terms[x > T(0)] = tanh_(u) - u * sech2_(u);
-  } else if (op.kind == UNCORK_SIGMOID) {
-    const double u = (z + b) / c, s = sigmoid_(u), by_shift = a / c * s * sigmoid_(-u);
-    terms[0] = s, terms[1] = by_shift, terms[2] = -by_shift * u;
-  } else {
-    terms[0] = -b * sigmoid_(a - z), terms[1] = log_sigmoid_(z - a);
-  }
+struct Terms {
+  T first, second, third;
+};
+
+template <class T>
+inline Terms<T> affine_terms(const Op<T>&, T x) {
+  return {x, T(1), T(0)};
 }
 
 template <class T>
-void add_terms(const Op<T>& op, const Stage<T>& stage, const T* g, double* sums, int n) {
-  const T* x = stage.x;
-  if (op.kind == UNCORK_AFFINE) {
-    double by_slope = 0, by_offset = 0;
-#pragma omp simd reduction(+ : by_slope, by_offset)
-    for (int j = 0; j < n; ++j) {
-      by_slope += static_cast<double>(g[j]) * static_cast<double>(x[j]);
-      by_offset += static_cast<double>(g[j]);
-    }
-    sums[0] += by_slope, sums[1] += by_offset;
-    return;
-  }
+inline Terms<T> tanh_terms(const Op<T>& op, T x) {
+  const bool above = x > T(0);
+  const T term = tanh_less_line(x / (above ? op.b : op.a));
+  return {above ? T(0) : term, above ? term : T(0), T(0)};
+}
+
+template <class T>
+inline Terms<T> sigmoid_terms(const Op<T>& op, T x) {
+  const T u = (x + op.b) / op.c, s = sigmoid_(u), by_shift = op.a / op.c * (s * sigmoid_(-u));
+  return {s, by_shift, -by_shift * u};
+}
+
+template <class T>
+inline Terms<T> softplus_terms(const Op<T>& op, T x) {
+  return {-op.b * sigmoid_(op.a - x), log_sigmoid_(x - op.a), T(0)};
+}
+
+// sums += g times the terms, in double.
+template <class T, class Of>
+void add_terms_of(const Op<T>& op, const T* x, const T* g, double* sums, int n, Of of) {
+  double first = 0, second = 0, third = 0;
+#pragma omp simd reduction(+ : first, second, third)
   for (int j = 0; j < n; ++j) {
-    if (g[j] == T(0)) continue;
-    double terms[3];
-    table_terms(op, x[j], terms);
-    for (int i = 0; i < op.num_scalars(); ++i) sums[i] += static_cast<double>(g[j]) * terms[i];
+    const Terms<T> terms = of(op, x[j]);
+    const bool none = g[j] == T(0);  // of an impossible word, whose terms may be anything
+    first += none ? 0.0 : double(g[j]) * double(terms.first);
+    second += none ? 0.0 : double(g[j]) * double(terms.second);
+    third += none ? 0.0 : double(g[j]) * double(terms.third);
+  }
+  sums[0] += first, sums[1] += second;
+  if (op.num_scalars() > 2) sums[2] += third;
+}
+
+template <class T>
+void add_terms(const Op<T>& op, const T* x, const T* g, double* sums, int n) {
+  switch (op.kind) {
+    case UNCORK_AFFINE:
+      return add_terms_of(op, x, g, sums, n, [](const Op<T>& o, T z) { return affine_terms(o, z); });
+    case UNCORK_TANH:
+      return add_terms_of(op, x, g, sums, n, [](const Op<T>& o, T z) { return tanh_terms(o, z); });
+    case UNCORK_SIGMOID:
+      return add_terms_of(op, x, g, sums, n, [](const Op<T>& o, T z) { return sigmoid_terms(o, z); });
+    default:
+      return add_terms_of(op, x, g, sums, n, [](const Op<T>& o, T z) { return softplus_terms(o, z); });
   }
 }
 

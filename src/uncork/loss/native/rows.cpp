@@ -8,9 +8,9 @@
 namespace {
 
 // Fixed blocks of tokens, each with its own sums: they do not depend on which thread takes which block. As many blocks as
-// keep many cores busy and their sums within a few MiB.
+// keep many cores busy and their sums within 8 MiB, or four blocks.
 inline int64_t tokens_per_block(int64_t tokens, int64_t num_sums) {
-  constexpr int64_t kMostBlocks = 128, kFewestBlocks = 8, kNumbers = 1 << 20;
+  constexpr int64_t kMostBlocks = 128, kFewestBlocks = 4, kNumbers = 1 << 20;
   const int64_t room = std::max(kFewestBlocks, kNumbers / std::max<int64_t>(1, num_sums));
   const int64_t blocks = std::max<int64_t>(1, std::min({kMostBlocks, room, tokens}));
   return (tokens + blocks - 1) / blocks;

@@ -19,6 +19,11 @@ void finish_row(const Worker<T>& w, int64_t r, int k, double a, double c, int64_
   }
   if (w.chain.wanted) w.flush(k, weight, sums);
   double scale = weight;
+  if (weight != weight) {  // impossible words, and those whose exp is 0, get 0 from a row of NaN too
+    for (int64_t v = 0; v < w.tile.vocab; ++v) e[v] = e[v] == T(0) ? T(0) : static_cast<T>(weight);
+    put<T>(w.tile.scale, r, 1);
+    return;
+  }
   // The one-hot part is divided by the scale that the products will put back, unless that would lose it.
   if (std::abs(a) < 0.25 * std::abs(c) || row.sum == 0) {
     const T factor = static_cast<T>(weight);
@@ -67,7 +72,9 @@ void sparse(const Worker<T>& w, int64_t n, bool gradient, double* sums) {
     if (tile.argmax) tile.argmax[n] = w.argmax(w.row(n), row);
   }
   if (tile.log_prior) lse = 0, loss = -log_sum(joint, components);
-  put<T>(tile.cross_entropy, n, up.kept && up.index >= 0 ? up.hit * loss : 0);
+  // A word of weight 0 costs nothing, not even where it is impossible.
+  const bool costs = up.kept && up.index >= 0 && !(up.hit == 0 && loss == kInfinity<double>);
+  put<T>(tile.cross_entropy, n, costs ? up.hit * loss : 0);
   put<T>(tile.lse, n, lse);
   if (!gradient) return;
   const double c = up.cross_entropy * up.hit;
@@ -77,9 +84,10 @@ void sparse(const Worker<T>& w, int64_t n, bool gradient, double* sums) {
   }
   for (int64_t k = 0; k < components; ++k) {
     const int64_t r = n * components + k;
-    const double factor = c == 0 ? 0 : c * std::exp(joint[k] + loss);
+    // An impossible target has no posterior: no component gets anything.
+    const double factor = c == 0 || loss == kInfinity<double> ? 0 : c * std::exp(joint[k] + loss);
     finish_row(w, r, int(k), factor, factor, up.index, targets[k], sums);
-    put<T>(tile.by_prior, r, c * std::exp(double(at<T>(tile.log_prior, r, T(0)))) - factor);
+    put<T>(tile.by_prior, r, loss == kInfinity<double> ? 0 : c * std::exp(double(at<T>(tile.log_prior, r, T(0)))) - factor);
   }
 }
 

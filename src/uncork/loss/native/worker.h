@@ -45,14 +45,17 @@ struct Chain {
   Array<Pair<T>> lines;
   Array<int32_t> below;
 
-  static int64_t count_pieces(const UncorkTile& tile) {
+  // Of the operations of a kind or those after it.
+  static int64_t count_pieces(const UncorkTile& tile, int32_t kind) {
     int64_t pieces = 0;
-    for (int i = 0; i < tile.num_operations; ++i) pieces += tile.operations[i].num_pieces;
+    for (int i = 0; i < tile.num_operations; ++i)
+      pieces += tile.operations[i].kind >= kind ? tile.operations[i].num_pieces : 0;
     return pieces;
   }
 
   explicit Chain(const UncorkTile& tile, bool sums_wanted)
-      : lines(count_pieces(tile)), below(kCells * count_pieces(tile) + tile.num_operations) {
+      : lines(count_pieces(tile, UNCORK_UNIFORM)),
+        below(kCells * count_pieces(tile, UNCORK_SORTED) + tile.num_operations) {
     Pair<T>* next = lines.get();
     int32_t* grid = below.get();
     for (int i = 0; i < tile.num_operations; ++i) {
@@ -78,6 +81,20 @@ struct Chain {
   }
 
  private:
+  static int bits_of(int32_t n) {
+    int bits = 0;
+    for (; n; n >>= 1) ++bits;
+    return bits;
+  }
+
+  // A number that begins as x does, of so many bits.
+  static double leading_bits(double x, int bits) {
+    int exponent;
+    const double mantissa = std::frexp(x, &exponent);
+    const double unit = std::ldexp(1.0, std::max(1, bits));
+    return std::ldexp(std::floor(mantissa * unit) / unit, exponent);
+  }
+
   static constexpr int kCells = 4;  // of the grid, a knot
 
   static int32_t* prepare_grid(Op<T>& op, int32_t* below) {
@@ -109,15 +126,15 @@ struct Chain {
     // A histogram of many bins would cost more to empty after a row than to go through the row's elements again.
     op.copies = pieces <= vocab / 2 || pieces <= 256 ? kCopies : 0;
     for (int32_t i = 0; i < pieces; ++i, ++line) {
-      line->first = static_cast<T>(double(values[i]) - double(slopes[i]) * double(knots[i]));
-      line->second = T(1) + slopes[i];
+      line->first = values[i];
+      line->second = slopes[i];
     }
     if (op.kind == UNCORK_UNIFORM) {
       const double spacing = 2 * from.bound / pieces;
       op.per_unit = static_cast<T>(pieces / (2 * from.bound));
       op.half = static_cast<T>((pieces % 2) / 2.0);
       op.middle = pieces / 2;
-      op.spacing = static_cast<T>(spacing);
+      op.spacing = static_cast<T>(leading_bits(spacing, std::numeric_limits<T>::digits - bits_of(pieces)));
       op.spacing_rest = static_cast<T>(spacing - double(op.spacing));
     }
     return line;
@@ -268,7 +285,7 @@ struct Worker {
   }
 
   void gather_pieces(const Op<T>& op, const Stage<T>& stage, int k, const T* g, int64_t start, int n) const {
-    piece_gradients(op, stage, g, pairs.get(), padded(n));
+    piece_gradients(stage, g, pairs.get(), padded(n));
     if (op.copies) {
       add_pieces(op, stage.piece, pairs.get(), histograms.get() + k * chain.histogram_size + op.histogram, padded(n));
       return;
@@ -285,7 +302,7 @@ struct Worker {
       if (op.wanted && op.piecewise())
         gather_pieces(op, stage[i], k, g, start, n);
       else if (op.wanted)
-        add_terms(op, stage[i], g, scalars.get() + k * chain.num_scalars + op.scalars, padded(n));
+        add_terms(op, stage[i].x, g, scalars.get() + k * chain.num_scalars + op.scalars, padded(n));
       const T* slope = stage[i].slope;
 #pragma omp simd
       for (int j = 0; j < padded(n); ++j) g[j] *= slope[j];
@@ -329,15 +346,15 @@ struct Worker {
     const Stage<T>* stage = stages.get() + int64_t(k) * chain.size;
     for (int i = chain.size - 1; i >= 0; --i) {
       const Op<T>& op = chain.ops[i];
-      const T x = stage[i].x[0];
       double* into = sums + op.sums;
       if (op.wanted && op.piecewise()) {
         const int32_t piece = stage[i].piece[0];
         into[2 * int64_t(piece)] += g;
-        into[2 * int64_t(piece) + 1] += g * distance(op, x, piece);
+        into[2 * int64_t(piece) + 1] += g * double(stage[i].distance[0]);
       } else if (op.wanted) {
-        double terms[3];
-        table_terms(op, x, terms);
+        const T one[1] = {T(1)};
+        double terms[3] = {0, 0, 0};
+        add_terms(op, &stage[i].x[0], one, terms, 1);
         for (int s = 0; s < op.num_scalars(); ++s) into[s] += g * terms[s];
       }
       g *= stage[i].slope[0];
