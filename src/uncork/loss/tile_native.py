@@ -173,6 +173,8 @@ class Tiles:
         self.tables = [table.detach().to(call.dtype).contiguous() for table in parameters]
         _check_tables(self.operations, self.tables)
         self.needs = list(needs)
+        self.sums = self._make_sums()
+        self.results: dict[str, Tensor] = {}
 
     def block(self, rows: int) -> Tensor:
         """Memory for (rows, V) scores, not filled; in large pages, since it is new to the process in every call."""
@@ -204,7 +206,11 @@ class Tiles:
             held.append(tensor.detach().to(dtype).contiguous())
             return _address(held[-1])
 
-        result, sums = self._result(tokens, mode)
+        result = self._result(span, mode)
+        sums = self.sums if mode == _GRADIENT else [None] * len(self.operations)
+        for own in sums:
+            if own is not None:
+                own.zero_()
         prior = None if call.prior_logits is None else call.prior_logits[span].detach().to(call.dtype).log_softmax(-1)
         tile = _Tile(
             tokens=tokens,
@@ -240,32 +246,45 @@ class Tiles:
             return result._replace(by_scores=scores, sums=self._by_table(sums))
         return result
 
-    def _result(self, tokens: int, mode: int) -> tuple[TileResult, list[Tensor | None]]:
-        """Empty results, and float64 zeros (one tensor an operation) for the sums that are asked."""
+    def _result(self, span: slice, mode: int) -> TileResult:
+        """The span's part of the call's results, to be filled.
+
+        Results and sums are one memory for all chunks: small tensors that stay, made between large ones that come and
+        go, would leave holes behind.
+        """
         call, gradient = self.call, mode == _GRADIENT
         details = call.details and mode == _STATISTICS
 
-        def empty(asked: bool, *shape: int, dtype: torch.dtype = call.dtype) -> Tensor | None:
-            return torch.empty(shape, dtype=dtype, device="cpu") if asked else None
+        def part(name: str, asked: bool, *shape: int, dtype: torch.dtype = call.dtype) -> Tensor | None:
+            if not asked:
+                return None
+            if name not in self.results:
+                self.results[name] = torch.empty(call.tokens, *shape, dtype=dtype, device="cpu")
+            return self.results[name][span]
 
-        result = TileResult(
-            cross_entropy=empty(call.target is not None, tokens),
-            lse=torch.empty(tokens, dtype=call.dtype, device="cpu"),
-            entropy=empty(details, tokens),
-            argmax=empty(details, tokens, dtype=torch.int64),
-            scale=empty(gradient, tokens * call.components),
-            by_prior=empty(gradient and call.prior_logits is not None, tokens, call.components),
+        lse, scale = part("lse", True), part("scale", gradient, call.components)
+        assert lse is not None
+        return TileResult(
+            cross_entropy=part("cross_entropy", call.target is not None),
+            lse=lse,
+            entropy=part("entropy", details),
+            argmax=part("argmax", details, dtype=torch.int64),
+            scale=None if scale is None else scale.flatten(),
+            by_prior=part("by_prior", gradient and call.prior_logits is not None, call.components),
         )
+
+    def _make_sums(self) -> list[Tensor | None]:
+        """Float64 memory for the sums of each operation where they are asked."""
         sums: list[Tensor | None] = []
         start = 0
         for operation in self.operations:
             stop = start + operation.num_tables
             sizes = [t.numel() for t in self.tables[start:stop]]
-            wanted = gradient and any(self.needs[start:stop])
             size = sum(sizes[1:]) if isinstance(operation, PiecewiseLinear) else sum(sizes)
-            sums.append(torch.zeros(size, dtype=torch.float64, device="cpu") if wanted else None)
+            wanted = any(self.needs[start:stop])
+            sums.append(torch.empty(size, dtype=torch.float64, device="cpu") if wanted else None)
             start = stop
-        return result, sums
+        return sums
 
     def _described(self, sums: Sequence[Tensor | None]) -> Any:
         described = (_Operation * len(self.operations))()
@@ -282,14 +301,13 @@ class Tiles:
         return described
 
     def _by_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One gradient a table: knots carry none of their own."""
+        """One gradient a table, until the next chunk; knots carry none of their own."""
         tables: list[Tensor | None] = []
         for operation, own in zip(self.operations, sums, strict=True):
             if own is None:
                 tables += [None] * operation.num_tables
             elif isinstance(operation, PiecewiseLinear):
-                by_value, by_slope = own.chunk(2)
-                tables += [torch.zeros_like(by_value), by_value, by_slope]
+                tables += [None, *own.chunk(2)]
             else:
                 tables.append(own)
         return tables
