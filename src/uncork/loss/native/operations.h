@@ -13,7 +13,6 @@ namespace {
 constexpr int kBlock = 1024;  // numbers of a row that are worked on at once: they stay in the first-level cache
 constexpr int kPad = 16;      // a block is filled up to a multiple of it, so that every element goes the same way
 constexpr int kMaxOperations = 16;
-constexpr int kCopies = 2;
 
 inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -186,8 +185,8 @@ void piece_gradients(const Stage<T>& stage, const T* g, Pair<T>* pairs, int n) {
   }
 }
 
-// histogram[piece] += pairs. Two copies are interleaved, so that neighbours in one bin do not wait for each other.
-template <class T>
+// histogram[piece] += pairs. Copies are interleaved, so that neighbours in one bin do not wait for each other.
+template <int kCopies, class T>
 void add_pieces(const Op<T>& op, const int32_t* piece, const Pair<T>* pairs, double* histogram, int n) {
   const int64_t size = 2 * int64_t(op.num_pieces);
   for (int j = 0; j < n; j += kCopies) {

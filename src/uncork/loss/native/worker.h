@@ -124,7 +124,7 @@ struct Chain {
     const int32_t pieces = from.num_pieces;
     op.knots = knots, op.lines = line;
     // A histogram of many bins would cost more to empty after a row than to go through the row's elements again.
-    op.copies = pieces <= vocab / 2 || pieces <= 256 ? kCopies : 0;
+    op.copies = pieces <= 256 ? 4 : pieces <= vocab / 2 ? 2 : 0;
     for (int32_t i = 0; i < pieces; ++i, ++line) {
       line->first = values[i];
       line->second = slopes[i];
@@ -287,7 +287,8 @@ struct Worker {
   void gather_pieces(const Op<T>& op, const Stage<T>& stage, int k, const T* g, int64_t start, int n) const {
     piece_gradients(stage, g, pairs.get(), padded(n));
     if (op.copies) {
-      add_pieces(op, stage.piece, pairs.get(), histograms.get() + k * chain.histogram_size + op.histogram, padded(n));
+      double* histogram = histograms.get() + k * chain.histogram_size + op.histogram;
+      (op.copies == 4 ? add_pieces<4, T> : add_pieces<2, T>)(op, stage.piece, pairs.get(), histogram, padded(n));
       return;
     }
     Step<T>* trail = trails.get() + k * chain.trail_size + op.trail + start;
