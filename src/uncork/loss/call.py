@@ -169,6 +169,27 @@ def check_function(function: nn.Module | None) -> None:
         )
 
 
+def _check_chunk(chunk_size: int | None, memory_budget: int | None) -> None:
+    for key, size, unit in (("chunk_size", chunk_size, "rows of scores"), ("memory_budget", memory_budget, "bytes")):
+        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", size)
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
+
+
+def _checked_prior(prior_logits: Tensor, latent: Tensor) -> Tensor:
+    """The prior's logits flattened to (N, K)."""
+    leading = tuple(latent.shape[:-1])
+    _expect(latent.dim() >= 2, "latent", "shape (..., K, D)", tuple(latent.shape))
+    shape = tuple(_tensor("prior_logits", prior_logits).shape)
+    _expect(shape == leading, "prior_logits", f"shape {leading} to match latent {tuple(latent.shape)}", shape)
+    if not prior_logits.is_floating_point():
+        raise TypeError(f"prior_logits: expected a floating dtype, got {prior_logits.dtype}")
+    _expect(leading[-1] > 0, "latent", "at least one component", tuple(latent.shape))
+    _expect(prior_logits.device == latent.device, "prior_logits", f"device {latent.device}", prior_logits.device)
+    return prior_logits.reshape(-1, leading[-1])
+
+
 def build_call(
     input: Tensor,
     linear_weight: Tensor,
@@ -197,22 +218,10 @@ def build_call(
     check_number("ignore_index", ignore_index, Integral)
     check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    for key, size, unit in (("chunk_size", chunk_size, "rows of scores"), ("memory_budget", memory_budget, "bytes")):
-        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", size)
-    if chunk_size is not None and memory_budget is not None:
-        raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
+    _check_chunk(chunk_size, memory_budget)
     leading = tuple(input.shape[:-1])
     if prior_logits is not None:
-        _expect(input.dim() >= 2, "latent", "shape (..., K, D)", tuple(input.shape))
-        shape = tuple(_tensor("prior_logits", prior_logits).shape)
-        _expect(shape == leading, "prior_logits", f"shape {leading} to match latent {tuple(input.shape)}", shape)
-        if not prior_logits.is_floating_point():
-            raise TypeError(f"prior_logits: expected a floating dtype, got {prior_logits.dtype}")
-        _expect(leading[-1] > 0, "latent", "at least one component", tuple(input.shape))
-        _expect(prior_logits.device == input.device, "prior_logits", f"device {input.device}", prior_logits.device)
-        prior_logits = prior_logits.reshape(-1, leading[-1])
-        leading = leading[:-1]
+        prior_logits, leading = _checked_prior(prior_logits, input), leading[:-1]
     vocab_size, features = linear_weight.shape
     cast = autocast_dtype(input.device)
     if cast is not None and input.dtype != torch.float64:

@@ -189,7 +189,9 @@ class MixtureTile:
         target = self.target
         assert isinstance(target, IndexTarget)
         by_ce = torch.zeros_like(self.lse) if upstream.cross_entropy is None else upstream.cross_entropy
-        posterior = (self.joint - torch.logsumexp(self.joint, -1, keepdim=True)).exp()
+        total = torch.logsumexp(self.joint, -1, keepdim=True)
+        # An impossible target has no posterior: no component gets anything.
+        posterior = (self.joint - total).exp().masked_fill_(total == -torch.inf, 0)
         factor = torch.where(target.kept, by_ce * target.hit, 0)[:, None] * posterior
         by_logits = self.log_prob.exp().mul_(factor[..., None])
         index = target.index[:, None, None].expand(*factor.shape, 1)
