@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import pickle
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import uncork
 from uncork import HEAD_NAMES, ContextMixtureHead, LinearHead, MixtureHead, build_head, head_from_spec
-from uncork.loss import inference
+from uncork.loss import inference, tile_native
 
 D, V = 6, 40
 LINEAR = ["softmax", "temperature", "moc"]  # those whose log-probabilities stay at rank d + 1 (+ 1 with a bias)
@@ -87,6 +88,13 @@ def test_probability_targets_and_token_weights(name):
     torch.testing.assert_close(head.loss(h, index, token_weight=weight), expected)
 
 
+needs_native = pytest.mark.skipif(
+    bool(tile_native.missing) and os.environ.get("UNCORK_NATIVE") != "1",
+    reason=f"no native tile: {tile_native.missing}",
+)
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", HEAD_NAMES)
 def test_inference_without_gradients_agrees_with_the_graph(name, dtype):
@@ -106,6 +114,7 @@ def test_inference_without_gradients_agrees_with_the_graph(name, dtype):
     assert [tuple(t.shape) for t in empty] == [(0, 100, 300), (0, 100, 300), (0, 100, 4), (0, 100)]
 
 
+@needs_native
 @pytest.mark.parametrize("name", ["plif", "mos"])
 def test_inference_keeps_no_second_matrix(name):
     """predict and topk make nothing of N V elements, log_prob one: its result."""

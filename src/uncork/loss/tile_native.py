@@ -67,7 +67,7 @@ class _Tile(ctypes.Structure):
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why it is not there."""
     if not LIBRARY.exists():
-        return None, "it was not built when uncork was installed (that takes a C++ compiler with OpenMP, on Linux)"
+        return None, "it was not built when uncork was installed (that takes a C++17 compiler and libgomp, on Linux)"
     try:
         library = ctypes.CDLL(str(LIBRARY))
         version = library.uncork_version()
