@@ -137,7 +137,7 @@ def _refuses_function(function: nn.Module | None) -> str:
     if not all(f.increasing for f in function.modules() if isinstance(f, LogitFunction)):
         return f"{type(function).__name__} does not increase, and the largest score is taken for the largest logit"
     pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
-    return f"it has at most {_MOST_PIECES} pieces" if max(pieces) >= _MOST_PIECES else ""
+    return f"it takes fewer than {_MOST_PIECES} pieces" if max(pieces) >= _MOST_PIECES else ""
 
 
 def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> None:
@@ -226,7 +226,6 @@ class Tiles:
             log_prior=point(prior),
             **{name: _address(tensor) for name, tensor in result._asdict().items() if isinstance(tensor, Tensor)},
         )
-        tile.scores = _address(scores)
         target = None if call.target is None else call.target.rows(span)
         if isinstance(target, IndexTarget):
             tile.index, tile.kept = point(target.index, torch.int64), point(target.kept, torch.uint8)

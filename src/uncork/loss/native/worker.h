@@ -67,9 +67,9 @@ struct Chain {
       op.wanted = sums_wanted && from.sums;
       if (op.piecewise())
         next = prepare_pieces(op, from, next, tile.vocab);
-      if (op.kind == UNCORK_SORTED) grid = prepare_grid(op, grid);
-      if (!op.piecewise())
+      else
         prepare_scalars(op, static_cast<const T*>(from.tables[0]));
+      if (op.kind == UNCORK_SORTED) grid = prepare_grid(op, grid);
       op.sums = num_sums, op.scalars = num_scalars, op.histogram = histogram_size, op.trail = trail_size;
       if (!op.wanted) continue;
       wanted = true;
