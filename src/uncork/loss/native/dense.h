@@ -51,8 +51,9 @@ struct Dense {
     const T by_loss = static_cast<T>(up.cross_entropy), by_entropy = static_cast<T>(up.entropy);
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
-      const T p = prob[j], from_loss = target[j] == T(0) ? T(0) : -by_loss * target[j];
-      upstream[j] = from_loss - (p == T(0) ? T(0) : by_entropy * (p + p * mixed[j]));
+      // Both parts are computed and one is chosen: a branch would cost most where targets are mostly 0.
+      const T p = prob[j], t = target[j], from_loss = by_loss * t, from_entropy = by_entropy * (p + p * mixed[j]);
+      upstream[j] = (t == T(0) ? T(0) : -from_loss) - (p == T(0) ? T(0) : from_entropy);
     }
   }
 
@@ -86,8 +87,16 @@ struct Dense {
     const T* weight = tile.word_weight ? static_cast<const T*>(tile.word_weight) + start : nullptr;
     const T spread = up.kept ? static_cast<T>(tile.spread) : T(0);
     const T whole = up.kept ? static_cast<T>(1 - tile.spread * static_cast<double>(tile.vocab)) : T(0);
-    for (int j = 0; j < count; ++j) target[j] = given ? whole * given[j] + spread : spread;
-    for (int j = 0; weight && j < count; ++j) target[j] = weight[j] == T(0) ? T(0) : target[j] * weight[j];
+    if (given) {
+#pragma omp simd
+      for (int j = 0; j < count; ++j) target[j] = whole * given[j] + spread;
+    } else {
+      std::fill_n(target, count, spread);
+    }
+    if (weight) {
+#pragma omp simd
+      for (int j = 0; j < count; ++j) target[j] = weight[j] == T(0) ? T(0) : target[j] * weight[j];
+    }
     if (up.kept && up.index >= start && up.index < start + count) target[up.index - start] += static_cast<T>(up.hit);
   }
 
@@ -104,14 +113,32 @@ struct Dense {
     return share;
   }
 
-  void gather(int64_t start, int count, bool gradient) {
-    double own_loss = 0, own_entropy = 0;
-#pragma omp simd reduction(+ : own_loss, own_entropy)
+  // The sum of factor times log p, without the words of factor 0.
+  double expected(const T* factor, int count) const {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int j = 0; j < count; ++j) {
-      own_loss -= target[j] == T(0) ? 0.0 : double(target[j]) * double(mixed[j]);
-      own_entropy -= prob[j] == T(0) ? 0.0 : double(prob[j]) * double(mixed[j]);
+      const double f = double(factor[j]), term = f * double(mixed[j]);
+      sum += f == 0.0 ? 0.0 : term;
     }
-    loss += own_loss, entropy += own_entropy;
+    return sum;
+  }
+
+  // The sum of a token's target over the words.
+  double target_sum() {
+    double sum = 0;
+    for (int64_t start = 0; start < w.tile.vocab; start += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, w.tile.vocab - start));
+      fill_target(start, count);
+#pragma omp simd reduction(+ : sum)
+      for (int j = 0; j < count; ++j) sum += double(target[j]);
+    }
+    return sum;
+  }
+
+  void gather(int64_t start, int count, bool gradient) {
+    loss -= expected(target, count);
+    if (w.tile.entropy) entropy -= expected(prob, count);
     for (int j = 0; w.tile.argmax && mixture() && j < count; ++j) {
       const bool first_nan = mixed[j] != mixed[j] && best == best;
       if (argmax < 0 || mixed[j] > best || first_nan) best = mixed[j], argmax = start + j;
@@ -128,13 +155,17 @@ struct Dense {
   void write(int64_t start, int count, T by_lse) {
     for (int64_t k = 0; k < components; ++k) {
       const T* part = shared(k, count);
-      const T* log_p = mixture() ? log_prob + k * kBlock : mixed;
+      const T* log_p = log_prob + k * kBlock;
       T* g = w.grads.get() + k * kBlock;
       const T factor = by_lse - by_component[k];
+      if (mixture()) {
+#pragma omp simd
+        for (int j = 0; j < count; ++j) prob[j] = exp_(log_p[j]);
+      }
 #pragma omp simd
       for (int j = 0; j < count; ++j) {
-        const T p = exp_(log_p[j]);
-        g[j] = part[j] + (p == T(0) ? T(0) : p * factor);
+        const T p = prob[j], own = p * factor;
+        g[j] = part[j] + (p == T(0) ? T(0) : own);
       }
       w.fill(int(k), g, count, w.rows.get()[k].masked, T(0));
       w.backward(int(k), g, start, count);
@@ -170,14 +201,20 @@ void dense(const Worker<T>& w, int64_t n, int32_t mode, T* memory, double* sums)
     return;
   }
   const bool gradient = mode == UNCORK_GRADIENT;
-  d.each_block([&](int64_t start, int count) { d.gather(start, count, gradient); });
+  const double by_lse = tile.log_prior ? 0 : up.lse + 2 * up.square * lse;
+  // Of one component and without an entropy, what the gradient needs to know of all words is the sum of the target.
+  const bool at_once = gradient && !d.mixture() && !tile.by_entropy;
+  if (at_once) d.by_component[0] = static_cast<T>(-up.cross_entropy * d.target_sum());
+  d.each_block([&](int64_t start, int count) {
+    d.gather(start, count, gradient && !at_once);
+    if (at_once) d.write(start, count, static_cast<T>(by_lse));
+  });
   put<T>(tile.cross_entropy, n, up.kept ? d.loss : 0);
   put<T>(tile.lse, n, lse);
   put<T>(tile.entropy, n, d.entropy);
   if (tile.argmax) tile.argmax[n] = tile.log_prior ? d.argmax : w.argmax(w.row(n), first);
   if (!gradient) return;
-  const double by_lse = tile.log_prior ? 0 : up.lse + 2 * up.square * lse;
-  d.each_block([&](int64_t start, int count) { d.write(start, count, static_cast<T>(by_lse)); });
+  if (!at_once) d.each_block([&](int64_t start, int count) { d.write(start, count, static_cast<T>(by_lse)); });
   double total = 0;
   for (int64_t k = 0; k < components; ++k) total += double(d.by_component[k]);
   for (int64_t k = 0; k < components; ++k) {
