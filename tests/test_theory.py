@@ -1,4 +1,7 @@
-"""The theorems of docs/math.md, on random matrices in float64."""
+"""The theorems of docs/theory.md, on random matrices in float64, and the gradients of docs/math.md.
+
+Theorem 4 has further tests in tests/lab/test_reachability.py.
+"""
 
 import math
 
@@ -19,6 +22,7 @@ from uncork import (
     Softcap,
     functional,
 )
+from uncork.lab.rank import effective_rank, numerical_rank, singular_values, tail_energy
 
 F64 = torch.float64
 N, V, D = 60, 80, 5
@@ -33,13 +37,6 @@ NONLINEAR = {
     "relu": lambda: MonotoneNetwork(20, 6.0, init="random"),
     "tanh": lambda: MonotoneNetwork(20, 6.0, units="tanh", init="random"),
 }
-
-
-def numerical_rank(matrix):
-    """The number of singular values above Press' tolerance, 0.5 sqrt(m + n + 1) sigma_max eps."""
-    sigma = torch.linalg.svdvals(matrix)
-    tolerance = 0.5 * math.sqrt(sum(matrix.shape) + 1) * sigma[0] * torch.finfo(matrix.dtype).eps
-    return int((sigma > tolerance).sum())
 
 
 def draw(seed, d=D, *, bias=False, n=N, v=V):
@@ -60,6 +57,24 @@ def log_q(logits):
 def test_rank_of_a_linear_softmax(seed, d):
     assert numerical_rank(log_q(draw(seed, d))) == d + 1
     assert numerical_rank(log_q(draw(seed, d, bias=True))) == d + 2
+
+
+def test_rank_is_limited_by_contexts_and_words():
+    assert numerical_rank(log_q(draw(0, 20, n=8, v=30))) == 8
+    assert numerical_rank(log_q(draw(0, 20, n=30, v=8))) == 8
+
+
+@pytest.mark.parametrize("r", [1, 4, V - 1])
+def test_a_linear_softmax_represents_what_has_the_centred_rank(r):
+    torch.manual_seed(r)
+    p = log_q(torch.randn(V + 20, r, dtype=F64) @ torch.randn(r, V, dtype=F64) / r**0.5)
+    if r == V - 1:  # so many features represent anything
+        p = torch.distributions.Dirichlet(torch.full((V,), 0.3, dtype=F64)).sample((V + 20,)).clamp(min=1e-12).log()
+        p = log_q(p)
+    u, s, vt = torch.linalg.svd(p - p.mean(-1, keepdim=True), full_matrices=False)
+    for features, exact in ((r, True), (r - 1, False)):
+        difference = log_q(u[:, :features] * s[:features] @ vt[:features]) - p
+        assert bool(difference.abs().max() < 1e-9) == exact
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -113,6 +128,13 @@ def test_rank_under_a_polynomial(d, p):
     assert numerical_rank(log_q(biased)) == bound + 1
 
 
+@pytest.mark.parametrize(("n", "v"), [(7, 30), (30, 7), (12, 12)])
+def test_rank_under_a_polynomial_is_limited_by_contexts_and_words(n, v):
+    scores = draw(0, 3, n=n, v=v)
+    logits = 1 + scores + scores**2  # C(5, 2) = 10
+    assert numerical_rank(logits) == numerical_rank(log_q(logits)) == min(n, v, 10)
+
+
 def test_rank_under_a_polynomial_with_a_vanishing_coefficient():
     # z + z^3 misses the C(d+1, 2) products of two coordinates; the constant comes back with the log-partition.
     d = 3
@@ -136,6 +158,38 @@ def test_random_increasing_values_give_full_rank(seed):
         with torch.no_grad():
             plif.raw_slopes.add_(torch.randn(50) * 1e-2)
             assert numerical_rank(plif.double()(scores)) == 30
+
+
+@pytest.mark.parametrize(("n", "v"), [(30, 40), (40, 30), (30, 30)])
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_almost_every_function_gives_full_rank_on_generic_scores(n, v, d):
+    scores = draw(d, d, n=n, v=v)
+    assert scores.unique().numel() == n * v  # all distinct: some function gives full rank
+    values = torch.empty(n * v, dtype=F64)
+    values[scores.flatten().argsort()] = torch.rand(n * v, dtype=F64).cumsum(0)
+    logits = values.view_as(scores)
+    assert numerical_rank(logits) == numerical_rank(log_q(logits / logits.std())) == min(n, v)
+
+
+@torch.no_grad()
+def test_a_knot_between_neighbouring_scores_is_enough():
+    scores = draw(0, 1, n=4, v=5)
+    ordered = scores.flatten().sort().values
+    width = ordered.diff().min().item() / 2
+    pieces = 2 * math.ceil((ordered.abs().max().item() + 1) / width)  # even, and no gap without a knot
+    function = PLIF(pieces, pieces * width / 2, init="random").double()
+    assert numerical_rank(log_q(function(scores))) == 4
+
+
+def test_the_exceptions_are_real_and_of_measure_zero():
+    # On the segment from the identity to another increasing function the identity alone keeps the rank of the scores.
+    scores = draw(0, n=30, v=40)
+    other = torch.empty(scores.numel(), dtype=F64)
+    other[scores.flatten().argsort()] = torch.rand(scores.numel(), dtype=F64).cumsum(0) / 100
+    ranks = [numerical_rank(log_q((1 - t) * scores + t * other.view_as(scores))) for t in (0.0, 0.01, 0.3, 1.0)]
+    assert ranks == [D + 1, 30, 30, 30]
+    # z + z^3 is increasing and unbounded, and another exception where there are more words than its bound.
+    assert numerical_rank(log_q(draw(0, 2) + draw(0, 2) ** 3)) == 2 + 4 + 1 < N
 
 
 def test_no_function_repairs_equal_rows():
@@ -210,19 +264,35 @@ def test_on_the_hulls_boundary_the_best_context_is_only_approached():
     assert losses[2] < 1e-12
 
 
+def test_on_the_hulls_boundary_the_infimum_is_the_largest_entropy_on_the_face():
+    # P on the edge between (1, 1) and (1, -1): with u = (1, 0) the loss falls to that of a softmax over those two.
+    words = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 0.0], [0.0, 0.5]], dtype=F64)
+    p = torch.tensor([0.7, 0.3, 0.0, 0.0], dtype=F64)
+    best_on_edge = torch.tensor([0.0, 0.5 * math.log(0.7 / 0.3)], dtype=F64)
+    entropy = -(p[:2] * p[:2].log()).sum()
+    losses = [
+        -(p * log_q(words @ (best_on_edge + torch.tensor([t, 0.0])))).sum() - entropy for t in (0.0, 3.0, 9.0, 27.0)
+    ]
+    assert losses[0] > losses[1] > losses[2] > losses[3] > 0
+    assert losses[3] < 1e-11
+
+
+def test_the_condition_under_a_function_weighs_by_its_slope():
+    torch.manual_seed(0)
+    w, p, function = torch.randn(12, 3, dtype=F64), torch.rand(12, dtype=F64), Sigsoftmax()
+    p = p / p.sum()
+    h = torch.randn(3, dtype=F64, requires_grad=True)
+    scores = w @ h
+    (gradient,) = torch.autograd.grad(-(p * log_q(function(scores))).sum(), h)
+    weighted = function.derivative(scores).detach().unsqueeze(-1) * w
+    torch.testing.assert_close(gradient, (function(scores).softmax(-1) - p).detach() @ weighted)
+
+
 # ---- theorem 6: what rank does not say -------------------------------------------------------------------------------
 
 
-def effective_rank(matrix, eps):
-    """The smallest k with (1 - eps) of the squared singular values."""
-    energy = torch.linalg.svdvals(matrix).square()
-    return int((energy.cumsum(0) < (1 - eps) * energy.sum()).sum()) + 1
-
-
-def tail_energy(matrix, rank):
-    """The part of the squared singular values beyond the first `rank`: Eckart-Young's distance to that rank."""
-    energy = torch.linalg.svdvals(matrix).square()
-    return (energy[rank:].sum() / energy.sum()).item()
+def tail(matrix, rank=D + 1):
+    return tail_energy(singular_values(matrix), rank)
 
 
 @torch.no_grad()
@@ -232,11 +302,11 @@ def test_full_rank_may_be_round_off():
     many = log_q(PLIF(100_000, init="random").double()(scores))
     few = log_q(PLIF(10, 6.0, init="random").double()(scores))
     assert numerical_rank(many) == numerical_rank(few) == N
-    assert tail_energy(log_q(scores), D + 1) < 1e-25
-    assert tail_energy(many, D + 1) < 1e-4
-    assert tail_energy(few, D + 1) > 1e-3
-    assert effective_rank(many, 1e-3) == effective_rank(log_q(scores), 1e-3) <= D + 1
-    assert effective_rank(few, 1e-3) > D + 1
+    assert tail(log_q(scores)) < 1e-25
+    assert tail(many) < 1e-4
+    assert tail(few) > 1e-3
+    of_few, of_many, of_linear = (effective_rank(singular_values(m), 1e-3) for m in (few, many, log_q(scores)))
+    assert of_many == of_linear <= D + 1 < of_few
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-2, 1.0])
@@ -251,18 +321,33 @@ def test_tail_energy_is_bounded_by_the_distance_from_a_line(spread):
     assert 0 < energy[D + 1 :].sum() <= distance**2 * scores.numel()
 
 
+@pytest.mark.parametrize("pieces", [10, 100, 1000])
+@torch.no_grad()
+def test_tail_energy_of_random_slopes_falls_with_the_pieces(pieces):
+    scores = draw(5) / 2
+    bound = 10.0
+    assert scores.abs().max() < bound
+    slopes = F.softplus(torch.randn(10**6, dtype=F64) + math.log(math.e - 1))
+    torch.manual_seed(0)
+    energies = []
+    for _ in range(20):
+        energy = singular_values(log_q(PLIF(pieces, bound, init="random").double()(scores))).square()
+        energies.append(energy[D + 1 :].sum().item())
+    assert 0 < np.mean(energies) <= slopes.var() * 2 * bound / pieces * scores.abs().sum()
+
+
 def test_rounding_linear_logits_fakes_full_rank():
     scores = draw(0)
     assert numerical_rank(log_q(scores)) == D + 1
     assert numerical_rank(log_q(scores.bfloat16().double())) == N
-    assert tail_energy(log_q(scores.bfloat16().double()), D + 1) < 1e-4
+    assert tail(log_q(scores.bfloat16().double())) < 1e-4
 
 
 def test_tail_energy_is_the_distance_to_the_nearest_matrix_of_that_rank():
     matrix = draw(3).exp()
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     nearest = u[:, :4] * s[:4] @ vt[:4]
-    assert abs(tail_energy(matrix, 4) - ((matrix - nearest).norm() / matrix.norm()).square().item()) < 1e-12
+    assert abs(tail(matrix, 4) - ((matrix - nearest).norm() / matrix.norm()).square().item()) < 1e-12
 
 
 # ---- gradients that math.md derives ----------------------------------------------------------------------------------
