@@ -193,7 +193,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_once(text, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.strip() == "uncork: interrupted; the same command goes on from the last checkpoint"
+    assert error.strip() == "uncork: interrupted; the same command goes on from what is kept"
     for name in names:
         assert list((out / "runs" / f"{name}-seed0" / "checkpoints").glob("last-*"))
     for _ in range(50):  # Python's own helper process ends a moment after the others

@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("uncork: the command line needs the laboratory: pip install 'uncork[lab]'") from error
 
 from uncork.lab.bench.settings import Bench
+from uncork.lab.synthetic.settings import Synthetic
 from uncork.lab.terminal import NobodyReads, cores, progress_line, say
 
 
@@ -165,7 +166,7 @@ def _announce(command: Any) -> None:
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if value is not None and value != ():
-            shown = " ".join(value) if isinstance(value, tuple) else value
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             say(f"  {field.name.replace('_', '-'):18} {shown}")
 
 
@@ -348,6 +349,13 @@ def bench(command: Bench) -> dict[str, Any]:
     return {"command": "bench", "out_dir": command.out_dir, "ratio_to_G": median_ratios(tables["times"])}
 
 
+def synthetic(command: Synthetic) -> dict[str, Any]:
+    """Fits heads to given distributions; returns where the tables are."""
+    from uncork.lab.synthetic.experiment import run
+
+    return run(command, _command_line())
+
+
 _ABOUT = "Output layers that break the softmax bottleneck, compared on real text."
 _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Compare: compare,
@@ -355,6 +363,7 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Evaluate: evaluate,
     Generate: generate,
     Bench: bench,
+    Synthetic: synthetic,
 }
 
 
@@ -381,8 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
-        goes_on = f"; the same command{again} goes on from the last checkpoint"
-        print("\nuncork: interrupted" + goes_on * isinstance(command, _Experiment), file=sys.stderr)
+        goes_on = f"; the same command{again} goes on from what is kept"
+        print("\nuncork: interrupted" + goes_on * isinstance(command, _Experiment | Synthetic), file=sys.stderr)
         return 130
     return 2 if outcome.get("failed") else 0
 

@@ -1,0 +1,168 @@
+"""One cell of the experiment: which targets, which head, how wide, which seed; and what running it leaves."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uncork.heads import HEAD_NAMES, Head, build_head
+from uncork.lab.compare import parse_head
+from uncork.lab.errors import LabError
+from uncork.lab.synthetic import targets
+from uncork.lab.synthetic.fitting import Fit, Fitting, fit, start
+from uncork.lab.synthetic.targets import Targets
+from uncork.logit_functions import LogitFunction
+
+_CURVE_POINTS = 201
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fit.
+
+    Attributes:
+        target: dirichlet:BETA, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER, or sotu.
+        head: a head and its options, as plif:num_pieces=50; `equal_parameters=true` among them narrows it until it has
+            no more parameters, its contexts included, than a softmax of `in_features`.
+    """
+
+    target: str
+    num_contexts: int
+    num_words: int
+    in_features: int
+    head: str
+    seed: int
+    fitting: Fitting
+
+    def __post_init__(self) -> None:
+        for name in ("num_contexts", "num_words", "in_features"):
+            if getattr(self, name) < 1:
+                raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        _read_target(self.target)
+        self.read_head()
+
+    @property
+    def key(self) -> str:
+        """Another one for every other cell."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON's types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The cell that `to_dict` wrote."""
+        return cls(**{**values, "fitting": Fitting.from_dict(values["fitting"])})
+
+    def read_head(self) -> tuple[str, dict[str, Any], int]:
+        """The head's name, its options, and its features.
+
+        Raises:
+            LabError: for what `build_head` would not build.
+        """
+        name, options, settings = parse_head(self.head)
+        if settings:
+            raise LabError(f"heads: {', '.join(settings)} belongs to training on text, got {self.head!r}")
+        equal = options.pop("equal_parameters", False)
+        if name not in HEAD_NAMES:
+            raise LabError(f"heads: expected some of {', '.join(HEAD_NAMES)}, got {name!r}")
+        try:
+            features = self.in_features
+            most = self._parameters("softmax", features, {})
+            while self._parameters(name, features, options) > most and equal and features > 1:
+                features -= 1
+        except (TypeError, ValueError) as error:
+            raise LabError(f"heads: {self.head}: {error}") from error
+        return name, options, features
+
+    def _parameters(self, name: str, features: int, options: dict[str, Any]) -> int:
+        with torch.device("meta"):
+            head = build_head(name, features, self.num_words, **{"bias": False, **options})
+        return _count(head) + self.num_contexts * features
+
+    def make_targets(self) -> Targets:
+        """The distributions that the head has to model; the same for all heads of a seed."""
+        kind, rest = _read_target(self.target)
+        n, m = self.num_contexts, self.num_words
+        if kind == "dirichlet":
+            return targets.dirichlet(n, m, float(rest[0]), self.seed)
+        if kind == "known-rank":
+            return targets.known_rank(n, m, int(rest[0]), self.seed)
+        if kind == "planted":
+            return targets.planted(rest[0], n, m, int(rest[1]), self.seed)
+        if kind == "modes":
+            return targets.several_modes(n, m, int(rest[0]), self.seed)
+        return targets.sotu_targets(n, m)
+
+    def build(self, found: Targets) -> tuple[Head, Tensor]:
+        """The head and its contexts at their start."""
+        name, options, features = self.read_head()
+        return start(name, found, features, self.seed, options)
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Fits a cell; returns its row, and the learned function where there is one, in JSON's types.
+
+    Raises:
+        LabError: the targets cannot be made, or the loss became nan.
+    """
+    found = cell.make_targets()
+    head, contexts = cell.build(found)
+    outcome = fit(found, head, contexts, cell.fitting)
+    row = {
+        **{k: v for k, v in cell.to_dict().items() if k != "fitting"},
+        "entropy": found.entropy,
+        **dataclasses.asdict(outcome.measures),
+        "converged": outcome.converged,
+        "steps": outcome.steps,
+        "last_gain": outcome.last_gain,
+        "parameters": _count(head) + contexts.numel(),
+        "width": contexts.shape[1],
+        "seconds": round(outcome.seconds, 2),
+        **cell.fitting.to_dict(),
+    }
+    return {"cell": cell.to_dict(), "row": row, "function": _curve(outcome)}
+
+
+def _count(head: Head) -> int:
+    return sum(p.numel() for p in head.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def _curve(outcome: Fit) -> dict[str, list[float]] | None:
+    """The learned function between the least and the largest score, its slopes, and the scores' quantiles."""
+    function = outcome.head.logit_function
+    if not isinstance(function, LogitFunction):
+        return None
+    scores = outcome.head.double().scores(outcome.contexts.double()).flatten()
+    quantiles = torch.linspace(0, 1, _CURVE_POINTS, dtype=torch.float64)
+    at = torch.from_numpy(np.quantile(scores.numpy(), quantiles.numpy()))
+    x = torch.linspace(float(at[0]), float(at[-1]), _CURVE_POINTS, dtype=torch.float64)
+    curve = {"x": x, "f": function(x), "slope": function.derivative(x), "scores": at}
+    return {name: values.tolist() for name, values in curve.items()}
+
+
+def _read_target(text: str) -> tuple[str, list[str]]:
+    """The kind of targets and its arguments. Raises LabError for anything else."""
+    kind, *rest = text.split(":")
+    kinds: dict[str, tuple[type, ...]] = {
+        "dirichlet": (float,), "known-rank": (int,), "planted": (str, int), "modes": (int,), "sotu": (),
+    }  # fmt: skip
+    if kind not in kinds or len(rest) != len(kinds[kind]):
+        expected = "dirichlet:BETA, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER or sotu"
+        raise LabError(f"targets: expected {expected}, got {text!r}")
+    for value, wanted in zip(rest, kinds[kind], strict=True):
+        try:
+            good = wanted is str or (math.isfinite(wanted(value)) and wanted(value) > 0)
+        except ValueError:
+            good = False
+        if not good:
+            raise LabError(f"targets: expected a number above 0 in {kind}, got {text!r}")
+    return kind, rest

@@ -1,0 +1,133 @@
+"""One part of the synthetic experiment from flags to files."""
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from uncork.lab.bench.tables import provenance
+from uncork.lab.errors import LabError
+from uncork.lab.files import atomic_write_text, write_json
+from uncork.lab.synthetic import figures, tables
+from uncork.lab.synthetic.cells import Cell
+from uncork.lab.synthetic.fitting import Fitting
+from uncork.lab.synthetic.parts import PARTS, Part
+from uncork.lab.synthetic.run import CellStore, run_cells
+from uncork.lab.synthetic.settings import Synthetic
+from uncork.lab.terminal import cores, say
+from uncork.loss import tile_native
+
+
+def part_of(settings: Synthetic) -> tuple[str, Part]:
+    """The part, its name, and what the flags replace in it.
+
+    Raises:
+        LabError: flags that contradict one another, or leave no cell.
+    """
+    if settings.quick and settings.part not in ("default", "quick"):
+        raise LabError(f"quick: is a part of its own, and so is {settings.part}: give one of them")
+    name = "quick" if settings.quick else settings.part
+    part = PARTS[name]
+    if settings.targets and settings.beta:
+        raise LabError("beta: write it as --targets dirichlet:BETA beside other targets")
+    for flag in ("num_contexts", "seeds", "workers"):
+        value = getattr(settings, flag)
+        if value is not None and value < 1:
+            raise LabError(f"{flag.replace('_', '-')}: expected at least 1, got {value}")
+    given: dict[str, Any] = {}
+    if settings.heads:
+        given["heads"] = settings.heads
+    if settings.targets or settings.beta:
+        given["targets"] = settings.targets or tuple(f"dirichlet:{beta}" for beta in settings.beta)
+    if settings.num_words or settings.in_features:
+        words = settings.num_words or tuple(dict.fromkeys(m for m, _ in part.shapes))
+        features = settings.in_features or tuple(dict.fromkeys(d for _, d in part.shapes))
+        given |= {"shapes": tuple(itertools.product(words, features)), "fewer_seeds": {}}
+    if settings.num_contexts is not None:
+        given["num_contexts"] = settings.num_contexts
+    if settings.seeds is not None:
+        given |= {"seeds": settings.seeds, "fewer_seeds": {}}
+    return name, replace(part, **given)
+
+
+def cells_of(settings: Synthetic) -> tuple[str, Part, list[Cell]]:
+    """The part, and its cells. Raises LabError for a bad flag, or where no shape has fewer features than words."""
+    name, part = part_of(settings)
+    given = {f.name: getattr(settings, f.name, None) for f in fields(Fitting)}
+    cells = part.cells(Fitting(), {key: value for key, value in given.items() if value is not None})
+    if not cells:
+        raise LabError(f"in-features: expected some below num-words, got the shapes (M, d) {part.shapes}")
+    return name, part, cells
+
+
+def run(settings: Synthetic, command: str) -> dict[str, Any]:
+    """Runs a part and writes rows.csv, summary.csv, figures and provenance.json to out_dir/part.
+
+    Raises:
+        LabError: a bad flag, a cell that fails, or a folder that cannot be written.
+    """
+    name, part, cells = cells_of(settings)
+    folder = settings.out_dir / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before, not after
+    except OSError as error:
+        raise LabError(f"out-dir: {folder} cannot be made ({error.strerror})") from error
+    say(f"part {name}: {part.about}")
+    outcomes = run_cells(cells, CellStore(settings.out_dir / "cells"), settings.workers or cores())
+    return report(name, part, outcomes, folder, command)
+
+
+def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, command: str) -> dict[str, Any]:
+    """Writes the tables and figures of a part; returns what the command's last line says."""
+    rows = tables.rows_frame(outcomes)
+    frame = tables.summary(rows)
+    few = len(part.shapes) <= 4 and len(part.targets) == len(part.settings) == 1
+    table = tables.table_by_point(frame) if few else tables.long_table(frame)
+    for stem, content in (("rows", rows), ("summary", frame.round(6)), ("table", table)):
+        atomic_write_text(folder / f"{stem}.csv", content.to_csv(index=False))
+    origin = provenance(command, 1, native_instructions=tile_native.instructions(), seeds=part.seeds)
+    write_json(folder / "provenance.json", origin)
+    say(f"\n{tables.terminal_table(frame)}\n")
+    drawn = _draw(name, part, frame, outcomes, folder)
+    converged = f"{int(rows['converged'].sum())} of {len(rows)}"
+    return {"command": "synthetic", "part": name, "out_dir": str(folder), "cells": len(rows), "converged": converged,
+            "figures": drawn}  # fmt: skip
+
+
+def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The figures that suit what was run; returns their names."""
+    heads = list(dict.fromkeys(frame["head"]))
+    words, features = ({shape[place] for shape in part.shapes} for place in (0, 1))
+    dirichlet = all(target.startswith("dirichlet:") for target in part.targets)
+    made: dict[str, Callable[[Path], None]] = {}
+    if dirichlet and len(part.targets) == 1 < len(part.shapes) == len(words) * len(features) and "softmax" in heads:
+        for head in (head for head in heads if head != "softmax"):
+            made[f"heat-maps-{slug(head)}"] = partial(figures.heat_maps, frame, head, part.targets[0])
+    if name == "pieces":
+        made["pieces"] = partial(figures.by_pieces, frame)
+    if name == "heads":
+        made["heads"] = partial(figures.by_head, frame)
+    if dirichlet and len(part.targets) > 1:
+        made["beta"] = partial(figures.by_beta, frame)
+    if not dirichlet and len(features) > 1:
+        made["features"] = partial(figures.by_features, frame)
+    learned = [head for head in heads if head.split(":")[0] in ("plif", "monotone")][:3]
+    if learned:
+        made["functions"] = partial(figures.functions, outcomes, heads=learned)
+    for stem, draw in made.items():
+        draw(folder / f"{stem}.png")
+    return [f"{stem}.png" for stem in made]
+
+
+def slug(head: str) -> str:
+    """A head's label as part of a file's name.
+
+    >>> slug("monotone:num_units=100")
+    'monotone-num-units-100'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", head.lower())
