@@ -106,7 +106,8 @@ def scripted(monkeypatch, losses):
     ("kls", "rounds", "converged"),
     [
         ((1.0, 0.5, 0.4, 0.395), 4, True),  # 0.005 of 0.395 is less than 2 %
-        ((1.0, 0.99), 2, True),
+        ((1.0, 0.99, 0.98), 3, True),  # the second round may be too early
+        ((1.0, 1.1, 0.99), 3, True),  # what is taken back does not count as a gain afterwards
         ((1.0, 0.9, 0.8, 0.7, 0.6), 5, False),
         ((0.01, 0.005, 0.0045), 3, True),  # 0.005 is more than 2 % of 0.05 nats, 0.0005 is less
     ],

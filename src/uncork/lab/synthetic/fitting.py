@@ -17,6 +17,7 @@ from uncork.lab.synthetic.targets import Targets
 
 _WARM_UP = 0.05  # of a round
 _LEAST_KL = 0.05
+_LEAST_ROUNDS = 3  # a function that has hardly moved yet may look converged
 _POLISHING = 500  # iterations of L-BFGS
 
 
@@ -26,8 +27,8 @@ class Fitting:
 
     Training goes in rounds of Adam over all contexts at once: each round warms up, then lets the learning rates fall
     along a cosine to 0, and is twice as long as the one before. It has converged when a round, which has doubled all
-    work so far, lowers the KL divergence by less than its part `tolerance` (less than 0.05 nats counts as 0.05). A
-    round that ends higher than the one before is taken back.
+    work so far, lowers the KL divergence by less than its part `tolerance` (less than 0.05 nats counts as 0.05), in
+    the third round at the earliest. A round that ends higher than the one before is taken back.
     """
 
     learning_rate: float = 0.1
@@ -140,14 +141,15 @@ def fit(
         loss = _adam_round(head, contexts, wanted, groups, fitting, length)
         steps += length
         gain = before - loss if number else math.nan
-        converged = gain < fitting.tolerance * max(loss - targets.entropy, _LEAST_KL)
+        enough = gain < fitting.tolerance * max(loss - targets.entropy, _LEAST_KL)
+        converged = enough and number + 1 >= _LEAST_ROUNDS
         if after_round is not None:
             after_round(steps, loss)
         if gain < 0:
             _restore(trained, kept)
         if converged:
             break
-        before = loss
+        before = min(before, loss)
     if fitting.optimizer == "lbfgs":
         head, contexts = _polish(head, contexts, targets, groups)
     contexts, seconds = contexts.detach(), time.perf_counter() - began
