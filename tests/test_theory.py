@@ -1,4 +1,4 @@
-"""The theorems of docs/theory.md, on random matrices in float64, and the gradients of docs/math.md.
+"""The theorems of docs/theory.md, on random matrices in float64.
 
 Theorem 4 has further tests in tests/lab/test_reachability.py.
 """
@@ -64,6 +64,12 @@ def test_rank_is_limited_by_contexts_and_words():
     assert numerical_rank(log_q(draw(0, 20, n=30, v=8))) == 8
 
 
+def fits(p, features, bias=0.0):
+    """Whether the nearest scores of so many features give the log-probabilities p."""
+    u, s, vt = torch.linalg.svd(p - p.mean(-1, keepdim=True) - bias, full_matrices=False)
+    return bool((log_q(u[:, :features] * s[:features] @ vt[:features] + bias) - p).abs().max() < 1e-9)
+
+
 @pytest.mark.parametrize("r", [1, 4, V - 1])
 def test_a_linear_softmax_represents_what_has_the_centred_rank(r):
     torch.manual_seed(r)
@@ -71,10 +77,20 @@ def test_a_linear_softmax_represents_what_has_the_centred_rank(r):
     if r == V - 1:  # so many features represent anything
         p = torch.distributions.Dirichlet(torch.full((V,), 0.3, dtype=F64)).sample((V + 20,)).clamp(min=1e-12).log()
         p = log_q(p)
-    u, s, vt = torch.linalg.svd(p - p.mean(-1, keepdim=True), full_matrices=False)
-    for features, exact in ((r, True), (r - 1, False)):
-        difference = log_q(u[:, :features] * s[:features] @ vt[:features]) - p
-        assert bool(difference.abs().max() < 1e-9) == exact
+    assert fits(p, r)
+    assert not fits(p, r - 1)
+
+
+def test_a_linear_softmax_with_a_bias_represents_what_has_the_doubly_centred_rank():
+    torch.manual_seed(0)
+    scores = torch.randn(V + 20, 4, dtype=F64) @ torch.randn(4, V, dtype=F64)
+    p = log_q(scores + 3 * torch.randn(V, dtype=F64))
+    centred = p - p.mean(-1, keepdim=True)
+    bias = centred.mean(0)
+    assert numerical_rank(centred) == 5
+    assert numerical_rank(centred - bias) == 4
+    assert fits(p, 4, bias)
+    assert not fits(p, 3, bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -309,22 +325,24 @@ def test_full_rank_may_be_round_off():
     assert of_many == of_linear <= D + 1 < of_few
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("spread", [1e-3, 1e-2, 1.0])
 @torch.no_grad()
-def test_tail_energy_is_bounded_by_the_distance_from_a_line(spread):
-    scores = draw(4)
+def test_tail_energy_is_bounded_by_the_distance_from_a_line(spread, bias):
+    scores = draw(4, bias=bias)
     logits = PLIF(50, 6.0, init="random", spread=spread).double()(scores)
     centred = scores - scores.mean()
     slope = (centred * logits).sum() / centred.square().sum()
     distance = (logits - logits.mean() - slope * centred).abs().max()
     energy = torch.linalg.svdvals(log_q(logits)).square()
-    assert 0 < energy[D + 1 :].sum() <= distance**2 * scores.numel()
+    assert 0 < energy[D + 1 + bias :].sum() <= distance**2 * scores.numel()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("pieces", [10, 100, 1000])
 @torch.no_grad()
-def test_tail_energy_of_random_slopes_falls_with_the_pieces(pieces):
-    scores = draw(5) / 2
+def test_tail_energy_of_random_slopes_falls_with_the_pieces(pieces, bias):
+    scores = draw(5, bias=bias) / 2
     bound = 10.0
     assert scores.abs().max() < bound
     slopes = F.softplus(torch.randn(10**6, dtype=F64) + math.log(math.e - 1))
@@ -332,7 +350,7 @@ def test_tail_energy_of_random_slopes_falls_with_the_pieces(pieces):
     energies = []
     for _ in range(20):
         energy = singular_values(log_q(PLIF(pieces, bound, init="random").double()(scores))).square()
-        energies.append(energy[D + 1 :].sum().item())
+        energies.append(energy[D + 1 + bias :].sum().item())
     assert 0 < np.mean(energies) <= slopes.var() * 2 * bound / pieces * scores.abs().sum()
 
 
@@ -348,42 +366,3 @@ def test_tail_energy_is_the_distance_to_the_nearest_matrix_of_that_rank():
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     nearest = u[:, :4] * s[:4] @ vt[:4]
     assert abs(tail(matrix, 4) - ((matrix - nearest).norm() / matrix.norm()).square().item()) < 1e-12
-
-
-# ---- gradients that math.md derives ----------------------------------------------------------------------------------
-
-
-def test_mixture_gradient_is_the_posterior():
-    torch.manual_seed(0)
-    logits = torch.randn(6, 3, 10, dtype=F64, requires_grad=True)
-    prior = torch.randn(6, 3, dtype=F64, requires_grad=True)
-    target = torch.rand(6, 10, dtype=F64)  # sums to anything
-    loss = -(target * functional.mixture_log_softmax(logits, prior)).sum()
-    by_logits, by_prior = torch.autograd.grad(loss, [logits, prior])
-    pi, p = prior.softmax(-1).detach(), logits.softmax(-1).detach()
-    joint = pi.unsqueeze(-1) * p
-    r = joint / joint.sum(1, keepdim=True)  # responsibilities r_{k,v}
-    mass = (target.unsqueeze(1) * r).sum(-1)
-    torch.testing.assert_close(by_logits, mass.unsqueeze(-1) * p - target.unsqueeze(1) * r)
-    torch.testing.assert_close(by_prior, target.sum(-1, keepdim=True) * pi - mass)
-
-
-def test_loss_gradient_is_row_factors_times_softmax_minus_target():
-    torch.manual_seed(0)
-    n, v, smoothing, z_loss = 7, 11, 0.1, 0.01
-    scores = torch.randn(n, v, dtype=F64, requires_grad=True)
-    target, weight = torch.randint(v, (n,)), torch.rand(v, dtype=F64) + 0.5
-    tokens, function = torch.rand(n, dtype=F64), PLIF(9, 3.0, init="random").double()
-    logits = function(scores)
-    ce = F.cross_entropy(logits, target, weight=weight, label_smoothing=smoothing, reduction="none")
-    z = logits.logsumexp(-1)
-    loss = (tokens * ce).sum() / (tokens * weight[target]).sum() + (tokens * z_loss * z**2).sum() / tokens.sum()
-    (expected,) = torch.autograd.grad(loss, scores)
-    with torch.no_grad():
-        row, z_row = tokens / (tokens * weight[target]).sum(), tokens / tokens.sum()
-        t = row.unsqueeze(-1) * (
-            (1 - smoothing) * weight[target].unsqueeze(-1) * F.one_hot(target, v) + smoothing / v * weight
-        )
-        a = t.sum(-1) + 2 * z_loss * z * z_row
-        got = (a.unsqueeze(-1) * logits.softmax(-1) - t) * function.derivative(scores)
-    torch.testing.assert_close(got, expected)
