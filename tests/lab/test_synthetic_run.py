@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from uncork.lab.synthetic.experiment import cells_of, part_of
 from uncork.lab.synthetic.fitting import Fitting
 from uncork.lab.synthetic.parts import PARTS
 from uncork.lab.synthetic.run import CellStore, estimate, run_cells
-from uncork.lab.synthetic.settings import Synthetic
+from uncork.lab.synthetic.settings import PartName, Synthetic
 
 SHORT = Fitting(first_round=5, rounds=2)
 CELL = Cell("dirichlet:0.1", 30, 12, 3, "plif:num_pieces=20", 0, SHORT)
@@ -100,6 +101,13 @@ def test_equal_parameters_narrows_a_mixture_to_the_softmax(features, words):
         ({"head": "plif:pieces=3"}, "heads: plif:pieces=3: plif has no option pieces"),
         ({"head": "plif:num_pieces=0"}, "heads: plif:num_pieces=0: num_pieces"),
         ({"head": "plif:lr=0.1"}, "heads: lr belongs to training on text"),
+        ({"head": "mos:equal_parameters=no"}, "heads: expected equal_parameters=true or false"),
+        ({"head": "plif:num_pieces=1000,equal_parameters=true"}, "more parameters than a softmax even with one"),
+        ({"target": "known-rank:13"}, "targets: expected at most 12 in known-rank with these sizes"),
+        ({"target": "modes:13"}, "targets: expected at most 12 in modes"),
+        ({"target": "planted:soft:3"}, "targets: expected one of softmax, "),
+        ({"target": "planted:plif-frozen:3"}, "targets: expected one of softmax, "),
+        ({"num_words": 10**12, "in_features": 10**11}, "heads: plif:num_pieces=20: "),
     ],
 )
 def test_bad_cells(change, message):
@@ -129,6 +137,7 @@ def test_a_damaged_cell_is_run_again_and_said(tmp_path, capsys, content):
         k: v for k, v in first["row"].items() if k != "seconds"
     }
     assert "runs again" in capsys.readouterr().out
+    assert again["commit"]
     assert store.get(CELL) == again
 
 
@@ -140,16 +149,26 @@ def test_workers_do_not_change_a_number(tmp_path):
         assert {**a["row"], "seconds": 0} == {**b["row"], "seconds": 0}
 
 
-def test_a_cell_that_fails_in_a_worker_is_one_line_and_keeps_the_others(tmp_path):
-    cells = [CELL, replace(CELL, target="known-rank:40")]  # a rank above the number of words
-    with pytest.raises(LabError, match="rank"):
-        run_cells(cells, CellStore(tmp_path), workers=1)
-    with pytest.raises(LabError, match="rank"):
-        run_cells(cells[1:] * 2 + [replace(cells[1], seed=1)], CellStore(tmp_path), workers=2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path, workers):
+    bad = replace(CELL, fitting=replace(SHORT, learning_rate=1e30))
+    cells = [bad, CELL, replace(CELL, seed=1)]
+    message = (
+        "1 of 3 cells failed, the others are kept; the first: dirichlet:0.1 M=12 d=3 seed 0 plif:num_pieces=20: the"
+    )
+    with pytest.raises(LabError, match=message):
+        run_cells(cells, CellStore(tmp_path), workers)
+    assert all(CellStore(tmp_path).get(cell) for cell in cells[1:])
+    assert CellStore(tmp_path).get(bad) is None
+
+
+def test_the_same_cell_twice_is_run_once(tmp_path, capsys):
+    assert len(run_cells([CELL, CELL], CellStore(tmp_path), workers=1)) == 1
+    assert "1 of 1 cells to run, 0 done before" in capsys.readouterr().out
 
 
 def test_more_memory_than_there_is(tmp_path):
-    with pytest.raises(LabError, match="num-contexts and num-words: 100000000 x 1000000 on 2 workers need about"):
+    with pytest.raises(LabError, match=r"100000000 x 1000000 with plif:num_pieces=20 on 1 worker\(s\) need about"):
         run_cells([replace(CELL, num_contexts=10**8, num_words=10**6)], CellStore(tmp_path), workers=2)
 
 
@@ -161,7 +180,12 @@ def test_the_estimate_grows_with_the_work():
     assert found[longer] == pytest.approx(found[CELL] * 63 / 3)
 
 
+def test_many_components_need_memory_too():
+    assert replace(CELL, head="mos:num_components=8").memory > replace(CELL, head="mos").memory > CELL.memory
+
+
 def test_every_part_is_of_good_cells():
+    assert get_args(PartName) == tuple(PARTS)
     for name, part in PARTS.items():
         cells = part.cells(Fitting(), {})
         assert len(set(cells)) == len(cells) > 0, name
@@ -226,11 +250,14 @@ def test_the_command(tmp_path, capsys):
         (["--num-contexts", "0"], "num-contexts: expected at least 1, got 0"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--workers", "0"], "workers: expected at least 1, got 0"),
-        (["--learning-rate", "0"], "learning-rate: expected a number above 0, got 0.0"),
+        (["--learning-rate", "0"], "learning-rate: expected a number above 0, 1e+30 at most, got 0.0"),
         (["--heads", "soft"], "heads: expected some of"),
         (["--quick", "--part", "heads"], "quick: is a part of its own"),
         (["--beta", "1", "--targets", "sotu"], "beta: write it as --targets dirichlet:BETA"),
         (["--num-contexts", "1000000000"], "num-contexts and num-words"),
+        (["--seeds", "1000000000"], "seeds: expected at most 100,000 cells in all"),
+        (["--rounds", "21"], "rounds: expected 1 to 20, got 21"),
+        (["--part", "known", "--num-words", "10"], "targets: expected at most 10 in known-rank"),
     ],
 )
 def test_bad_flags_give_one_line(tmp_path, capsys, flags, message):
@@ -239,6 +266,26 @@ def test_bad_flags_give_one_line(tmp_path, capsys, flags, message):
     assert error.startswith("uncork: ")
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(("part", "heads"), [("beta", ["plif"]), ("beta", ["softmax"]), ("pieces", ["temperature"])])
+def test_heads_that_leave_nothing_to_compare_give_tables_alone(tmp_path, part, heads):
+    out = tmp_path / "out"
+    assert run("--out-dir", out, "--part", part, "--heads", *heads, *TINY) == 0
+    assert (out / part / "table.csv").exists()
+
+
+def test_another_run_leaves_no_figure_of_the_one_before(tmp_path):
+    out = tmp_path / "out"
+    for heads, left in ((["softmax", "sigsoftmax"], "sigsoftmax"), (["softmax", "gss:center=-1.5"], "gss")):
+        assert run("--out-dir", out, "--heads", *heads, *TINY) == 0
+        assert [left in path.name for path in (out / "default").glob("*.png")] == [True]
+
+
+def test_the_cells_folder_is_a_file(tmp_path, capsys):
+    (tmp_path / "cells").write_text("")
+    assert run("--out-dir", tmp_path, *TINY) == 2
+    assert "cells cannot be made" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):

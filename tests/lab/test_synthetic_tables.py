@@ -50,7 +50,7 @@ def line(frame, head, **where):
         ("gss", "GSS"),
         ("mos", "MoS-4, tanh"),
         ("mos:num_components=8,latent_activation=null", "MoS-8"),
-        ("mos:latent_activation=null,equal_parameters=true", "MoS-4, same parameters"),
+        ("mos:latent_activation=null,equal_parameters=true", "MoS-4, no more parameters"),
         ("moc:latent_activation=null", "MoC-4"),
         ("mop:latent_activation=null", "MoP-4, 100 pieces"),
     ],
@@ -201,7 +201,7 @@ def test_terminal_table_has_a_block_a_point_and_fits():
     title, softmax, mixture = (" ".join(line.split()) for line in block.splitlines())
     assert title.endswith("learning rate 0.1")
     assert softmax == "softmax 2/2 50.5 ± 0.7 1.000 ± 0.000"
-    name = "MoP-4, 100,000 pieces, same parameters"
+    name = "MoP-4, 100,000 pieces, no more parameters"
     assert mixture == f"{name} 2/2 60.5 ± 0.7 0.500 ± 0.000 +10.0 ± 0.0 0.500 ± 0.000"
     assert note.startswith("± is the standard deviation over seeds")
 

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +20,7 @@ from uncork.lab.analysis import analyse
 from uncork.lab.checkpoints import check_head, load_trained
 from uncork.lab.errors import LabError
 from uncork.lab.files import read_json, write_json
+from uncork.lab.interrupts import end_with_parent
 from uncork.lab.runs import Run, RunStore
 from uncork.lab.train_config import TrainConfig
 from uncork.lab.training import Progress, train
@@ -252,7 +251,7 @@ def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads:
     """A worker process: one run, so that its peak memory is its own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     signal.signal(signal.SIGTERM, _as_interrupt)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
     def tell(kind: str, progress: Progress | None = None, message: str = "") -> None:
         try:
@@ -278,14 +277,6 @@ def _as_interrupt(signum: int, frame: FrameType | None) -> None:
     handler = signal.getsignal(signal.SIGINT)
     assert callable(handler)
     handler(signal.SIGINT, frame)
-
-
-def _end_with_parent() -> None:
-    """Without its parent, a worker would train on unseen and keep its run locked."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class TimeLeft:

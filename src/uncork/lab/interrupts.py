@@ -1,5 +1,7 @@
 """Ctrl-C that waits for the end of a training step, so that what is saved then is whole."""
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -47,3 +49,15 @@ class InterruptGuard:
         self.torn = not self._raising
         self.requested = True
         raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """Ends this worker process by SIGTERM once its parent is gone: it would go on unseen, and keep its locks."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -125,18 +125,22 @@ def _short(shape: Any) -> str:
     return str(Shape(*map(int, shape)))
 
 
-def provenance(command: str, threads: int, **more: Any) -> dict[str, Any]:
-    """Where a result comes from: what docs/build.py prints below its table, and more."""
+def current_commit() -> str:
+    """The commit of the checkout that this file lies in, or "unknown"."""
     try:
         asked = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
         )
-        commit = asked.stdout.strip() or "unknown"
     except FileNotFoundError:  # no git
-        commit = "unknown"
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
+
+
+def provenance(command: str, threads: int, **more: Any) -> dict[str, Any]:
+    """Where a result comes from: what docs/build.py prints below its table, and more."""
     return {
         "command": command,
-        "commit": commit,
+        "commit": current_commit(),
         "machine": machine_name(torch.device("cpu")),
         "threads": threads,
         "versions": {"torch": torch.__version__, "uncork": uncork.__version__, "python": platform.python_version()},

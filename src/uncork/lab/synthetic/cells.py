@@ -19,7 +19,10 @@ from uncork.lab.synthetic.fitting import Fit, Fitting, fit, start
 from uncork.lab.synthetic.targets import Targets
 from uncork.logit_functions import LogitFunction
 
+RULE = 1
+"""Raised when the same settings come to give other numbers: cells of before are then not taken for those of now."""
 _CURVE_POINTS = 201
+_MIXTURES = ("mos", "moss", "mop", "moc")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Cell:
         target: dirichlet:BETA, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER, or sotu.
         head: a head and its options, as plif:num_pieces=50; `equal_parameters=true` among them narrows it until it has
             no more parameters, its contexts included, than a softmax of `in_features`.
+
+    Raises:
+        LabError: for what could not be run.
     """
 
     target: str
@@ -44,13 +50,14 @@ class Cell:
         for name in ("num_contexts", "num_words", "in_features"):
             if getattr(self, name) < 1:
                 raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
-        _read_target(self.target)
+        self._check_target()
         self.read_head()
 
     @property
     def key(self) -> str:
         """Another one for every other cell."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        text = json.dumps({"rule": RULE, **self.to_dict()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
@@ -71,6 +78,8 @@ class Cell:
         if settings:
             raise LabError(f"heads: {', '.join(settings)} belongs to training on text, got {self.head!r}")
         equal = options.pop("equal_parameters", False)
+        if not isinstance(equal, bool):
+            raise LabError(f"heads: expected equal_parameters=true or false, got {self.head!r}")
         if name not in HEAD_NAMES:
             raise LabError(f"heads: expected some of {', '.join(HEAD_NAMES)}, got {name!r}")
         try:
@@ -78,9 +87,30 @@ class Cell:
             most = self._parameters("softmax", features, {})
             while self._parameters(name, features, options) > most and equal and features > 1:
                 features -= 1
-        except (TypeError, ValueError) as error:
-            raise LabError(f"heads: {self.head}: {error}") from error
+            if equal and self._parameters(name, features, options) > most:
+                raise LabError(f"heads: {self.head} has more parameters than a softmax even with one feature")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes beyond it
+            raise LabError(f"heads: {self.head}: {str(error).splitlines()[0]}") from error
         return name, options, features
+
+    @property
+    def memory(self) -> float:
+        """Bytes that running it takes, about: targets, a chunk of scores, the measures in float64, and Adam's state."""
+        name, options, features = self.read_head()
+        components = int(options.get("num_components", 4)) if name in _MIXTURES else 1
+        return self.num_contexts * self.num_words * (40 + 24 * components) + 24 * self._parameters(
+            name, features, options
+        )
+
+    def _check_target(self) -> None:
+        kind, rest = _read_target(self.target)
+        most = {"known-rank": min(self.num_contexts, self.num_words), "modes": self.num_words}
+        if kind in most and int(rest[0]) > most[kind]:
+            raise LabError(f"targets: expected at most {most[kind]} in {kind} with these sizes, got {self.target!r}")
+        if kind == "planted" and rest[0] not in targets.PLANTED_OPTIONS:
+            raise LabError(
+                f"targets: expected one of {', '.join(targets.PLANTED_OPTIONS)} planted, got {self.target!r}"
+            )
 
     def _parameters(self, name: str, features: int, options: dict[str, Any]) -> int:
         with torch.device("meta"):

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from uncork.lab.synthetic.run import CellStore, run_cells
 from uncork.lab.synthetic.settings import Synthetic
 from uncork.lab.terminal import cores, say
 from uncork.loss import tile_native
+
+_MOST_CELLS = 100_000
 
 
 def part_of(settings: Synthetic) -> tuple[str, Part]:
@@ -58,6 +60,8 @@ def part_of(settings: Synthetic) -> tuple[str, Part]:
 def cells_of(settings: Synthetic) -> tuple[str, Part, list[Cell]]:
     """The part, and its cells. Raises LabError for a bad flag, or where no shape has fewer features than words."""
     name, part = part_of(settings)
+    if part.most_cells > _MOST_CELLS:
+        raise LabError(f"seeds: expected at most {_MOST_CELLS:,} cells in all, got {part.most_cells:,}")
     given = {f.name: getattr(settings, f.name, None) for f in fields(Fitting)}
     cells = part.cells(Fitting(), {key: value for key, value in given.items() if value is not None})
     if not cells:
@@ -66,7 +70,7 @@ def cells_of(settings: Synthetic) -> tuple[str, Part, list[Cell]]:
 
 
 def run(settings: Synthetic, command: str) -> dict[str, Any]:
-    """Runs a part and writes rows.csv, summary.csv, figures and provenance.json to out_dir/part.
+    """Runs a part and writes its settings, tables, figures and provenance.json to out_dir/part, over what was there.
 
     Raises:
         LabError: a bad flag, a cell that fails, or a folder that cannot be written.
@@ -74,9 +78,11 @@ def run(settings: Synthetic, command: str) -> dict[str, Any]:
     name, part, cells = cells_of(settings)
     folder = settings.out_dir / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before, not after
+        for needed in (folder, settings.out_dir / "cells"):  # what cannot be written is said before, not after
+            needed.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LabError(f"out-dir: {folder} cannot be made ({error.strerror})") from error
+        raise LabError(f"out-dir: {needed} cannot be made ({error.strerror})") from error
+    write_json(folder / "config.json", asdict(settings))
     say(f"part {name}: {part.about}")
     outcomes = run_cells(cells, CellStore(settings.out_dir / "cells"), settings.workers or cores())
     return report(name, part, outcomes, folder, command)
@@ -90,8 +96,11 @@ def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, 
     table = tables.table_by_point(frame) if few else tables.long_table(frame)
     for stem, content in (("rows", rows), ("summary", frame.round(6)), ("table", table)):
         atomic_write_text(folder / f"{stem}.csv", content.to_csv(index=False))
-    origin = provenance(command, 1, native_instructions=tile_native.instructions(), seeds=part.seeds)
-    write_json(folder / "provenance.json", origin)
+    commits = sorted({outcome["commit"] for outcome in outcomes})
+    origin = provenance(command, 1, native_instructions=tile_native.instructions())
+    write_json(folder / "provenance.json", {**origin, "commit": commits[0], "commits_of_cells": commits})
+    for old in folder.glob("*.png"):  # of a run with other heads
+        old.unlink()
     say(f"\n{tables.terminal_table(frame)}\n")
     drawn = _draw(name, part, frame, outcomes, folder)
     converged = f"{int(rows['converged'].sum())} of {len(rows)}"
@@ -107,12 +116,15 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
     made: dict[str, Callable[[Path], None]] = {}
     if dirichlet and len(part.targets) == 1 < len(part.shapes) == len(words) * len(features) and "softmax" in heads:
         for head in (head for head in heads if head != "softmax"):
-            made[f"heat-maps-{slug(head)}"] = partial(figures.heat_maps, frame, head, part.targets[0])
-    if name == "pieces":
+            made[f"heat-maps-{slug(head)}"] = partial(
+                figures.heat_maps, frame, head, part.targets[0], columns=tables.MEASURES
+            )
+    compared = bool((frame.loc[frame["head"] != "softmax", "pairs"] > 0).any())
+    if name == "pieces" and any(tables.num_pieces(head) for head in heads):
         made["pieces"] = partial(figures.by_pieces, frame)
     if name == "heads":
         made["heads"] = partial(figures.by_head, frame)
-    if dirichlet and len(part.targets) > 1:
+    if dirichlet and len(part.targets) > 1 and compared:
         made["beta"] = partial(figures.by_beta, frame)
     if not dirichlet and len(features) > 1:
         made["features"] = partial(figures.by_features, frame)
@@ -130,4 +142,4 @@ def slug(head: str) -> str:
     >>> slug("monotone:num_units=100")
     'monotone-num-units-100'
     """
-    return re.sub(r"[^a-z0-9.]+", "-", head.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", head.lower().replace("=-", "=minus-"))

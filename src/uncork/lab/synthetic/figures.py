@@ -154,8 +154,10 @@ def by_pieces(frame: pd.DataFrame, path: Path) -> None:
     own = own.assign(pieces=own["head"].map(num_pieces), line=own["head"].map(series_name))
     lines = own[own["pieces"].notna()]
     points = make_points(lines)
-    heads = lines.sort_values("line", key=lambda names: names.str.startswith("frozen")).drop_duplicates("line")
-    style = dict(zip(heads["line"], head_strokes(heads["head"]).values(), strict=True))
+    last = lines["line"].str.startswith("frozen")
+    heads = pd.concat([lines[~last], lines[last]]).drop_duplicates("line")
+    drawn = head_strokes(heads["head"])
+    style = {line: drawn[head] for line, head in zip(heads["line"], heads["head"], strict=True)}
 
     def across(axes: Axes, point: pd.DataFrame, row: int) -> None:
         here = own.merge(point[POINT].drop_duplicates(), on=POINT)

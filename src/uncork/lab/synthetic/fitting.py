@@ -17,6 +17,8 @@ from uncork.lab.synthetic.targets import Targets
 
 _WARM_UP = 0.05  # of a round
 _LEAST_KL = 0.05
+_LARGEST = 1e30  # of learning rates and tolerance: what float32 holds with room
+_MOST_ROUNDS = 20  # a million times the steps of the first
 _LEAST_ROUNDS = 3  # a function that has hardly moved yet may look converged
 _POLISHING = 500  # iterations of L-BFGS
 
@@ -27,7 +29,7 @@ class Fitting:
 
     Training goes in rounds of Adam over all contexts at once: each round warms up, then lets the learning rates fall
     along a cosine to 0, and is twice as long as the one before. It has converged when a round, which has doubled all
-    work so far, lowers the KL divergence by less than its part `tolerance` (less than 0.05 nats counts as 0.05), in
+    work so far, changes the KL divergence by less than its part `tolerance` (less than 0.05 nats counts as 0.05), in
     the third round at the earliest. A round that ends higher than the one before is taken back.
     """
 
@@ -40,7 +42,7 @@ class Fitting:
     rounds: int = 4
     """At most so many rounds: 4 of them are 15 times the steps of the first."""
     tolerance: float = 0.02
-    """Part of the KL divergence (at least 0.05 nats) by which a round has to lower it for another one to follow."""
+    """Part of the KL divergence (at least 0.05 nats) by which a round has to change it for another one to follow."""
     optimizer: Literal["adam", "adam-short", "lbfgs"] = "adam"
     """adam-short: with a shorter memory, betas of 0.8 and 0.95. lbfgs: as adam, then L-BFGS in float64 from where
     it ends."""
@@ -48,11 +50,14 @@ class Fitting:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "function_scale", "tolerance"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise LabError(f"{name.replace('_', '-')}: expected a number above 0, got {value}")
+            if not 0 < value <= _LARGEST:
+                raise LabError(
+                    f"{name.replace('_', '-')}: expected a number above 0, {_LARGEST:g} at most, got {value}"
+                )
         for name in ("first_round", "rounds"):
-            if getattr(self, name) < 1:
-                raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+            most = _MOST_ROUNDS if name == "rounds" else 10**9
+            if not 1 <= getattr(self, name) <= most:
+                raise LabError(f"{name.replace('_', '-')}: expected 1 to {most:,}, got {getattr(self, name)}")
 
     @property
     def most_steps(self) -> int:
@@ -141,7 +146,7 @@ def fit(
         loss = _adam_round(head, contexts, wanted, groups, fitting, length)
         steps += length
         gain = before - loss if number else math.nan
-        enough = gain < fitting.tolerance * max(loss - targets.entropy, _LEAST_KL)
+        enough = abs(gain) < fitting.tolerance * max(min(before, loss) - targets.entropy, _LEAST_KL)
         converged = enough and number + 1 >= _LEAST_ROUNDS
         if after_round is not None:
             after_round(steps, loss)
@@ -153,7 +158,10 @@ def fit(
     if fitting.optimizer == "lbfgs":
         head, contexts = _polish(head, contexts, targets, groups)
     contexts, seconds = contexts.detach(), time.perf_counter() - began
-    return Fit(head, contexts, measure(head, contexts, targets), converged, steps, gain, seconds)
+    measures = measure(head, contexts, targets)
+    if not math.isfinite(measures.cross_entropy):
+        raise LabError(f"the cross-entropy became {measures.cross_entropy}: try a smaller learning rate")
+    return Fit(head, contexts, measures, converged, steps, gain, seconds)
 
 
 @torch.no_grad()
@@ -164,7 +172,8 @@ def measure(head: Head, contexts: Tensor, targets: Targets) -> Measures:
     truth = targets.probabilities
     terms = torch.where(truth > 0, truth * log_prob, 0.0)
     cross_entropy = -float(terms.sum(-1).mean())
-    right = wide.predict(contexts.double()) == truth.argmax(-1)
+    predicted = wide.predict(contexts.double()).unsqueeze(-1)
+    right = truth.gather(-1, predicted).squeeze(-1) == truth.amax(-1)  # of several likeliest words each is right
     return Measures(
         cross_entropy=cross_entropy,
         kl=cross_entropy - targets.entropy,

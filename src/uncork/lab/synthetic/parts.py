@@ -38,6 +38,11 @@ class Part:
     fewer_seeds: dict[tuple[int, int], int] = field(default_factory=dict)
     settings: tuple[dict[str, Any], ...] = ({},)
 
+    @property
+    def most_cells(self) -> int:
+        """How many cells there are at most."""
+        return len(self.heads) * len(self.shapes) * len(self.targets) * len(self.settings) * self.seeds
+
     def cells(self, fitting: Fitting, given: dict[str, Any]) -> list[Cell]:
         """All cells, seed by seed, so that what is done at any moment compares all heads.
 
@@ -78,8 +83,9 @@ PARTS: dict[str, Part] = {
     "heads": Part(
         "all heads at four points",
         heads=(
-            "softmax", "softmax:bias=true", "temperature", "softcap", "sigsoftmax", "gss", "monotone:num_units=100",
-            "monotone:num_units=1000", "plif", "plif-frozen", _MOS, _MOS_EQUAL, f"moss:{_MIXED}", f"mop:{_MIXED}",
+            "softmax", "softmax:bias=true", "temperature", "softcap:cap=10", "softcap:cap=30", "sigsoftmax", "gss",
+            "monotone:num_units=100", "monotone:num_units=1000", "plif", "plif-frozen", _MOS,
+            _MOS_EQUAL, f"moss:{_MIXED}", f"mop:{_MIXED}",
             f"moc:{_MIXED}",
         ),
         shapes=((100, 5), (500, 10), (1000, 20), (2000, 50)),
@@ -97,7 +103,7 @@ PARTS: dict[str, Part] = {
     ),
     "optimizers": Part(
         "how much of a difference between heads could be one between optimisers",
-        heads=(*_CONTROLS, _MOS),
+        heads=(*_CONTROLS, "monotone:num_units=100", _MOS),
         seeds=2,
         settings=(
             *({"learning_rate": rate} for rate in (0.03, 0.1, 0.3)),

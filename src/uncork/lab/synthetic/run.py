@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -14,14 +15,14 @@ from typing import Any
 
 import torch
 
+from uncork.lab.bench.tables import current_commit
 from uncork.lab.errors import LabError
 from uncork.lab.files import read_json, write_json
+from uncork.lab.interrupts import end_with_parent
 from uncork.lab.synthetic.cells import Cell, run_cell
-from uncork.lab.synthetic.fitting import fit
+from uncork.lab.synthetic.fitting import Fitting, fit
 from uncork.lab.terminal import clock, say
 
-_BYTES_PER_SCORE = 64
-"""Of a (context, word) pair while a cell runs: targets in two precisions, a chunk of scores, measures in float64."""
 _TIMED_STEPS = 4
 
 
@@ -41,7 +42,8 @@ class CellStore:
         except LabError as error:
             say(f"warning: {error}: the cell runs again")
             return None
-        whole = isinstance(found, dict) and found.get("cell") == cell.to_dict() and isinstance(found.get("row"), dict)
+        whole = isinstance(found, dict) and found.get("cell") == cell.to_dict() and "function" in found
+        whole = whole and isinstance(found.get("row"), dict) and "mode_matching" in found["row"]
         if not whole:
             say(f"warning: {path}: is not what this cell leaves: it runs again")
         return found if whole else None
@@ -64,17 +66,19 @@ def run_cells(cells: Sequence[Cell], store: CellStore, workers: int) -> list[dic
     One core a worker: each computes with one thread, so that results do not depend on their number.
 
     Raises:
-        LabError: a cell fails, or they need more memory than there is.
+        LabError: cells failed, after all others were run and kept; or they need more memory than there is.
     """
+    cells = list(dict.fromkeys(cells))
     done = {cell: found for cell in cells if (found := store.get(cell)) is not None}
-    left = [cell for cell in dict.fromkeys(cells) if cell not in done]
+    left = [cell for cell in cells if cell not in done]
+    workers = min(workers, len(left))
     if left:
         _require_memory(left, workers)
         costs = estimate(left)
-        total = sum(costs[cell] for cell in left)
+        total = max(sum(costs.values()) / workers, max(costs.values()))
         say(
             f"{len(left)} of {len(cells)} cells to run, {len(cells) - len(left)} done before; "
-            f"at most {clock(total / workers)} with {workers} worker{'s' * (workers > 1)}"
+            f"at most about {clock(total)} with {workers} worker{'s' * (workers > 1)}"
         )
         left.sort(key=lambda cell: -costs[cell])  # the longest first, so that no worker is left with one at the end
         done |= _run_all(left, costs, store, workers)
@@ -99,7 +103,7 @@ def _step_seconds(cell: Cell) -> float:
     plain = replace(cell, target="dirichlet:1.0")
     targets = plain.make_targets()
     head, contexts = plain.build(targets)
-    few = replace(cell.fitting, first_round=_TIMED_STEPS, rounds=1, optimizer="adam")
+    few = Fitting(first_round=_TIMED_STEPS, rounds=1)
     # The first time pays for memory that is new.
     return min(fit(targets, head, contexts, few).seconds for _ in range(2)) / _TIMED_STEPS
 
@@ -108,12 +112,13 @@ def _require_memory(cells: Sequence[Cell], workers: int) -> None:
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    largest = max(cells, key=lambda cell: cell.num_contexts * cell.num_words)
-    needed = workers * _BYTES_PER_SCORE * largest.num_contexts * largest.num_words
+    largest = max(cells, key=lambda cell: cell.memory)
+    needed = workers * largest.memory
     if needed > there:
         raise LabError(
-            f"num-contexts and num-words: {largest.num_contexts} x {largest.num_words} on {workers} workers need about "
-            f"{needed / 2**30:.1f} GiB, and the machine has {there / 2**30:.1f}: give fewer of them or fewer workers"
+            f"num-contexts and num-words: {largest.num_contexts} x {largest.num_words} with {largest.head} "
+            f"on {workers} worker(s) need about {needed / 2**30:.1f} GiB, and the machine has {there / 2**30:.1f}: "
+            "give fewer of them or fewer workers"
         )
 
 
@@ -132,37 +137,57 @@ def _run_all(
     cells: Sequence[Cell], costs: dict[Cell, float], store: CellStore, workers: int
 ) -> dict[Cell, dict[str, Any]]:
     done: dict[Cell, dict[str, Any]] = {}
-    began, total = time.perf_counter(), sum(costs[cell] for cell in cells)
-    spent = 0.0
+    failed: list[str] = []
+    began, total, spent = time.perf_counter(), sum(costs[cell] for cell in cells), 0.0
+    commit = current_commit()
     for cell, outcome in _outcomes(cells, workers):
-        store.put(cell, outcome)
-        done[cell] = outcome
         spent += costs[cell]
         left = (time.perf_counter() - began) * (total - spent) / spent
-        say(f"[{len(done)}/{len(cells)}] {_line(outcome['row'])}  {clock(left)} left")
+        if "failed" in outcome:
+            failed.append(f"{_where(outcome)}: {outcome['failed']}")
+            said = failed[-1]
+        else:
+            done[cell] = {**outcome, "commit": commit}
+            store.put(cell, done[cell])
+            said = _line(outcome["row"])
+        say(f"[{len(done) + len(failed)}/{len(cells)}] {said}  {clock(left)} left")
+    if failed:
+        raise LabError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; the first: {failed[0]}")
     return done
 
 
+def _attempt(cell: Cell) -> dict[str, Any]:
+    """What `run_cell` leaves, or the reason why not, so that one cell's failure does not end the others."""
+    try:
+        return run_cell(cell)
+    except LabError as error:
+        return {**cell.to_dict(), "failed": str(error)}
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{row['target']} M={row['num_words']} d={row['in_features']} seed {row['seed']} {row['head']}"
+
+
 def _line(row: dict[str, Any]) -> str:
-    where = f"{row['target']} M={row['num_words']} d={row['in_features']} seed {row['seed']}"
     ended = "" if row["converged"] else " (not converged)"
     return (
-        f"{where:36} {row['head']:24} KL {row['kl']:7.4f}  mode matching {row['mode_matching']:5.1f} %  "
+        f"{_where(row):60} KL {row['kl']:7.4f}  mode matching {row['mode_matching']:5.1f} %  "
         f"{row['steps']} steps{ended}"
     )
 
 
 def _outcomes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Each cell with what it leaves, in the order in which they end."""
-    if min(workers, len(cells)) == 1:
+    if workers == 1:
         with one_thread():
             for cell in cells:
-                yield cell, run_cell(cell)
+                yield cell, _attempt(cell)
         return
     # Spawned, since a fork would copy locks of torch's threads in whatever state they are.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_in_worker)
     try:
-        running = {pool.submit(run_cell, cell): cell for cell in cells}
+        with _deaf():  # which the workers inherit: the parent ends them itself
+            running = {pool.submit(_attempt, cell): cell for cell in cells}
         while running:
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
@@ -177,6 +202,19 @@ def _outcomes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict[
             child.terminate()
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C does nothing within, nor in the processes that are started within."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _in_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    end_with_parent()
     torch.set_num_threads(1)

@@ -45,7 +45,7 @@ class Synthetic:
     first_round: int | None = None
     """Steps of the first round; every round has twice as many as the one before. None: 250."""
     rounds: int | None = None
-    """At most so many rounds. None: 5."""
+    """At most so many rounds. None: 4."""
     tolerance: float | None = None
     """Training ends when a round lowers the KL divergence by less than this part of it. None: 0.02."""
     workers: int | None = None

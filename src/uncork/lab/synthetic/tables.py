@@ -5,7 +5,6 @@ everywhere the sample standard deviation over seeds, nan for one seed.
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -58,7 +57,7 @@ def head_name(label: str) -> str:
     """What a head is called in tables and figures.
 
     >>> head_name("plif:num_pieces=1000"), head_name("mos:latent_activation=null,equal_parameters=true")
-    ('PLIF, 1,000 pieces', 'MoS-4, same parameters')
+    ('PLIF, 1,000 pieces', 'MoS-4, no more parameters')
     >>> head_name("softmax:bias=true"), head_name("mos"), head_name("gss:steepness=3")
     ('softmax, bias', 'MoS-4, tanh', 'GSS, steepness 3')
     """
@@ -91,7 +90,7 @@ def _head_name(label: str, *, with_size: bool) -> str:
         parts.append(str(activation))
     narrowed = options.pop("equal_parameters", False)
     parts += [_option(key, value) for key, value in options.items() if value is not False]
-    return ", ".join(parts + ["same parameters"] * bool(narrowed))
+    return ", ".join(parts + ["no more parameters"] * bool(narrowed))
 
 
 def _option(key: str, value: Any) -> str:
@@ -139,7 +138,14 @@ def target_name(target: str) -> str:
 
 def target_key(target: str) -> list[tuple[int, float, str]]:
     """Sorts targets by their kind, then by their numbers."""
-    return [(1, 0.0, part) if re.search("[a-z]", part) else (0, float(part), "") for part in target.split(":")]
+    return [_number_or_text(part) for part in target.split(":")]
+
+
+def _number_or_text(part: str) -> tuple[int, float, str]:
+    try:
+        return (0, float(part), "")
+    except ValueError:
+        return (1, 0.0, part)
 
 
 def point_title(point: dict[str, Any], shown: Iterable[str]) -> str:
@@ -331,9 +337,7 @@ def terminal_table(frame: pd.DataFrame) -> str:
         text += ["", title] if title != last else []
         text.append(joined(line))
         last = title
-    note = (
-        "± is the standard deviation over seeds; gain and ratio are against the softmax of the same seed and settings."
-    )
+    note = "± is the standard deviation over seeds; gain and ratio are against the softmax of the same seed and budget."
     return "\n".join([*text, "", note])
 
 
