@@ -21,7 +21,7 @@ from uncork.logit_functions import LogitFunction
 
 RULE = 1
 """Raised when the same settings come to give other numbers: cells of before are then not taken for those of now."""
-_CURVE_POINTS = 201
+_QUANTILES, _CURVE_POINTS = 201, 400
 _MIXTURES = ("mos", "moss", "mop", "moc")
 
 
@@ -167,14 +167,19 @@ def _count(head: Head) -> int:
 
 @torch.no_grad()
 def _curve(outcome: Fit) -> dict[str, list[float]] | None:
-    """The learned function between the least and the largest score, its slopes, and the scores' quantiles."""
+    """The function and its slope at scores x, and 201 quantiles of the scores.
+
+    x are the least score, and even steps from where the lowest 5 % end: those are often far below the others, where a
+    line goes on.
+    """
     function = outcome.head.logit_function
     if not isinstance(function, LogitFunction):
         return None
     scores = outcome.head.double().scores(outcome.contexts.double()).flatten()
-    quantiles = torch.linspace(0, 1, _CURVE_POINTS, dtype=torch.float64)
+    quantiles = torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)
     at = torch.from_numpy(np.quantile(scores.numpy(), quantiles.numpy()))
-    x = torch.linspace(float(at[0]), float(at[-1]), _CURVE_POINTS, dtype=torch.float64)
+    low = float(at[_QUANTILES // 20])
+    x = torch.cat([at[:1], torch.linspace(low, float(at[-1]), _CURVE_POINTS, dtype=torch.float64)])
     curve = {"x": x, "f": function(x), "slope": function.derivative(x), "scores": at}
     return {name: values.tolist() for name, values in curve.items()}
 

@@ -22,7 +22,7 @@ from uncork.lab.synthetic.settings import Synthetic
 from uncork.lab.terminal import cores, say
 from uncork.loss import tile_native
 
-_MOST_CELLS = 100_000
+_MOST_CELLS, _MOST_PANELS = 100_000, 5
 
 
 def part_of(settings: Synthetic) -> tuple[str, Part]:
@@ -116,9 +116,9 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
     made: dict[str, Callable[[Path], None]] = {}
     if dirichlet and len(part.targets) == 1 < len(part.shapes) == len(words) * len(features) and "softmax" in heads:
         for head in (head for head in heads if head != "softmax"):
-            made[f"heat-maps-{slug(head)}"] = partial(
-                figures.heat_maps, frame, head, part.targets[0], columns=tables.MEASURES
-            )
+            for stem, columns in (("mode-matching", ["mode_matching"]), ("heat-maps", tables.MEASURES)):
+                drawn = partial(figures.heat_maps, frame, head, part.targets[0], columns=columns)
+                made[f"{stem}-{slug(head)}"] = drawn
     compared = bool((frame.loc[frame["head"] != "softmax", "pairs"] > 0).any())
     if name == "pieces" and any(tables.num_pieces(head) for head in heads):
         made["pieces"] = partial(figures.by_pieces, frame)
@@ -130,10 +130,17 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
         made["features"] = partial(figures.by_features, frame)
     learned = [head for head in heads if head.split(":")[0] in ("plif", "monotone")][:3]
     if learned:
-        made["functions"] = partial(figures.functions, outcomes, heads=learned)
+        made["functions"] = partial(figures.functions, _telling(frame, outcomes, learned[0]), heads=learned)
     for stem, draw in made.items():
         draw(folder / f"{stem}.png")
     return [f"{stem}.png" for stem in made]
+
+
+def _telling(frame: pd.DataFrame, outcomes: list[dict[str, Any]], head: str) -> list[dict[str, Any]]:
+    """What the points left where the function of this head lowers the KL divergence most; without a softmax all."""
+    own = frame[(frame["head"] == head) & frame["kl_gain"].notna()].nlargest(_MOST_PANELS, "kl_gain")
+    points = {tuple(row) for row in own[tables.POINT].to_numpy().tolist()}
+    return [o for o in outcomes if not points or tuple(o["row"][name] for name in tables.POINT) in points]
 
 
 def slug(head: str) -> str:
