@@ -72,13 +72,13 @@ PARTS: dict[str, Part] = {
     "monotone": Part(
         "the monotone network of 100 units beside softmax, over the same grid",
         heads=("softmax", "monotone:num_units=100"),
-        shapes=_GRID,
+        shapes=tuple(shape for shape in _GRID if shape not in ((2000, 2), (2000, 100))),
         fewer_seeds={(words, d): 1 for words in (500, 2000) for d in (2, 5, 20, 100)},
     ),
     "beta": Part(
         "from nearly one-hot to nearly uniform targets",
         targets=tuple(f"dirichlet:{beta}" for beta in (0.001, 0.01, 0.1, 1.0)),
-        fewer_seeds={(500, 10): 1},
+        shapes=((100, 5),),
     ),
     "heads": Part(
         "all heads at four points",
@@ -104,7 +104,7 @@ PARTS: dict[str, Part] = {
     "optimizers": Part(
         "how much of a difference between heads could be one between optimisers",
         heads=(*_CONTROLS, "monotone:num_units=100", _MOS),
-        seeds=2,
+        seeds=1,
         settings=(
             *({"learning_rate": rate} for rate in (0.03, 0.1, 0.3)),
             {"learning_rate": 0.1, "function_scale": 0.3},
@@ -117,7 +117,7 @@ PARTS: dict[str, Part] = {
         "targets of known rank, targets that a head can represent exactly, and contexts of several modes",
         heads=("softmax", "plif", _MOS),
         targets=("known-rank:11", "planted:plif:5", "planted:mos:5", "modes:2", "modes:4"),
-        shapes=tuple((100, d) for d in (2, 4, 5, 6, 8, 10, 12)),
+        shapes=tuple((100, d) for d in (2, 5, 8, 10, 12)),
         num_contexts=300,
         seeds=1,
         settings=({"tolerance": 0.01},),
