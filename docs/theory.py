@@ -16,13 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from uncork import PLIF, Sigsoftmax, Softcap, functional
+from uncork import PLIF, Sigsoftmax, Softcap, functional, linear_cross_entropy
 from uncork.lab.bench.tables import provenance, write_tables
 from uncork.lab.plot_style import FONT, INK, MUTED, dress, label_ends, new_axes, plain_log_ticks, strokes, to_png
 from uncork.lab.rank import effective_rank, numerical_rank, singular_values, tail_energy
 from uncork.lab.reachability import reachable_words
-from uncork.lab.synthetic.fitting import Fitting, fit, start
-from uncork.lab.synthetic.targets import dirichlet
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "results" / "theory"
@@ -36,7 +34,7 @@ SIZE, DEGREES = 400, {1: 12, 2: 12, 3: 10, 5: 8, 10: 6}
 # The spectra: N = V contexts and words of SPECTRUM_D features, scores of standard deviation SPREAD.
 SPECTRUM_N, SPECTRUM_D, SPREAD, COMPONENTS = 300, 16, 2.0, 4
 # The pieces: N = V = PIECES_N, random scores with the same spread.
-PIECES, PIECES_N, PIECES_D, EPS, SEEDS = (10, 100, 1000, 10_000, 100_000), 200, 5, 1e-3, 3
+PIECES, PIECES_N, PIECES_D, EPS, SEEDS, STEPS = (10, 100, 1000, 10_000, 100_000), 200, 5, 1e-3, 3, 500
 RANDOM, LEARNED, BOTH = "random, untrained", "trained from identity", "trained from random"
 # The words: V -> features.
 WORDS = {100: (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15), 1000: (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25)}
@@ -112,11 +110,20 @@ def random_start(num_pieces: int) -> tuple[Tensor, float]:
     return function(scores).log_softmax(-1), slope_variance() * longest * float(scores.abs().sum())
 
 
-def trained(num_pieces: int, init: str, seed: int) -> Tensor:
-    """log Q (N, V), float64, after contexts, words and PLIF were fitted to N Dirichlet distributions (beta = 0.01)."""
-    found = dirichlet(PIECES_N, PIECES_N, 0.01, seed)
-    outcome = fit(found, *start("plif", found, PIECES_D, seed, {"num_pieces": num_pieces, "init": init}), Fitting())
-    return outcome.head.double()(outcome.contexts.double()).log_softmax(-1).detach()
+def trained(num_pieces: int, start: str) -> Tensor:
+    """log Q (N, V), float64, after contexts, words and PLIF were trained on N Dirichlet distributions (beta = 0.01)."""
+    target = torch.distributions.Dirichlet(torch.full((PIECES_N,), 0.01, dtype=F64)).sample((PIECES_N,)).float()
+    h = torch.randn(PIECES_N, PIECES_D, requires_grad=True)
+    w = torch.randn(PIECES_N, PIECES_D, requires_grad=True)
+    function = PLIF(num_pieces, init=start)
+    optimizer = torch.optim.Adam([h, w, *function.parameters()], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        linear_cross_entropy(h, w, target, logit_function=function).backward()
+        optimizer.step()
+        schedule.step()
+    return function.double()(h.detach().double() @ w.detach().double().T).log_softmax(-1)
 
 
 def piece_ranks() -> pd.DataFrame:
@@ -130,7 +137,7 @@ def piece_ranks() -> pd.DataFrame:
                 if kind == RANDOM:
                     log_prob, bound = random_start(num_pieces)
                 else:
-                    log_prob = trained(num_pieces, "identity" if kind == LEARNED else "random", seed)
+                    log_prob = trained(num_pieces, "identity" if kind == LEARNED else "random")
                 values = singular_values(log_prob)
                 row = {"pieces": num_pieces, "kind": kind, "seed": seed, "numerical_rank": numerical_rank(log_prob)}
                 row |= {"effective_rank": effective_rank(values, EPS), "tail": tail_energy(values, PIECES_D + 1)}

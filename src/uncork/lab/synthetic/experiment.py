@@ -114,7 +114,9 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
     words, features = ({shape[place] for shape in part.shapes} for place in (0, 1))
     dirichlet = all(target.startswith("dirichlet:") for target in part.targets)
     made: dict[str, Callable[[Path], None]] = {}
-    if dirichlet and len(part.targets) == 1 < len(part.shapes) == len(words) * len(features) and "softmax" in heads:
+    product = len(part.shapes) == len(words) * len(features) > 1
+    is_grid = product or len(part.shapes) > max(len(words), len(features))
+    if dirichlet and len(part.targets) == 1 and is_grid and "softmax" in heads:
         for head in (head for head in heads if head != "softmax"):
             for stem, columns in (("mode-matching", ["mode_matching"]), ("heat-maps", tables.MEASURES)):
                 drawn = partial(figures.heat_maps, frame, head, part.targets[0], columns=columns)
