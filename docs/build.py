@@ -24,7 +24,10 @@ def block(folder: str) -> str:
     where = ROOT / "results" / folder
     origin = json.loads((where / "provenance.json").read_text())
     frame = pd.read_csv(where / "table.csv")
-    table = to_markdown(frame) if "seeds" in frame else plain_markdown(frame)
+    of_text = "test_perplexity" not in frame
+    table = (
+        plain_markdown(pd.read_csv(where / "table.csv", dtype=str, na_filter=False)) if of_text else to_markdown(frame)
+    )
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return (
         f"{table.strip()}\n\n```\n{origin['command']}\n```\n"
