@@ -120,7 +120,12 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     cells = [replace(CELL, seed=seed) for seed in range(3)]
     first = run_cells(cells[:2], store, workers=1)
     ran = []
-    monkeypatch.setattr(run_module, "run_cell", lambda cell: ran.append(cell) or run_cell(cell))
+
+    def counted(cell):
+        ran.append(cell)
+        return run_cell(cell)
+
+    monkeypatch.setattr(run_module, "run_cell", counted)
     again = run_cells(cells, store, workers=1)
     assert ran == cells[2:]
     assert again[:2] == first
