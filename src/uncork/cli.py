@@ -351,9 +351,9 @@ def bench(command: Bench) -> dict[str, Any]:
 
 def synthetic(command: Synthetic) -> dict[str, Any]:
     """Fits heads to given distributions; returns where the tables are."""
-    from uncork.lab.synthetic.experiment import run
+    from uncork.lab.synthetic import experiment
 
-    return run(command, _command_line())
+    return experiment.run(command, _command_line())
 
 
 _ABOUT = "Output layers that break the softmax bottleneck, compared on real text."
@@ -390,8 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
-        goes_on = f"; the same command{again} goes on from what is kept"
-        print("\nuncork: interrupted" + goes_on * isinstance(command, _Experiment | Synthetic), file=sys.stderr)
+        kept = f"; the same command{again} goes on from what is kept" * isinstance(command, _Experiment | Synthetic)
+        print(f"\nuncork: interrupted{kept}", file=sys.stderr)
         return 130
     return 2 if outcome.get("failed") else 0
 
