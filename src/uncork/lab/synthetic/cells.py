@@ -16,13 +16,12 @@ from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
 from uncork.lab.synthetic import targets
 from uncork.lab.synthetic.fitting import Fit, Fitting, fit, start
-from uncork.lab.synthetic.targets import Targets
+from uncork.lab.synthetic.targets import MIXTURES, Targets
 from uncork.logit_functions import LogitFunction
 
 RULE = 1
 """Raised when the same settings come to give other numbers: cells of before are then not taken for those of now."""
 _QUANTILES, _CURVE_POINTS = 201, 400
-_MIXTURES = ("mos", "moss", "mop", "moc")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Cell:
     def memory(self) -> float:
         """Bytes that running it takes, about: targets, a chunk of scores, the measures in float64, and Adam's state."""
         name, options, features = self.read_head()
-        components = int(options.get("num_components", 4)) if name in _MIXTURES else 1
+        components = int(options.get("num_components", 4)) if name in MIXTURES else 1
         return self.num_contexts * self.num_words * (40 + 24 * components) + 24 * self._parameters(
             name, features, options
         )

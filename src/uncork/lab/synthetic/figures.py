@@ -37,7 +37,6 @@ from uncork.lab.synthetic.panels import (
 )
 from uncork.lab.synthetic.tables import (
     BASELINE,
-    MIXTURES,
     NO_KL,
     NO_NUMBER,
     POINT,
@@ -51,6 +50,7 @@ from uncork.lab.synthetic.tables import (
     usual_curves,
     usual_settings,
 )
+from uncork.lab.synthetic.targets import MIXTURES
 
 __all__ = ["by_beta", "by_features", "by_head", "by_pieces", "functions", "heat_maps"]
 

@@ -8,6 +8,7 @@ from typing import Any
 from uncork.lab.compare import parse_head
 from uncork.lab.synthetic.cells import Cell
 from uncork.lab.synthetic.fitting import Fitting
+from uncork.lab.synthetic.targets import MIXTURES
 
 _MIXED = "latent_activation=null"
 _MOS = f"mos:{_MIXED}"
@@ -16,7 +17,6 @@ _CONTROLS = ("softmax", "temperature", "plif", "plif-frozen")
 _GRID = tuple(itertools.product((10, 100, 500, 2000), (2, 5, 20, 100)))
 _SMALL = ((100, 5), (500, 10))
 _SPARSE = ("dirichlet:0.01",)
-_MIXTURES = ("mos", "moss", "mop", "moc")
 _RATES = {"learning_rate": 0.03}  # of mixtures: `optimizers` shows that 0.1 is too high for them
 
 
@@ -63,7 +63,7 @@ class Part:
 
 
 def _fitting(base: Fitting, head: str, setting: dict[str, Any], given: dict[str, Any]) -> Fitting:
-    own = _RATES if parse_head(head)[0] in _MIXTURES else {}
+    own = _RATES if parse_head(head)[0] in MIXTURES else {}
     return Fitting.from_dict({**base.to_dict(), **own, **setting, **given})
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
 from uncork.lab.summary import HEAD_ORDER
+from uncork.lab.synthetic.targets import MIXTURES
 
 __all__ = [
     "grid",
@@ -47,7 +48,6 @@ _DECIMALS = {"entropy": 6, "cross_entropy": 6, "kl": 6, "mode_matching": 3, "lar
              "seconds": 2}  # fmt: skip
 _NAMES = {"softcap": "softcap", "sigsoftmax": "sigsoftmax", "gss": "GSS", "plif": "PLIF", "plif-frozen": "frozen PLIF",
           "mos": "MoS", "moss": "MoSS", "mop": "MoP", "moc": "MoC"}  # fmt: skip
-MIXTURES = ("mos", "moss", "mop", "moc")
 # What `build_head` takes where a label does not say; written all the same, since these are what a series varies.
 _PIECES, _UNITS, _COMPONENTS, _CAP = 100, 100, 4, 30
 NO_NUMBER = "–"

@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 
 SCORE_SPREAD = 3.0  # standard deviation of scores: rows of 4 nats or so among 2,000 words
 
+MIXTURES = ("mos", "moss", "mop", "moc")
+
 # What `planted` gives `build_head`; a head built with the same options can represent its targets. The kinks of PLIF
 # lie on the knots of the default one too (100 pieces of bound 20), which can therefore represent them as well.
 _FUNCTION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,7 +38,7 @@ _FUNCTION_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _MIXTURE_OPTIONS: dict[str, Any] = {"num_components": 4, "latent_activation": None}
 PLANTED_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    name: (_MIXTURE_OPTIONS if name in ("mos", "moss", "mop", "moc") else {}) | _FUNCTION_OPTIONS.get(name, {})
+    name: (_MIXTURE_OPTIONS if name in MIXTURES else {}) | _FUNCTION_OPTIONS.get(name, {})
     for name in HEAD_NAMES
     if name != "plif-frozen"  # its slopes are its own draw: no other head of that name has them
 }
