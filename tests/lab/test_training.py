@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from uncork.lab.analysis import SLOPE_GRID
 from uncork.lab.checkpoints import load_trained
 from uncork.lab.errors import LabError
 from uncork.lab.evaluation import evaluate
@@ -108,6 +109,21 @@ def test_patience_stops_early_and_the_best_weights_count(tmp_path, tiny_corpus, 
     model = load_trained(run.path).model
     found = evaluate(model, tiny_corpus.splits["valid"], batch_size=32, bptt=10)
     assert found.cross_entropy == best["cross_entropy"]
+
+
+def test_validation_tells_the_slopes_of_a_function_that_is_trained(tmp_path, tiny_corpus, tiny_config):
+    for head in ("plif", "softcap", "plif-frozen", "temperature"):
+        config = tiny_config(head=head, epochs=1, lr=0.05)
+        run = new_run(tmp_path / head, config)
+        train(config, tiny_corpus, run)
+        valid = [row for row in run.metrics() if row["kind"] == "valid"]
+        if head in ("softcap", "plif-frozen"):
+            assert all("slopes" not in row for row in valid)
+            continue
+        function = load_trained(run.path).model.head.logit_function
+        expected = function.derivative(torch.tensor(SLOPE_GRID, dtype=torch.float32)).tolist()
+        assert valid[-1]["slopes"] == pytest.approx(expected)
+        assert valid[-1]["slopes"] != [1.0] * len(SLOPE_GRID)
 
 
 def test_averaged_weights_are_what_is_validated(tmp_path, tiny_corpus, tiny_config):

@@ -58,7 +58,7 @@ def build_head(
     | softmax | softmax(W h + b) | |
     | temperature | f(z) = s z, s learned | factor |
     | softcap | f(z) = c tanh(z / c) | cap |
-    | sigsoftmax, gss | f(z) = z + (k - 1) log sigmoid(z - c) | center, steepness (gss) |
+    | sigsoftmax, gss | f(z) = z + (k - 1) log sigmoid(z - c) | center, steepness, learnable (gss) |
     | monotone | one hidden layer of positive weights | num_units, bound, units, init, spread, frozen |
     | plif | piecewise linear increasing function | num_pieces, bound, init, spread, frozen |
     | plif-frozen | random slopes that do not train | num_pieces, bound, spread |

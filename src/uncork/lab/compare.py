@@ -19,6 +19,7 @@ import torch
 from uncork.lab.analysis import analyse
 from uncork.lab.checkpoints import check_head, load_trained
 from uncork.lab.errors import LabError
+from uncork.lab.evaluation import evaluate
 from uncork.lab.files import read_json, write_json
 from uncork.lab.interrupts import end_with_parent
 from uncork.lab.runs import Run, RunStore
@@ -133,7 +134,10 @@ def run_task(
         bptt=preset.bptt,
         contexts=contexts,
     )
-    write_json(run.path / "analysis.json", analysis)
+    # As much of the training text as the test has, without dropout: what the model has learned by heart.
+    seen = corpus.splits["train"][: len(corpus.splits["test"])]
+    own = evaluate(trained.model, seen, batch_size=preset.eval_batch_size, bptt=preset.bptt)
+    write_json(run.path / "analysis.json", {**analysis, "train_cross_entropy": own.cross_entropy})
     return run
 
 

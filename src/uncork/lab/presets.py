@@ -151,6 +151,11 @@ PRESETS: dict[str, Preset] = {
         AWDLSTMConfig(embedding_size=256, hidden_sizes=(256,), out_features=32, input_dropout=0.2),
         TrainingPreset(lr=3e-3, batch_size=32, bptt=48, epochs=4, warmup=0.02),
     ),
+    "lstm-small": Preset(
+        "One LSTM layer of 128 units with 16 features before the head: half a minute an epoch of Penn Treebank a core.",
+        AWDLSTMConfig(embedding_size=128, hidden_sizes=(128,), out_features=16, input_dropout=0.2),
+        TrainingPreset(lr=3e-3, batch_size=32, bptt=48, epochs=4, warmup=0.02),
+    ),
     "lstm-gpu": Preset(
         "Two LSTM layers of 1024 units with dropouts and 64 features before the head, trained by Adam; for a GPU.",
         AWDLSTMConfig(
@@ -168,6 +173,11 @@ PRESETS: dict[str, Preset] = {
         "Four transformer blocks of width 192 with 32 features before the head, sized for a few CPU cores.",
         TransformerConfig(width=192, depth=4, num_heads=6, max_length=256, out_features=32, dropout=0.1),
         TrainingPreset(lr=2e-3, batch_size=32, bptt=64, epochs=4, weight_decay=0.01, warmup=0.05),
+    ),
+    "transformer-small": Preset(
+        "Two transformer blocks of width 128 with 16 features before the head: as quick as lstm-small.",
+        TransformerConfig(width=128, depth=2, num_heads=4, max_length=64, out_features=16, dropout=0.1),
+        TrainingPreset(lr=2e-3, batch_size=32, bptt=48, epochs=4, weight_decay=0.01, warmup=0.05),
     ),
     "transformer-gpu": Preset(
         "Eight transformer blocks of width 512 with 64 features before the head; for a GPU.",

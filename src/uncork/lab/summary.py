@@ -30,8 +30,10 @@ __all__ = [
     "print_table",
     "run_analysis",
     "run_labels",
+    "run_row",
     "runs_table",
     "summarise",
+    "summarise_table",
     "to_markdown",
 ]
 
@@ -138,7 +140,11 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     up as down. p_holm: the same after Holm's correction for all the heads that were tested. A run whose perplexity is
     not a finite number makes its head's means and test NaN: it is not left out in silence.
     """
-    table = runs_table(runs)
+    return summarise_table(runs_table(runs))
+
+
+def summarise_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`summarise` of the frame that `runs_table` makes."""
     rows = [_head_row(str(head), own) for head, own in table.groupby("head", sort=False)]
     frame = pd.DataFrame(rows)
     if frame.empty:
@@ -146,7 +152,7 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     base = table[(table["head"] == baseline(frame["head"])) & table["done"]]
     compared = [_compare(table[(table["head"] == head) & table["done"]], base) for head in frame["head"]]
     frame = pd.concat([frame, pd.DataFrame(compared)], axis=1)
-    frame["p_holm"] = _holm(frame["p_value"].to_numpy(dtype=float))
+    frame["p_holm"] = holm(frame["p_value"].to_numpy(dtype=float))
     return frame
 
 
@@ -167,15 +173,20 @@ def _order(label: str) -> tuple[int, str]:
 
 
 def _run_row(run: Run, label: str) -> dict[str, Any]:
-    result = run.result
+    return run_row(run.name, label, run.config.get("seed"), run.result, run_analysis(run) if run.result else None)
+
+
+def run_row(
+    name: str, label: str, seed: object, result: Mapping[str, Any] | None, analysis: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """One row of `runs_table`, from a run's result and analysis, each None where there is none."""
     states = {"early": "stopped early"}
     stopped = "" if result is None else str(result.get("stopped", "finished"))
     state = "not finished" if result is None else states.get(stopped, stopped)
     row: dict[str, Any] = {
-        "run": run.name, "head": label, "seed": run.config.get("seed"), "state": state, "done": result is not None
+        "run": name, "head": label, "seed": seed, "state": state, "done": result is not None
     }  # fmt: skip
-    result = result or {}
-    analysis = (run_analysis(run) or {}) if row["done"] else {}
+    result, analysis = result or {}, analysis or {}
     rank = analysis.get("rank") or {}
     for split in ("valid", "test"):
         scored = result.get(split) or {}
@@ -242,11 +253,12 @@ def _compare(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
         "pairs": len(both),
         "wins": int((difference < 0).sum()),
         "losses": int((difference > 0).sum()),
-        "p_value": _paired_p(mine, theirs) if finite else math.nan,
+        "p_value": paired_p(mine, theirs) if finite else math.nan,
     }
 
 
-def _paired_p(mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float:
+def paired_p(mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float:
+    """Two-sided paired t-test on the logarithms; NaN below 5 pairs, 1 where all pairs are equal."""
     if len(mine) < MIN_SEEDS_FOR_TEST:
         return math.nan
     if np.array_equal(mine, theirs):
@@ -256,7 +268,7 @@ def _paired_p(mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float
         return float(stats.ttest_rel(np.log(mine), np.log(theirs)).pvalue)
 
 
-def _holm(p_values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def holm(p_values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Holm's step-down correction over the p-values that are numbers (Holm 1979)."""
     adjusted = np.full(len(p_values), math.nan)
     tested = np.flatnonzero(~np.isnan(p_values))

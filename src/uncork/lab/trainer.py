@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uncork.lab import checkpoints as ckpt
+from uncork.lab.analysis import learned_slopes
 from uncork.lab.batching import TokenStreams
 from uncork.lab.corpora import Corpus
 from uncork.lab.errors import LabError
@@ -257,16 +258,12 @@ class Trainer:
                     ckpt.save_best(self.run, state.step, self.model, self.description)
         state.history.append(valid.cross_entropy)
         state.validated_step = state.step
-        self._write(
-            {
-                "kind": "valid",
-                "step": state.step,
-                "epoch": self._epoch(),
-                "tokens": state.tokens,
-                "cross_entropy": valid.cross_entropy,
-                "perplexity": valid.perplexity,
-            }
-        )
+        row: dict[str, Any] = {
+            "kind": "valid", "step": state.step, "epoch": self._epoch(), "tokens": state.tokens,
+            "cross_entropy": valid.cross_entropy, "perplexity": valid.perplexity,
+        }  # fmt: skip
+        slopes = learned_slopes(self.model)
+        self._write(row if slopes is None else {**row, "slopes": slopes})
         if self.training.asgd == "trigger" and self.average is None and averaging_triggered(state.history):
             self.average = WeightAverage(self.model)
         state.stopped = self.config.patience is not None and state.checks_since_best >= self.config.patience

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork import functional
-from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive
+from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive, table_dtype
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
 
 
@@ -188,39 +188,52 @@ class ScaledSigmoid(LogitFunction):
 class GeneralizedSigsoftmax(LogitFunction):
     """f(z) = z + (k - 1) log sigmoid(z - c): slope k at -inf, 1 at +inf.
 
+    Concave for k > 1, convex for k < 1. Learnable, k = steepness * exp(log_gain) and c = center + shift: with a
+    steepness of 1 it starts as the identity and learns which way to bend, and where.
+
     Equivalent code: ``k * (z - c) + c - (k - 1) * F.softplus(z - c)``, which is nan at z = inf.
 
     Args:
         center: c, any finite number. steepness: k > 0; k = 1 is the softmax, (0, 2) sigsoftmax.
+        learnable: whether `log_gain` and `shift` (scalar parameters, 0 at the start) are trained.
 
     >>> GeneralizedSigsoftmax(-1.5, 2.5)(torch.tensor([-2.0, 0.0]))
     tensor([-3.4611, -0.3021])
 
-    Parthiban, Mao, Inkpen, AAAI 2021 (the default is theirs for Penn Treebank).
+    Parthiban, Mao, Inkpen, AAAI 2021 (the default is theirs for Penn Treebank; they do not learn it).
     """
 
-    def __init__(self, center: float = -1.5, steepness: float = 2.5) -> None:
+    def __init__(self, center: float = -1.5, steepness: float = 2.5, *, learnable: bool = False) -> None:
         super().__init__()
         self.center, self.steepness = float(center), positive("steepness", steepness)
         if not math.isfinite(self.center):
             raise ValueError(f"center: expected a finite number, got {center!r}")
+        self.learnable = bool(learnable)
+        self.log_gain = nn.Parameter(torch.zeros(())) if learnable else None
+        self.shift = nn.Parameter(torch.zeros(())) if learnable else None
 
     @property
     def nonlinear(self) -> bool:  # type: ignore[override]
-        """Whether k differs from 1."""
-        return self.steepness != 1
+        """Whether k differs from 1, or may come to."""
+        return self.learnable or self.steepness != 1
 
     def transform(self, scores: Tensor) -> Tensor:
+        if self.learnable:
+            return super().transform(scores)
         return functional.generalized_sigsoftmax(scores, self.center, self.steepness)
 
     def operations(self) -> tuple[Operation, ...]:
         return (Softplus(),)
 
     def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        return (constants(dtype, device, self.center, self.steepness - 1),)
+        if self.log_gain is None or self.shift is None:
+            return (constants(dtype, device, self.center, self.steepness - 1),)
+        wide = table_dtype(self.shift.device)
+        weight = self.steepness * self.log_gain.to(wide).exp() - 1
+        return (torch.stack([self.center + self.shift.to(wide), weight]).to(dtype),)
 
     def options(self) -> dict[str, Any]:
-        return {"center": self.center, "steepness": self.steepness}
+        return {"center": self.center, "steepness": self.steepness, "learnable": self.learnable}
 
 
 class Sigsoftmax(LogitFunction):

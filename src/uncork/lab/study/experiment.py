@@ -1,0 +1,82 @@
+"""One part of the study from flags to files."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from uncork.lab.bench.tables import provenance
+from uncork.lab.errors import LabError
+from uncork.lab.files import atomic_write_text, os_errors, write_json
+from uncork.lab.plot_style import to_png
+from uncork.lab.study import figures, tables
+from uncork.lab.study.plan import PARTS, Part, narrowed
+from uncork.lab.study.run import Cell, require_finished, run_cells
+from uncork.lab.study.settings import Study
+from uncork.lab.study.store import RowStore
+from uncork.lab.terminal import cores, say
+from uncork.loss import tile_native
+
+
+def run(settings: Study, command: str) -> dict[str, Any]:
+    """Trains what the part still lacks, then writes its tables and figures to out_dir/part, over what was there.
+
+    Raises:
+        LabError: a bad flag, a part that needs another one first, runs that fail, a folder that cannot be written.
+    """
+    for name in ("seeds", "workers"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise LabError(f"{name}: expected at least 1, got {value}")
+    part = narrowed(
+        PARTS[settings.part], corpora=settings.corpora, in_features=settings.in_features, seeds=settings.seeds
+    )
+    store = RowStore(settings.out_dir)
+    cells = part.cells(store.rows())
+    say(f"part {settings.part}: {part.about}")
+    failed: dict[str, str] = {}
+    if not settings.report_only:
+        failed = run_cells(
+            cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
+        )
+    # The tables are of the whole part, also where the flags have run some of it.
+    told = report(settings.part, PARTS[settings.part], store, settings.out_dir / settings.part, command)
+    require_finished(failed)
+    return told
+
+
+def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -> dict[str, Any]:
+    """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
+    rows = store.rows()
+    cells = part.cells(rows)
+    kept = [cell for cell in cells if cell.key in rows]
+    told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": len(cells)}
+    if not kept:
+        return told
+    with os_errors(folder, "cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for stem, frame in _frames(part, kept, rows).items():
+        if len(frame):
+            atomic_write_text(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
+            if stem in ("table", "tests"):
+                say(f"\n{frame.to_string(index=False)}")
+    commits = sorted({rows[cell.key]["commit"] for cell in kept})
+    origin = provenance(command, 1, native_instructions=tile_native.instructions())
+    write_json(folder / "provenance.json", {**origin, "commit": commits[0], "commits_of_runs": commits})
+    for old in folder.glob("*.png"):
+        old.unlink()
+    if part.test:
+        for stem, figure in figures.pictures(kept, rows).items():
+            to_png(figure, folder / f"{stem}.png")
+    return told
+
+
+def _frames(part: Part, kept: list[Cell], rows: Any) -> dict[str, pd.DataFrame]:
+    runs = tables.runs_frame(kept, rows)
+    summary = tables.summary(runs)
+    return {
+        "runs": runs,
+        "summary": summary,
+        "table": tables.display_table(summary, "test" if part.test else "valid"),
+        "tests": tables.bars(runs) if part.test else pd.DataFrame(),
+    }

@@ -1,0 +1,207 @@
+"""The study's pictures: perplexity over d, learned functions and when they moved, words by frequency."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from uncork.lab.analysis import SLOPE_GRID
+from uncork.lab.plot_style import (
+    FONT,
+    INK,
+    MUTED,
+    frame,
+    label_ends,
+    label_margin,
+    new_axes,
+    percent,
+    plain_log_ticks,
+    strokes,
+)
+from uncork.lab.study.run import Cell
+
+Rows = Mapping[str, Mapping[str, Any]]
+Array = NDArray[np.float64]
+_WIDTH, _HEIGHT = 4.6, 3.2
+
+
+def pictures(cells: Sequence[Cell], rows: Rows) -> dict[str, Figure]:
+    """Every figure that these kept runs have data for, by the name of its file."""
+    drawn: dict[str, Figure] = {}
+    corpora = list(dict.fromkeys(cell.config.corpus for cell in cells))
+    for corpus in corpora:
+        own = [cell for cell in cells if cell.config.corpus == corpus]
+        if len({cell.config.in_features for cell in own}) > 2:
+            drawn[f"width-{corpus}"] = _over_width(own, rows)
+    for place in dict.fromkeys(cell.place for cell in cells):
+        own = [cell for cell in cells if cell.place == place]
+        stem = "".join(c if c.isalnum() else "-" for c in place)
+        for name, make in (("curves", _curves), ("deciles", _deciles), ("slopes", _slopes), ("moving", _moving)):
+            figure = make(own, rows)
+            if figure is not None:
+                drawn[f"{name}-{stem}"] = figure
+    return drawn
+
+
+def _by_head(cells: Sequence[Cell], rows: Rows) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Rows by head and seed."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault(cell.label, {})[cell.config.seed] = rows[cell.key]
+    return found
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return math.log(row["result"]["test"]["perplexity"])
+
+
+def _relative(own: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    """The perplexity's change against the softmax of the same seed, in percent, one for each shared seed."""
+    return [100 * math.expm1(_loss(own[seed]) - _loss(base[seed])) for seed in own if seed in base]
+
+
+def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure:
+    """Test perplexity against the softmax's, over d: a dot a seed, a line through the means."""
+    widths = sorted({cell.config.resolved().in_features or 0 for cell in cells})
+    found = {d: _by_head([c for c in cells if c.config.in_features == d], rows) for d in widths}
+    labels = [label for label in dict.fromkeys(cell.label for cell in cells) if label != "softmax"]
+    figure, axes = new_axes(
+        _WIDTH, _HEIGHT, xlabel="features d of the output layer", ylabel="test perplexity against softmax", left=0.72,
+        right=label_margin(labels),
+    )  # fmt: skip
+    axes.axhline(0, color=INK, linewidth=1.2)
+    style, ends, values = strokes(labels), [], [0.0]
+    for label in labels:
+        points = {
+            d: changes
+            for d in widths
+            if label in found[d] and "softmax" in found[d]
+            and (changes := _relative(found[d][label], found[d]["softmax"]))
+        }  # fmt: skip
+        if not points:
+            continue
+        stroke, means = style[label], [float(np.mean(changes)) for changes in points.values()]
+        axes.plot(list(points), means, color=stroke.color, linestyle=stroke.linestyle, linewidth=stroke.linewidth)
+        for d, changes in points.items():
+            axes.scatter([d] * len(changes), changes, s=14, color=stroke.color, alpha=0.5, linewidths=0)
+        ends.append((float(list(points)[-1]), means[-1], label, stroke.color))
+        values += means
+    axes.set_xscale("log")
+    plain_log_ticks(axes, "x", widths)
+    return _percent_axes(figure, axes, values, ends)
+
+
+def _percent_axes(figure: Figure, axes: Axes, values: Sequence[float], ends: Any) -> Figure:
+    frame(axes, values)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    label_ends(figure, axes, ends)
+    return figure
+
+
+def _curves(cells: Sequence[Cell], rows: Rows) -> Figure | None:
+    """Validation perplexity over epochs, mean over seeds, and a dot where each seed was best."""
+    heads = _by_head(cells, rows)
+    figure, axes = new_axes(
+        _WIDTH, _HEIGHT, xlabel="epochs", ylabel="validation perplexity", right=label_margin(list(heads))
+    )
+    style, ends, low, high = strokes(list(heads)), [], [], []
+    for label, by_seed in heads.items():
+        histories = [np.array(row["history"]).T for row in by_seed.values()]
+        end = min(epochs[-1] for epochs, _ in histories)
+        grid = histories[0][0][histories[0][0] <= end + 1e-9]
+        mean = np.exp(np.mean([np.interp(grid, epochs, losses) for epochs, losses in histories], axis=0))
+        stroke = style[label]
+        axes.plot(grid, mean, color=stroke.color, linestyle=stroke.linestyle, linewidth=stroke.linewidth)
+        best = [(epochs[losses.argmin()], float(np.exp(losses.min()))) for epochs, losses in histories]
+        axes.scatter([x for x, _ in best], [y for _, y in best], s=16, color=stroke.color, alpha=0.6, linewidths=0)
+        ends.append((float(grid[-1]), float(mean[-1]), label, stroke.color))
+        low.append(min(y for _, y in best))
+        high.append(float(mean[len(mean) // 4]))
+    axes.set_ylim(0.985 * min(low), max(np.median(high), 1.1 * min(low)))
+    axes.set_xlim(left=0)
+    label_ends(figure, axes, ends)
+    return figure
+
+
+def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
+    """Perplexity against the softmax's by how often the word stands in training."""
+    heads = _by_head(cells, rows)
+    if "softmax" not in heads or len(heads) < 2:
+        return None
+    losses = {label: _decile_losses(by_seed.values()) for label, by_seed in heads.items()}
+    labels = [label for label in heads if label != "softmax"]
+    figure, axes = new_axes(
+        _WIDTH, _HEIGHT, xlabel="tenth of the training tokens, by the word's frequency", bottom=0.62,
+        ylabel="perplexity against softmax", left=0.72, right=label_margin(labels),
+    )  # fmt: skip
+    axes.axhline(0, color=INK, linewidth=1.2)
+    style, ends, values = strokes(labels), [], [0.0]
+    for label in labels:
+        change, stroke = 100 * np.expm1(losses[label] - losses["softmax"]), style[label]
+        place = np.flatnonzero(np.isfinite(change))
+        axes.plot(place + 1, change[place], color=stroke.color, linestyle=stroke.linestyle,
+                  linewidth=stroke.linewidth, marker="o", markersize=3)  # fmt: skip
+        ends.append((float(place[-1] + 1), float(change[place[-1]]), label, stroke.color))
+        values += change[place].tolist()
+    axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
+    return _percent_axes(figure, axes, values, ends)
+
+
+def _decile_losses(rows: Iterable[Mapping[str, Any]]) -> Array:
+    deciles = [[part["cross_entropy"] for part in row["analysis"]["deciles"]] for row in rows]
+    return np.array(deciles, dtype=float).mean(0)
+
+
+def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
+    """f' over the scores, one line a seed, of every head that learned it; the scores' and the targets' bulk below."""
+    heads = {
+        label: [row for row in by_seed.values() if row["slopes"]] for label, by_seed in _by_head(cells, rows).items()
+    }
+    heads = {label: own for label, own in heads.items() if own}
+    if not heads:
+        return None
+    figure, axes = new_axes(_WIDTH, _HEIGHT, xlabel="score z", ylabel="slope f'(z)", right=label_margin(list(heads)))
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
+    style, ends, top = strokes(list(heads)), [], [1.0]
+    for place, (label, own) in enumerate(heads.items()):
+        for row in own:
+            function, quantiles = row["analysis"]["function"], row["analysis"]["scores"]
+            x, slope = np.array(function["x"]), np.array(function["slope"])
+            seen = (x >= quantiles["0.001"]) & (x <= row["analysis"]["target_scores"]["0.99"])
+            axes.plot(x[seen], slope[seen], color=style[label].color, linewidth=1.2, alpha=0.75)
+            top.append(float(slope[seen].max()))
+        ends.append((float(x[seen][-1]), float(slope[seen][-1]), label, style[label].color))
+        for quantiles, width in ((own[0]["analysis"]["scores"], 1.0), (own[0]["analysis"]["target_scores"], 2.6)):
+            axes.plot([quantiles["0.05"], quantiles["0.95"]], [0.04 + 0.05 * place] * 2, color=style[label].color,
+                      linewidth=width, solid_capstyle="butt", transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_ylim(0, 1.08 * max(top))
+    label_ends(figure, axes, ends)
+    return figure
+
+
+def _moving(cells: Sequence[Cell], rows: Rows) -> Figure | None:
+    """f' at a few scores over the epochs of training, one line a seed: when PLIF moves."""
+    own = [rows[cell.key] for cell in cells if cell.label == "plif" and rows[cell.key]["slopes"]]
+    if not own:
+        return None
+    figure, axes = new_axes(_WIDTH, _HEIGHT, xlabel="epochs", ylabel="slope f'(z) of PLIF", right=0.75)
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
+    ends = []
+    shades = {-8: "#b8cfea", -4: "#7fa9dd", 0: "#2878d4", 4: "#1c5596", 8: "#0e2f57"}
+    for score, color in shades.items():
+        at = SLOPE_GRID.index(score)
+        for row in own:
+            epochs = [0.0, *(epoch for epoch, _ in row["history"])]
+            axes.plot(epochs, [1.0, *(s[at] for s in row["slopes"])], color=color, linewidth=1.2, alpha=0.8)
+        ends.append((epochs[-1], own[-1]["slopes"][-1][at], f"z = {score}".replace("-", "−"), color))
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.tick_params(labelsize=FONT)
+    label_ends(figure, axes, ends)
+    return figure

@@ -1,0 +1,172 @@
+"""Which runs each part of the study consists of: places (a corpus and a d), heads, and seeds."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from uncork.lab.compare import parse_head
+from uncork.lab.errors import LabError
+from uncork.lab.study.run import Cell
+from uncork.lab.study.store import key_of
+from uncork.lab.train_config import TrainConfig
+
+Rows = Mapping[str, Mapping[str, Any]]
+Place = tuple[str, int]
+
+CORPORA: dict[str, dict[str, Any]] = {
+    "ptb": {"corpus": "ptb"},
+    "sotu": {"corpus": "sotu", "vocab_size": 5000, "max_train_tokens": 1_000_000, "min_count": 2},
+    "wikitext-2": {"corpus": "wikitext-2", "vocab_size": 10_000, "max_train_tokens": 1_000_000},
+}
+BASE: dict[str, Any] = {"preset": "lstm-small", "eval_every": 300, "epochs": 4.0}
+TUNE_SEED, FRESH_SEEDS = 0, (1, 2, 3, 4, 5)
+CONFIRMED = ("softmax", "temperature", "softcap", "plif", "plif-frozen", "mos")
+TUNED_FEATURES = (16, 64)
+_HALF = MappingProxyType({"epochs": 2.0})
+
+
+def _trials(name: str, *options: str) -> tuple[str, ...]:
+    return tuple(f"{name}:{option}" for option in options)
+
+
+# Three trials for each head, whatever it has to set.
+_RATES = ("lr=0.004", "lr=0.008", "lr=0.016")
+TRIALS: dict[str, tuple[str, ...]] = {
+    "softmax": _trials("softmax", *_RATES),
+    "temperature": _trials("temperature", *_RATES),
+    "softcap": _trials("softcap", "lr=0.008,cap=10", "lr=0.008,cap=30", "lr=0.016,cap=30"),
+    "plif": _trials("plif", *_RATES),
+    "plif-frozen": _trials("plif-frozen", "lr=0.008,spread=0.3", "lr=0.008,spread=1", "lr=0.016,spread=0.3"),
+    "mos": _trials("mos", "lr=0.008,latent_activation=null", "lr=0.016,latent_activation=null", "lr=0.016"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every corpus, d, head and seed.
+
+    Attributes:
+        heads: how they are called in tables, and what each is: a head as the command line writes it; None takes the
+            tuned head of that name, at the tuned d that is nearest.
+        settings: fields of TrainConfig.
+        test: whether the test split is read.
+    """
+
+    about: str
+    heads: Mapping[str, str | None]
+    corpora: tuple[str, ...] = ("ptb", "sotu")
+    in_features: tuple[int, ...] = TUNED_FEATURES
+    seeds: tuple[int, ...] = (1,)
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    test: bool = True
+
+    def cells(self, rows: Rows) -> list[Cell]:
+        """All runs, seed by seed, so that what is done at any moment compares all heads.
+
+        Args:
+            rows: what is kept; the tuned settings are chosen from it.
+
+        Raises:
+            LabError: a tuned head whose trials have not been run.
+        """
+        return [
+            Cell(
+                place=f"{corpus} d={d}",
+                label=label,
+                config=config_of(head or chosen(rows, label, (corpus, d)), (corpus, d), seed, self.settings),
+                test=self.test,
+            )
+            for seed, corpus, d, (label, head) in itertools.product(
+                self.seeds, self.corpora, self.in_features, self.heads.items()
+            )
+        ]
+
+
+def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
+    """The settings of one run."""
+    corpus, d = place
+    name, options, own = parse_head(head)
+    fields: dict[str, Any] = {**BASE, **CORPORA[corpus], "in_features": d, **settings, **own}
+    return TrainConfig(head=name, head_options=options, seed=seed, **fields)
+
+
+def tuned_features(d: int) -> int:
+    """The d of TUNED_FEATURES that is nearest on a logarithmic scale.
+
+    >>> tuned_features(8), tuned_features(32), tuned_features(400)
+    (16, 16, 64)
+    """
+    return min(TUNED_FEATURES, key=lambda tuned: max(d, tuned) / min(d, tuned))
+
+
+def chosen(rows: Rows, label: str, place: Place) -> str:
+    """The trial of this head with the lowest validation cross-entropy, at the tuned place that is nearest.
+
+    Raises:
+        LabError: not all of its trials are kept.
+    """
+    corpus = place[0] if place[0] in PARTS["tune"].corpora else "ptb"
+    near = (corpus, tuned_features(place[1]))
+    return min(TRIALS[label], key=lambda trial: _validation(rows, trial, near))
+
+
+def _validation(rows: Rows, trial: str, place: Place) -> float:
+    row = rows.get(key_of(config_of(trial, place, TUNE_SEED, PARTS["tune"].settings)))
+    if row is None:
+        raise LabError(
+            f"part tune: {trial} at {place[0]} d={place[1]} has not been run; run `uncork study --part tune`"
+        )
+    return float(row["result"]["valid"]["cross_entropy"])
+
+
+def _plain(heads: Iterable[str]) -> dict[str, str | None]:
+    return {head: head for head in heads}
+
+
+def _tuned(heads: Iterable[str] = CONFIRMED) -> dict[str, str | None]:
+    return dict.fromkeys(heads)
+
+
+_PILOT = (
+    "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
+    "plif:num_pieces=1000", "plif:num_pieces=20,bound=10", "gss:center=0,steepness=0.5",
+    "gss:center=0,steepness=1,learnable=true", "gss:center=0,steepness=0.3,learnable=true", "monotone",
+    "mop:num_components=2,latent_activation=null", "mos:num_components=2,latent_activation=null",
+)  # fmt: skip
+PARTS: dict[str, Part] = {
+    "pilot": Part(
+        "variants of the learned function at d = 16, half the epochs, one seed, on the validation split",
+        heads=_plain(_PILOT),
+        in_features=(16,),
+        seeds=(TUNE_SEED,),
+        settings=MappingProxyType({"epochs": 2.0, "lr": 0.008}),
+        test=False,
+    ),
+    "tune": Part(
+        "three trials for each head at each place, half the epochs, one seed, on the validation split",
+        heads=_plain(itertools.chain.from_iterable(TRIALS.values())),
+        seeds=(TUNE_SEED,),
+        settings=_HALF,
+        test=False,
+    ),
+    "confirm": Part("the tuned heads with five fresh seeds", heads=_tuned(), seeds=FRESH_SEEDS),
+}
+
+
+def narrowed(part: Part, **given: Any) -> Part:
+    """The part with what the flags give in place of its own.
+
+    Raises:
+        LabError: a value that the part does not have.
+    """
+    for name in ("corpora", "in_features"):
+        unknown = [value for value in given.get(name) or () if value not in getattr(part, name)]
+        if unknown:
+            raise LabError(f"{name.replace('_', '-')}: this part has {getattr(part, name)}, got {unknown[0]!r}")
+    fields = {name: value for name, value in given.items() if value}
+    if "seeds" in fields:
+        fields["seeds"] = part.seeds[: fields["seeds"]]
+    return dataclasses.replace(part, **fields)

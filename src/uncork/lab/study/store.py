@@ -1,0 +1,126 @@
+"""The study's finished runs: one JSON object a line, so that a row is kept the moment its run ends."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from uncork.lab.bench.tables import current_commit
+from uncork.lab.errors import LabError
+from uncork.lab.files import os_errors, plain, read_json
+from uncork.lab.runs import Run
+from uncork.lab.train_config import TrainConfig
+
+_DIGITS = 6
+_POINTS = 5  # of the 201 points of a function, every fifth is kept
+
+
+def key_of(config: TrainConfig) -> str:
+    """The name of a run's row: a digest of all settings that its numbers depend on."""
+    settings = {k: v for k, v in config.resolved().to_dict().items() if k not in TrainConfig.HARMLESS}
+    return hashlib.sha256(json.dumps(plain(settings), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RowStore:
+    """The file FOLDER/rows.jsonl. A last line that a killed process left unfinished counts as none.
+
+    Raises:
+        LabError: the file cannot be read, or a line of it is damaged (the message has its number).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "rows.jsonl"
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """All rows by their keys, in the order in which they were kept."""
+        if not self.path.exists():
+            return {}
+        with os_errors(self.path, "cannot be read"):
+            *lines, rest = self.path.read_text().split("\n")
+        found = {}
+        for number, line in enumerate([*lines, *([rest] if _parsed(rest) else [])], start=1):
+            row = _parsed(line)
+            if row is None:
+                raise LabError(f"{self.path}: line {number} is damaged: {line[:60]!r}")
+            found[row["key"]] = row
+        return found
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row. What a killed process left of the last line is taken off first."""
+        with os_errors(self.path, "cannot be written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                data = file.read()
+                whole = data.rfind(b"\n") + 1
+                if data[whole:]:
+                    unfinished = _parsed(data[whole:].decode(errors="replace")) is None
+                    file.truncate(whole) if unfinished else file.write(b"\n")
+                file.write(json.dumps(rounded(plain(row))).encode() + b"\n")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "key" in row else None
+
+
+def rounded(value: Any) -> Any:
+    """JSON with its floats cut to 6 significant digits.
+
+    >>> rounded({"a": [0.123456789, 3]})
+    {'a': [0.123457, 3]}
+    """
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:
+    """What is kept of a finished run.
+
+    Args:
+        keep_test: False leaves out every number of the test split, so that nothing can be chosen by it.
+    """
+    result, metrics = run.result, run.metrics()
+    assert result is not None
+    valid = [row for row in metrics if row["kind"] == "valid"]
+    row = {
+        "key": key_of(config),
+        "config": {k: v for k, v in config.to_dict().items() if v != _DEFAULTS[k]},
+        "commit": current_commit(),
+        "result": {k: v for k, v in result.items() if keep_test or k != "test"},
+        "history": [[r["epoch"], r["cross_entropy"]] for r in valid],
+        "slopes": [r["slopes"] for r in valid if "slopes" in r],
+    }
+    return {**row, "analysis": _analysis(run)} if keep_test else row
+
+
+def _analysis(run: Run) -> dict[str, Any]:
+    """The part of analysis.json that tables and figures read."""
+    found = read_json(run.path / "analysis.json")
+    function = found["function"]
+    return {
+        "train_cross_entropy": found["train_cross_entropy"],
+        "rank": {k: v for k, v in found["rank"].items() if k != "singular_values"},
+        "function": function and {k: v[::_POINTS] for k, v in function.items()},
+        "scores": found["histogram"]["quantiles"],
+        "target_scores": found["histogram"]["target_quantiles"],
+        "deciles": found["deciles"],
+        "entropy": found["entropy"],
+    }
+
+
+_DEFAULTS = TrainConfig().to_dict()
+
+
+def commits(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The commits that the rows were made at."""
+    return sorted({row["commit"] for row in rows})

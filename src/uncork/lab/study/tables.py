@@ -1,0 +1,138 @@
+"""The study's rows as tables: one row a run, one a place and head, and the tests that the protocol asks for.
+
+`±` is the sample standard deviation over seeds; tests are two-sided paired t-tests on log perplexity over shared seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from uncork.lab.study.run import Cell
+from uncork.lab.summary import NO_NUMBER, holm, paired_p, perplexity, probability, run_row, summarise_table
+
+LEARNED = ("plif", "mop")
+CONTROLS = ("softmax", "temperature", "softcap", "plif-frozen")
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
+    """One row a kept run: place, corpus and what `uncork.lab.summary.runs_table` holds, and how it was trained."""
+    found = []
+    for cell in cells:
+        kept = rows.get(cell.key)
+        if kept is None:
+            continue
+        config, analysis = cell.config.resolved(), kept.get("analysis") or {}
+        row = run_row(cell.key, cell.label, config.seed, kept["result"], analysis)
+        epochs = [epoch for epoch, _ in kept["history"]]
+        losses = [loss for _, loss in kept["history"]]
+        found.append(
+            {
+                "place": cell.place,
+                "corpus": config.corpus,
+                "in_features": config.in_features,
+                **row,
+                "lr": config.lr,
+                "settings": _settings(cell),
+                "train_perplexity": math.exp(analysis["train_cross_entropy"]) if analysis else math.nan,
+                "best_epoch": epochs[int(np.argmin(losses))],
+                "effective_rank_1e-2": ((analysis.get("rank") or {}).get("effective") or {}).get("1e-2", math.nan),
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _settings(cell: Cell) -> str:
+    own = {**cell.config.head_options}
+    if cell.config.function_lr_scale != 1:
+        own["function_lr_scale"] = cell.config.function_lr_scale
+    return ",".join(f"{name}={'null' if value is None else value}" for name, value in own.items())
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a place and head: what `uncork.lab.summary.summarise` says, within the place."""
+    parts = []
+    for place, own in runs.groupby("place", sort=False):
+        told = summarise_table(own)
+        more = own.groupby("head", sort=False).agg(
+            valid_perplexity_best=("valid_perplexity", "min"),
+            train_perplexity=("train_perplexity", "mean"),
+            train_seconds=("train_seconds", "mean"),
+            epochs=("epochs", "mean"),
+            best_epoch=("best_epoch", "mean"),
+            lr=("lr", "first"),
+            settings=("settings", "first"),
+        )
+        first = own.iloc[0]
+        told = told.merge(more, left_on="head", right_index=True)
+        told.insert(0, "in_features", first["in_features"])
+        told.insert(0, "corpus", first["corpus"])
+        told.insert(0, "place", place)
+        parts.append(told)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def bars(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every learned function against every control at every place: the protocol's test.
+
+    Columns: place, learned, control, pairs, change (mean over seeds of the perplexity's change, in percent), lower (in
+    how many seeds), p_value, p_holm (within the place).
+    """
+    found = []
+    for place, own in runs.groupby("place", sort=False):
+        by_head = {str(head): of.set_index("seed")["test_perplexity"] for head, of in own.groupby("head", sort=False)}
+        tests = [
+            {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
+            for learned in by_head
+            if learned.split(" ")[0] in LEARNED
+            for control in by_head
+            if control in CONTROLS
+        ]
+        for test, adjusted in zip(tests, holm(np.array([t["p_value"] for t in tests])), strict=True):
+            found.append({**test, "p_holm": adjusted})
+    return pd.DataFrame(found)
+
+
+def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
+    seeds = mine.index.intersection(theirs.index)
+    a, b = mine[seeds].to_numpy(dtype=float), theirs[seeds].to_numpy(dtype=float)
+    ratio = np.log(a) - np.log(b)
+    return {
+        "pairs": len(seeds),
+        "change_percent": 100 * math.expm1(float(ratio.mean())) if len(seeds) else math.nan,
+        "lower": int((ratio < 0).sum()),
+        "p_value": paired_p(a, b),
+    }
+
+
+def display_table(frame: pd.DataFrame, split: str = "test") -> pd.DataFrame:
+    """One row a head, one column a place: perplexity ± its deviation, and the change against softmax with its p.
+
+    Seeds are named where they are fewer than five.
+    """
+    heads = list(dict.fromkeys(frame["head"]))
+    columns: dict[str, list[str]] = {"head": heads}
+    for place, own in frame.groupby("place", sort=False):
+        by_head = own.set_index("head")
+        best = by_head[f"{split}_perplexity"].min()
+        columns[str(place)] = [_entry(by_head.loc[h], split, best) if h in by_head.index else NO_NUMBER for h in heads]
+    return pd.DataFrame(columns)
+
+
+def _entry(row: Any, split: str, best: float) -> str:
+    value = row[f"{split}_perplexity"]
+    shown = perplexity(value, row[f"{split}_perplexity_std"])
+    shown = f"**{shown}**" if value == best else shown
+    if split != "test" or math.isnan(row["difference"]):
+        return shown
+    change = f"{100 * row['difference'] / (value - row['difference']):+.1f} %".replace("-", "−")
+    tested = "" if math.isnan(row["p_value"]) else f", p {_p(row['p_value'])}"
+    return f"{shown} ({change}{tested})"
+
+
+def _p(value: float) -> str:
+    text = probability(value)
+    return text if text.startswith("<") else f"= {text}"

@@ -1,0 +1,272 @@
+"""The study: what is run is kept once, tuned heads come from their trials, and the tables are what the rows say."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from uncork import cli
+from uncork.lab.errors import LabError
+from uncork.lab.study import experiment, plan, tables
+from uncork.lab.study.plan import CONFIRMED, FRESH_SEEDS, PARTS, TRIALS, TUNE_SEED, Part, chosen, config_of, narrowed
+from uncork.lab.study.run import Cell, run_cells
+from uncork.lab.study.settings import Study
+from uncork.lab.study.store import RowStore, key_of, rounded
+from uncork.lab.train_config import TrainConfig
+
+
+@pytest.fixture
+def cells(tiny_config):
+    """Two heads with two seeds, and a third whose test is not to be read."""
+    made = [
+        Cell("tiny d=4", head, tiny_config(head=head, seed=seed, epochs=1, eval_every=10))
+        for seed in (1, 2)
+        for head in ("softmax", "plif")
+    ]
+    return [*made, Cell("tiny d=4", "temperature", tiny_config(head="temperature", epochs=1), test=False)]
+
+
+def run(cells, folder, **options):
+    store = RowStore(folder / "kept")
+    failed = run_cells(cells, store, data_dir=None, work_dir=folder / "work", **{"workers": 1, **options})
+    return store, failed
+
+
+def test_a_run_is_kept_as_it_ends_and_not_run_again(cells, tmp_path, capsys):
+    store, failed = run(cells, tmp_path)
+    assert failed == {}
+    rows = store.rows()
+    assert list(rows) == [cell.key for cell in cells]
+    plif = rows[cells[1].key]
+    assert TrainConfig(**plif["config"]) == cells[1].config
+    assert plif["result"]["test"]["perplexity"] > 1
+    assert [epoch for epoch, _ in plif["history"]] == pytest.approx([10 / 21, 20 / 21, 1], abs=0.02)
+    assert min(loss for _, loss in plif["history"]) == pytest.approx(plif["result"]["valid"]["cross_entropy"], rel=1e-5)
+    assert len(plif["slopes"]) == 3
+    assert len(plif["analysis"]["function"]["slope"]) == 41
+    assert plif["analysis"]["train_cross_entropy"] > 0
+    assert rows[cells[0].key]["slopes"] == []
+    assert not any((tmp_path / "work").iterdir())
+    before = store.path.read_bytes()
+    capsys.readouterr()
+    assert run(cells, tmp_path)[1] == {}
+    assert capsys.readouterr().out == ""
+    assert store.path.read_bytes() == before
+
+
+def test_the_test_split_of_a_trial_is_not_kept(cells, tmp_path):
+    store, _ = run(cells[-1:], tmp_path)
+    row = store.rows()[cells[-1].key]
+    assert "test" not in row["result"]
+    assert "analysis" not in row
+    assert row["result"]["valid"]["perplexity"] > 1
+    # The same run in a part that reads the test is run again, since its row lacks it.
+    again = replace(cells[-1], test=True)
+    assert run([again], tmp_path)[0].rows()[again.key]["result"]["test"]["perplexity"] > 1
+
+
+def test_a_run_that_fails_leaves_the_others(cells, tmp_path):
+    bad = replace(cells[1], config=replace(cells[1].config, lr=1e30))
+    store, failed = run([cells[0], bad, cells[2]], tmp_path)
+    assert list(store.rows()) == [cells[0].key, cells[2].key]
+    (message,) = failed.values()
+    assert "diverged" in message
+
+
+def test_what_a_killed_process_left_is_no_row(tmp_path):
+    store = RowStore(tmp_path)
+    assert store.rows() == {}
+    store.add({"key": "a", "x": 1.23456789})
+    store.add({"key": "b"})
+    with store.path.open("ab") as file:
+        file.write(b'{"key": "c", "x"')
+    assert store.rows() == {"a": {"key": "a", "x": 1.23457}, "b": {"key": "b"}}
+    store.add({"key": "d"})
+    assert list(store.rows()) == ["a", "b", "d"]
+    assert store.path.read_text().count("\n") == 3
+    lines = store.path.read_text().splitlines()
+    store.path.write_text("\n".join([lines[0], lines[1][:-3], lines[2]]) + "\n")
+    with pytest.raises(LabError, match="line 2 is damaged"):
+        store.rows()
+
+
+def test_a_whole_last_line_without_its_end_is_a_row(tmp_path):
+    store = RowStore(tmp_path)
+    store.add({"key": "a"})
+    store.path.write_text(store.path.read_text().rstrip("\n"))
+    assert list(store.rows()) == ["a"]
+    store.add({"key": "b"})
+    assert list(store.rows()) == ["a", "b"]
+
+
+def test_rounding_keeps_six_digits():
+    assert rounded({"a": [1234567.0, {"b": 1e-9 / 3}], "n": 12345678, "s": "x", "none": None}) == {
+        "a": [1234570.0, {"b": 3.33333e-10}], "n": 12345678, "s": "x", "none": None
+    }  # fmt: skip
+
+
+def test_a_key_holds_all_that_numbers_depend_on(tiny_config):
+    config = tiny_config()
+    assert key_of(config) == key_of(config.resolved()) == key_of(replace(config, checkpoint_every=5.0))
+    for change in ({"seed": 7}, {"lr": 0.5}, {"head": "plif"}, {"epochs": 3}):
+        assert key_of(replace(config, **change)) != key_of(config)
+
+
+def test_all_heads_are_tuned_with_equal_effort_on_another_seed():
+    assert set(TRIALS) == set(CONFIRMED)
+    assert len({len(trials) for trials in TRIALS.values()}) == 1
+    assert TUNE_SEED not in FRESH_SEEDS
+    assert not PARTS["tune"].test
+    for label, trials in TRIALS.items():
+        for trial in trials:
+            assert config_of(trial, ("ptb", 16), 0).head == label
+
+
+def _tuned(losses):
+    """Rows of the trials at every place, with these validation losses in the order of the trials."""
+    rows = {}
+    for trials in TRIALS.values():
+        for trial, loss in zip(trials, losses, strict=True):
+            for corpus in PARTS["tune"].corpora:
+                for d in PARTS["tune"].in_features:
+                    config = config_of(trial, (corpus, d), TUNE_SEED, PARTS["tune"].settings)
+                    rows[key_of(config)] = {"result": {"valid": {"cross_entropy": loss}}}
+    return rows
+
+
+def test_a_tuned_head_is_the_trial_with_the_lowest_validation_loss():
+    rows = _tuned([5.0, 4.0, 4.5])
+    for label, trials in TRIALS.items():
+        assert chosen(rows, label, ("ptb", 16)) == trials[1]
+        assert chosen(rows, label, ("wikitext-2", 400)) == trials[1]
+    cells = PARTS["confirm"].cells(rows)
+    assert len(cells) == len(CONFIRMED) * len(FRESH_SEEDS) * 4
+    assert {cell.config.seed for cell in cells} == set(FRESH_SEEDS)
+    rate = config_of(TRIALS["softmax"][1], ("ptb", 16), 0).lr
+    assert {cell.config.lr for cell in cells if cell.label == "softmax"} == {rate}
+    assert all(cell.test for cell in cells)
+
+
+def test_a_part_that_needs_the_tuning_says_so(tmp_path, capsys):
+    assert cli.main(["study", "--part", "confirm", "--out-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("uncork: part tune: softmax:")
+    assert "run `uncork study --part tune`" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "seeds: expected at least 1, got 0"),
+        (["--workers", "0"], "workers: expected at least 1, got 0"),
+        (["--corpora", "wsj"], "corpora: this part has ('ptb', 'sotu'), got 'wsj'"),
+        (["--in-features", "17"], "in-features: this part has (16, 64), got 17"),
+    ],
+)
+def test_wrong_flags_say_what_there_is(flags, message, tmp_path, capsys):
+    assert cli.main(["study", "--part", "tune", "--out-dir", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_part_can_be_named_and_its_heads_can_be_built():
+    from typing import get_args
+
+    from uncork.lab.checkpoints import check_head
+    from uncork.lab.study.settings import StudyPart
+
+    assert set(get_args(StudyPart)) == set(PARTS)
+    rows = _tuned([1.0, 2.0, 3.0])
+    for part in PARTS.values():
+        cells = part.cells(rows)
+        assert cells
+        for config in {c.key: c.config for c in cells}.values():
+            check_head(config)
+
+
+def test_parts_are_narrowed_to_what_they_have():
+    part = narrowed(PARTS["confirm"], corpora=("sotu",), in_features=(), seeds=2)
+    assert (part.corpora, part.in_features, part.seeds) == (("sotu",), (16, 64), (1, 2))
+
+
+def _runs(perplexities):
+    """A frame of runs as `runs_frame` makes it: {(place, head): one perplexity a seed}."""
+    return pd.DataFrame(
+        [
+            {"place": place, "head": head, "seed": seed, "test_perplexity": value}
+            for (place, head), values in perplexities.items()
+            for seed, value in enumerate(values)
+        ]
+    )
+
+
+def test_the_tests_are_paired_t_tests_on_log_perplexity():
+    numbers = {
+        ("a", "softmax"): [100.0, 102.0, 98.0, 101.0, 99.0],
+        ("a", "temperature"): [100.5, 101.0, 98.5, 101.5, 99.0],
+        ("a", "plif"): [97.0, 99.5, 95.0, 98.0, 96.5],
+        ("b", "softmax"): [50.0, 51.0],
+        ("b", "plif"): [51.0, 50.0],
+    }
+    rows = tables.bars(_runs(numbers)).to_dict("records")
+    assert [(row["place"], row["control"]) for row in rows] == [
+        ("a", "softmax"),
+        ("a", "temperature"),
+        ("b", "softmax"),
+    ]
+    softmax, temperature, few = rows
+    mine, theirs = np.log(numbers["a", "plif"]), np.log(numbers["a", "softmax"])
+    assert softmax["p_value"] == pytest.approx(stats.ttest_rel(mine, theirs).pvalue)
+    assert softmax["change_percent"] == pytest.approx(100 * math.expm1((mine - theirs).mean()))
+    assert (softmax["pairs"], softmax["lower"]) == (5, 5)
+    both = sorted(row["p_value"] for row in (softmax, temperature))
+    adjusted = sorted(row["p_holm"] for row in (softmax, temperature))
+    assert adjusted == pytest.approx([2 * both[0], max(2 * both[0], both[1])])
+    assert (few["pairs"], few["lower"]) == (2, 1)
+    assert math.isnan(few["p_value"])
+
+
+def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
+    store, _ = run(cells[:4], tmp_path)
+    base = {k: v for k, v in cells[0].config.to_dict().items() if k not in ("head", "head_options", "seed")}
+    monkeypatch.setattr(plan, "BASE", {})
+    monkeypatch.setattr(plan, "CORPORA", {"tiny": base})
+    part = Part("tiny", heads={"softmax": "softmax", "plif": "plif"}, corpora=("tiny",), in_features=(4,), seeds=(1, 2))
+    assert [cell.key for cell in part.cells({})] == [cell.key for cell in cells[:4]]
+    folder = tmp_path / "out"
+    told = experiment.report("tiny", part, store, folder, "a command")
+    assert (told["runs"], told["of"]) == (4, 4)
+    rows = store.rows()
+    runs = pd.read_csv(folder / "runs.csv")
+    expected = [rows[cell.key]["result"]["test"]["perplexity"] for cell in part.cells({})]
+    assert sorted(runs["test_perplexity"]) == pytest.approx(sorted(expected), rel=1e-5)
+    summary = pd.read_csv(folder / "summary.csv").set_index("head")
+    by_head = runs.groupby("head")["test_perplexity"]
+    assert summary["test_perplexity"].to_dict() == pytest.approx(by_head.mean().to_dict(), rel=1e-5)
+    assert summary["test_perplexity_std"].to_dict() == pytest.approx(by_head.std().to_dict(), rel=1e-3)
+    table = pd.read_csv(folder / "table.csv").set_index("head")
+    assert list(table.columns) == ["tiny d=4"]
+    shown = table["tiny d=4"].to_dict()
+    for head, mean in summary["test_perplexity"].to_dict().items():
+        assert f"{float(mean):.2f}" in str(shown[head])
+    assert (folder / "tests.csv").exists()
+    origin = json.loads((folder / "provenance.json").read_text())
+    assert origin["command"] == "a command"
+    assert origin["commits_of_runs"]
+    drawn = {path.stem for path in folder.glob("*.png")}
+    assert drawn == {f"{name}-tiny-d-4" for name in ("curves", "deciles", "slopes", "moving")}
+    (folder / "old.png").write_bytes(b"")
+    part_of_it = replace(part, heads={"softmax": "softmax"})
+    experiment.report("tiny", part_of_it, store, folder, "a command")
+    assert {path.stem for path in folder.glob("*.png")} == {"curves-tiny-d-4"}
+
+
+def test_a_part_without_a_kept_run_writes_nothing(tmp_path, capsys):
+    settings = Study(part="tune", report_only=True, out_dir=tmp_path)
+    told = experiment.run(settings, "a command")
+    assert told["runs"] == 0
+    assert not any(tmp_path.iterdir())
