@@ -154,7 +154,7 @@ PRESETS: dict[str, Preset] = {
     "lstm-small": Preset(
         "One LSTM layer of 128 units with 16 features before the head: half a minute an epoch of Penn Treebank a core.",
         AWDLSTMConfig(embedding_size=128, hidden_sizes=(128,), out_features=16, input_dropout=0.2),
-        TrainingPreset(lr=3e-3, batch_size=32, bptt=48, epochs=4, warmup=0.02),
+        TrainingPreset(lr=8e-3, batch_size=16, bptt=48, epochs=4, warmup=0.02),
     ),
     "lstm-gpu": Preset(
         "Two LSTM layers of 1024 units with dropouts and 64 features before the head, trained by Adam; for a GPU.",

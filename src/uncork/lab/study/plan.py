@@ -21,7 +21,7 @@ CORPORA: dict[str, dict[str, Any]] = {
     "sotu": {"corpus": "sotu", "vocab_size": 5000, "max_train_tokens": 1_000_000, "min_count": 2},
     "wikitext-2": {"corpus": "wikitext-2", "vocab_size": 10_000, "max_train_tokens": 1_000_000},
 }
-BASE: dict[str, Any] = {"preset": "lstm-small", "eval_every": 300, "epochs": 4.0}
+BASE: dict[str, Any] = {"preset": "lstm-small", "eval_every": 600, "epochs": 4.0}
 TUNE_SEED, FRESH_SEEDS = 0, (1, 2, 3, 4, 5)
 CONFIRMED = ("softmax", "temperature", "softcap", "plif", "plif-frozen", "mos")
 TUNED_FEATURES = (16, 64)
@@ -142,7 +142,7 @@ PARTS: dict[str, Part] = {
         heads=_plain(_PILOT),
         in_features=(16,),
         seeds=(TUNE_SEED,),
-        settings=MappingProxyType({"epochs": 2.0, "lr": 0.008}),
+        settings=_HALF,
         test=False,
     ),
     "tune": Part(
