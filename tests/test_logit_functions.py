@@ -39,6 +39,7 @@ CASES = {
     "gss": GeneralizedSigsoftmax,
     "gss-convex": lambda: GeneralizedSigsoftmax(2.0, 0.1),
     "gss-linear": lambda: GeneralizedSigsoftmax(-1.0, 1.0),
+    "gss-start": lambda: GeneralizedSigsoftmax(learnable=True),
     "gss-learned": lambda: GeneralizedSigsoftmax(0.5, 0.6, learnable=True),
     **{f"plif-{p}": lambda p=p: PLIF(p) for p in (1, 2, 3, 7, 100, 1000, 100_000)},
     **{f"relu-{u}": lambda u=u: MonotoneNetwork(u) for u in (1, 2, 7, 100)},
@@ -49,7 +50,7 @@ CASES = {
     "compose-empty": Compose,
 }
 LEARNABLE = [name for name, make in CASES.items() if any(True for _ in make().parameters())]
-EXACT_START = [n for n in LEARNABLE if n.startswith(("plif", "relu", "tanh"))]
+EXACT_START = [n for n in LEARNABLE if n.startswith(("plif", "relu", "tanh", "gss-start"))]
 SMALL = [n for n in CASES if not n.endswith(("100", "1000", "100000"))]
 BEHAVIOUR = [(n, s) for n in CASES for s in ((0.0, 1.0, 5.0) if n in LEARNABLE else (0.0,))]
 

@@ -43,6 +43,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | None]] = {
     "scaled-sigmoid": lambda: lf.ScaledSigmoid(7.0, 1.0, 2.0),
     "sigsoftmax": lf.Sigsoftmax,
     "gss": lambda: lf.GeneralizedSigsoftmax(-0.5, 2.5),
+    "gss-start": lambda: lf.GeneralizedSigsoftmax(learnable=True),
     "gss-learned": lambda: lf.GeneralizedSigsoftmax(0.5, 0.6, learnable=True),
     "monotone-relu": lambda: lf.MonotoneNetwork(5, 2.0),
     "monotone-tanh": lambda: lf.MonotoneNetwork(3, 2.0, units="tanh"),

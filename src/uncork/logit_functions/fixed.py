@@ -188,24 +188,31 @@ class ScaledSigmoid(LogitFunction):
 class GeneralizedSigsoftmax(LogitFunction):
     """f(z) = z + (k - 1) log sigmoid(z - c): slope k at -inf, 1 at +inf.
 
-    Concave for k > 1, convex for k < 1. Learnable, k = steepness * exp(log_gain) and c = center + shift: with a
-    steepness of 1 it starts as the identity and learns which way to bend, and where.
+    Concave for k > 1, convex for k < 1. Learnable, it is the smallest function that can bend either way: it starts as
+    the identity, and k = steepness * exp(log_gain), c = center + shift.
 
     Equivalent code: ``k * (z - c) + c - (k - 1) * F.softplus(z - c)``, which is nan at z = inf.
 
     Args:
-        center: c, any finite number. steepness: k > 0; k = 1 is the softmax, (0, 2) sigsoftmax.
+        center: c, any finite number; None is -1.5, or 0 where learnable.
+        steepness: k > 0; k = 1 is the softmax, (0, 2) sigsoftmax; None is 2.5, or 1 where learnable.
         learnable: whether `log_gain` and `shift` (scalar parameters, 0 at the start) are trained.
 
     >>> GeneralizedSigsoftmax(-1.5, 2.5)(torch.tensor([-2.0, 0.0]))
     tensor([-3.4611, -0.3021])
+    >>> GeneralizedSigsoftmax(learnable=True)(torch.tensor([-2.0, 0.0])).detach()
+    tensor([-2.,  0.])
 
     Parthiban, Mao, Inkpen, AAAI 2021 (the default is theirs for Penn Treebank; they do not learn it).
     """
 
-    def __init__(self, center: float = -1.5, steepness: float = 2.5, *, learnable: bool = False) -> None:
+    def __init__(
+        self, center: float | None = None, steepness: float | None = None, *, learnable: bool = False
+    ) -> None:
         super().__init__()
-        self.center, self.steepness = float(center), positive("steepness", steepness)
+        start = (0.0, 1.0) if learnable else (-1.5, 2.5)
+        self.center = start[0] if center is None else float(center)
+        self.steepness = start[1] if steepness is None else positive("steepness", steepness)
         if not math.isfinite(self.center):
             raise ValueError(f"center: expected a finite number, got {center!r}")
         self.learnable = bool(learnable)
