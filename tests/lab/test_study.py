@@ -151,6 +151,20 @@ def test_a_tuned_head_is_the_trial_with_the_lowest_validation_loss():
     assert all(cell.test for cell in cells)
 
 
+def test_what_is_kept_is_reported_where_other_places_are_not_tuned_yet():
+    rows = _tuned([5.0, 4.0, 4.5])
+    part = PARTS["confirm"]
+    first = part.cells(rows)[0]
+    assert first.place == "ptb d=16"
+    rows[first.key] = {}
+    for trial in TRIALS["softmax"]:
+        del rows[key_of(config_of(trial, ("sotu", 64), TUNE_SEED, PARTS["tune"].settings))]
+    assert part.kept_cells(rows) == [first]
+    with pytest.raises(LabError, match="sotu d=64"):
+        part.cells(rows)
+    assert part.size == 120
+
+
 def test_a_part_that_needs_the_tuning_says_so(tmp_path, capsys):
     assert cli.main(["study", "--part", "confirm", "--out-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -206,9 +206,7 @@ class GeneralizedSigsoftmax(LogitFunction):
     Parthiban, Mao, Inkpen, AAAI 2021 (the default is theirs for Penn Treebank; they do not learn it).
     """
 
-    def __init__(
-        self, center: float | None = None, steepness: float | None = None, *, learnable: bool = False
-    ) -> None:
+    def __init__(self, center: float | None = None, steepness: float | None = None, *, learnable: bool = False) -> None:
         super().__init__()
         start = (0.0, 1.0) if learnable else (-1.5, 2.5)
         self.center = start[0] if center is None else float(center)

@@ -48,9 +48,8 @@ def run(settings: Study, command: str) -> dict[str, Any]:
 def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -> dict[str, Any]:
     """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
     rows = store.rows()
-    cells = part.cells(rows)
-    kept = [cell for cell in cells if cell.key in rows]
-    told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": len(cells)}
+    kept = part.kept_cells(rows)
+    told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": part.size}
     if not kept:
         return told
     with os_errors(folder, "cannot be made"):

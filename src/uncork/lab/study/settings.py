@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-StudyPart = Literal["pilot", "tune", "confirm"]
+StudyPart = Literal[
+    "pilot", "tune", "confirm", "double", "width", "wide", "heads", "equal", "wikitext", "transformer", "full"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Study:
 
     part: StudyPart = "confirm"
     """What is run. pilot: variants of the learned function, one seed, what the protocol was chosen by. tune: each
-    head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested."""
+    head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested. With
+    fewer seeds: double: twice the epochs. width: d from 8 to 128. wide: d = 400. heads: those that were not tuned.
+    equal: softmax given the time of others. wikitext: WikiText-2. transformer: another body. full: all of sotu."""
     corpora: tuple[str, ...] = ()
     """Only these of the part's: ptb, sotu, wikitext-2."""
     in_features: tuple[int, ...] = ()
