@@ -7,7 +7,7 @@ READY := .venv/.ready
 NATIVE := $(wildcard src/uncork/loss/native/*)
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help demo test test-slow sanitize check format docs clean
+.PHONY: help demo study test test-slow sanitize check format docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,10 @@ $(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 demo: $(READY) ## train six output layers on real text and compare them: ten minutes on 2 cores
 	$(BIN)/uncork compare --seeds 1 --vocab-size 4000 --in-features 16 \
 		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
+
+study: $(READY) ## the language-model study, part by part; goes on where it was left (needs Penn Treebank: UNCORK_DATA)
+	for part in tune confirm double heads width equal full wikitext transformer wide; do \
+		$(BIN)/uncork study --part $$part || exit; done
 
 test: $(READY) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered

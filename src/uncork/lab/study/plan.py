@@ -143,7 +143,8 @@ def _tuned(heads: Iterable[str] = CONFIRMED) -> dict[str, str | None]:
 _MIXED = "latent_activation=null"
 _PILOT = (
     "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
-    "plif:num_pieces=1000", "plif:num_pieces=20,bound=10", "gss:center=0,steepness=0.5",
+    "plif:num_pieces=1000", "plif:num_pieces=20,bound=10", "plif:init=floor", "plif:init=floor,frozen=true",
+    "softcap:cap=8", "temperature:lr=0.008", "gss:center=-5,steepness=0.2", "gss:center=0,steepness=0.5",
     "gss:center=0,steepness=1,learnable=true", "gss:center=0,steepness=0.3,learnable=true", "monotone",
     "mop:num_components=2,latent_activation=null", "mos:num_components=2,latent_activation=null",
 )  # fmt: skip
