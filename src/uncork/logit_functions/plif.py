@@ -23,17 +23,6 @@ def excess_slope(raw: Tensor) -> Tensor:
     return (1 - MIN_SLOPE) * (F.softplus(raw + SOFTPLUS_ONE) - F.softplus(start))
 
 
-def raw_of_slopes(slopes: Tensor) -> Tensor:
-    """The `raw_slopes` of these slopes; one that is flat to rounding becomes the smallest there is."""
-    wanted = ((slopes.double() - MIN_SLOPE) / (1 - MIN_SLOPE)).clamp(min=1e-12)
-    return wanted + torch.log(-torch.expm1(-wanted)) - SOFTPLUS_ONE  # softplus inverted
-
-
-def floor_slopes(scores: Tensor) -> Tensor:
-    """sigmoid(z + 4) (1 + max(z, 0) / 16): hardly any slope below -5, more than 1 above 0."""
-    return torch.sigmoid(scores + 4) * (1 + scores.clamp(min=0) / 16)
-
-
 def piecewise_inverse(logits: Tensor, knots: Tensor, values: Tensor, slopes: Tensor) -> Tensor:
     """The inverse of z + values[i] + slopes[i] (z - knots[i]): again a search and a line."""
     heights = knots + values
@@ -56,8 +45,7 @@ class PLIF(LogitFunction):
 
     Args:
         num_pieces: P >= 1. bound: T > 0, in logits.
-        init: "identity"; "random" for the published start v_i ~ N(0, spread^2) + log(e - 1); or "floor", the shape that
-            training finds on text: slopes sigmoid(z + 4) (1 + max(z, 0) / 16), so that unlikely words share a floor.
+        init: "identity", or "random" for the published start v_i ~ N(0, spread^2) + log(e - 1).
         spread: standard deviation of the random start.
         frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
 
@@ -83,13 +71,10 @@ class PLIF(LogitFunction):
     ) -> None:
         super().__init__()
         self.num_pieces, self.bound = positive_int("num_pieces", num_pieces), positive("bound", bound)
-        if init not in ("identity", "random", "floor"):
-            raise ValueError(f'init: expected "identity", "random" or "floor", got {init!r}')
+        if init not in ("identity", "random"):
+            raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)
         start = torch.randn(self.num_pieces) * self.spread if init == "random" else torch.zeros(self.num_pieces)
-        if init == "floor":
-            middles = (torch.arange(self.num_pieces) + 0.5) * (2 * self.bound / self.num_pieces) - self.bound
-            start = raw_of_slopes(floor_slopes(middles)).float()
         self.raw_slopes = nn.Parameter(start, requires_grad=not frozen)
         self.fit_error: float | None = None
 
@@ -123,7 +108,10 @@ class PLIF(LogitFunction):
                     f"function: expected finite and increasing, got values {heights[worst]:.17g} and "
                     f"{heights[worst + 1]:.17g} at {knots[worst]:.6g} and {knots[worst + 1]:.6g}"
                 )
-            plif.raw_slopes.copy_(raw_of_slopes(rises / knots.diff()))
+            # A function that is flat to rounding somewhere gets the smallest slope there.
+            slopes = ((rises / knots.diff() - MIN_SLOPE) / (1 - MIN_SLOPE)).clamp(min=1e-12)
+            raw = slopes + torch.log(-torch.expm1(-slopes))  # softplus inverted
+            plif.raw_slopes.copy_(raw - SOFTPLUS_ONE)
             points = torch.linspace(-plif.bound, plif.bound, 16 * plif.num_pieces + 1, dtype=torch.float64)
             origin = function(torch.zeros(1, dtype=torch.float64)).double()
             plif.fit_error = float((plif(points) - (function(points).double() - origin)).abs().max())

@@ -41,7 +41,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "softcap": _trials("softcap", "lr=0.008,cap=10", "lr=0.008,cap=30", "lr=0.016,cap=30"),
     "plif": _trials("plif", *_RATES),
     "plif-frozen": _trials("plif-frozen", "lr=0.008,spread=0.3", "lr=0.008,spread=1", "lr=0.016,spread=0.3"),
-    "mos": _trials("mos", "lr=0.008,latent_activation=null", "lr=0.016,latent_activation=null", "lr=0.016"),
+    "mos": _trials("mos", "lr=0.004,latent_activation=null", "lr=0.008,latent_activation=null", "lr=0.008"),
 }
 
 
@@ -143,7 +143,7 @@ def _tuned(heads: Iterable[str] = CONFIRMED) -> dict[str, str | None]:
 _MIXED = "latent_activation=null"
 _PILOT = (
     "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
-    "plif:num_pieces=1000", "plif:num_pieces=20,bound=10", "plif:init=floor", "plif:init=floor,frozen=true",
+    "plif:num_pieces=1000", "plif:num_pieces=20,bound=10",
     "softcap:cap=8", "temperature:lr=0.008", "gss:center=-5,steepness=0.2", "gss:center=0,steepness=0.5",
     "gss:center=0,steepness=1,learnable=true", "gss:center=0,steepness=0.3,learnable=true", "monotone",
     "mop:num_components=2,latent_activation=null", "mos:num_components=2,latent_activation=null",
@@ -193,6 +193,7 @@ PARTS: dict[str, Part] = {
             "monotone": "monotone",
             "plif": "plif:lr=0.008",
             **{name: f"{name}:{_MIXED}" for name in ("moss", "mop", "moc")},
+            "mos (of all 128 units)": f"mos:in_features=128,latent_features=16,lr=0.004,{_MIXED}",
         },
         in_features=(16,),
     ),
