@@ -11,7 +11,7 @@ from scipy import stats
 
 from uncork import cli
 from uncork.lab.errors import LabError
-from uncork.lab.study import experiment, plan, tables
+from uncork.lab.study import experiment, figures, plan, tables
 from uncork.lab.study.plan import CONFIRMED, FRESH_SEEDS, PARTS, TRIALS, TUNE_SEED, Part, chosen, config_of, narrowed
 from uncork.lab.study.run import Cell, run_cells
 from uncork.lab.study.settings import Study
@@ -277,6 +277,22 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     part_of_it = replace(part, heads={"softmax": "softmax"})
     experiment.report("tiny", part_of_it, store, folder, "a command")
     assert {path.stem for path in folder.glob("*.png")} == {"curves-tiny-d-4"}
+
+
+def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed(tiny_config):
+    cells, rows = [], {}
+    perplexities = {("softmax", 1): 100.0, ("softmax", 2): 110.0, ("plif", 1): 99.0, ("plif", 2): 104.5}
+    for d in (2, 4, 8):
+        for (head, seed), perplexity in perplexities.items():
+            cell = Cell(f"tiny d={d}", head, tiny_config(head=head, seed=seed, in_features=d))
+            cells.append(cell)
+            rows[cell.key] = {"result": {"test": {"perplexity": perplexity * d}}}
+    axes = figures._over_width(cells, rows).axes[0]
+    _, line = axes.get_lines()
+    assert list(line.get_xdata()) == [2, 4, 8]
+    assert list(line.get_ydata()) == pytest.approx([-3.0] * 3)
+    points = np.concatenate([dots.get_offsets() for dots in axes.collections])
+    assert sorted(points[:, 1]) == pytest.approx([-5.0] * 3 + [-1.0] * 3)
 
 
 def test_a_part_without_a_kept_run_writes_nothing(tmp_path, capsys):
