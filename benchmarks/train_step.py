@@ -48,8 +48,10 @@ HEADS = ("softmax", "plif", "plif:num_pieces=1000")
 BASE = "softmax"
 
 
-def build_step(case: Case, head: str, *, tokens_a_stream: int | None = None) -> tuple[Step, int]:
-    """A training step as `uncork train` makes it, and the tokens of its batch."""
+def build_step(
+    case: Case, head: str, *, tokens_a_stream: int | None = None, impl: str | None = None
+) -> tuple[Step, int]:
+    """A training step as `uncork train` makes it, and the tokens of its batch; impl: of the loss."""
     preset = get_preset(case.preset)
     training = preset.training
     name, options, _ = parse_head(head)
@@ -61,14 +63,16 @@ def build_step(case: Case, head: str, *, tokens_a_stream: int | None = None) -> 
     size = (case.batch_size or training.batch_size, tokens_a_stream or training.bptt)
     tokens, target = (torch.randint(case.vocab_size, size) for _ in range(2))
     model.train()
+    head_loss: Any = model.head.loss
 
     def run() -> torch.Tensor:
-        output = model(tokens, target, ())
+        output = model.backbone(tokens, ())
+        loss: torch.Tensor = head_loss(output.features, target, impl=impl) + output.penalty
         optimizer.zero_grad()
-        output.loss.backward()
+        loss.backward()
         clip_gradients(optimizer, training.clip or 0.0, training.clip or 0.0)
         optimizer.step()
-        return output.loss.detach()
+        return loss.detach()
 
     return Step(run), tokens.numel()
 

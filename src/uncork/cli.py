@@ -224,7 +224,7 @@ def study(command: Study) -> dict[str, Any]:
     """Trains a part of the language-model study; returns where the tables are."""
     from uncork.lab.study import experiment
 
-    return experiment.run(command, _command_line())
+    return experiment.run(command)
 
 
 _ABOUT = "Output layers that break the softmax bottleneck, compared on real text."

@@ -269,6 +269,24 @@ def test_a_training_step_trains_and_is_compared_with_the_softmax(preset):
     assert table["preset"].tolist() == [f"{preset} (2 of its streams)"]
 
 
+def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    cost = script("benchmarks", "epoch_cost")
+    assert set(cost.EAGER) <= set(cost.HEADS)
+    case = script("benchmarks", "train_step").Case("lstm-small", 60, 2, 0.0)
+    monkeypatch.setattr(cost, "CASES", {"ptb": case})
+    monkeypatch.setattr(cost, "_peak_mib", lambda *_: 1234)
+    names = ["softmax", "softmax, eager", "mos:num_components=4"]
+    rows = cost.measure("ptb", names, 2, 4)
+    assert [row["head"] for row in rows] == ["softmax", "mos:num_components=4", "softmax, eager"]
+    for row in rows:
+        assert row["tokens"] == 8
+        assert row["seconds_per_epoch"] == pytest.approx(row["milliseconds"] / 1e3 * 929_589 / 8, rel=0.1)
+    assert rows[0]["ratio_median"] == 1
+    table = cost.display_table(pd.DataFrame(rows))
+    assert table["ptb: peak MiB"].tolist() == ["1,234"] * 3
+
+
 @needs_peak
 def test_peak_memory_counts_what_was_allocated_and_freed_and_not_the_gradients():
     leaf = torch.zeros(2**22, requires_grad=True)  # 16 MiB

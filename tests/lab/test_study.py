@@ -297,6 +297,6 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
 
 def test_a_part_without_a_kept_run_writes_nothing(tmp_path, capsys):
     settings = Study(part="tune", report_only=True, out_dir=tmp_path)
-    told = experiment.run(settings, "a command")
+    told = experiment.run(settings)
     assert told["runs"] == 0
     assert not any(tmp_path.iterdir())

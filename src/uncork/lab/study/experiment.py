@@ -18,7 +18,7 @@ from uncork.lab.terminal import cores, say
 from uncork.loss import tile_native
 
 
-def run(settings: Study, command: str) -> dict[str, Any]:
+def run(settings: Study) -> dict[str, Any]:
     """Trains what the part still lacks, then writes its tables and figures to out_dir/part, over what was there.
 
     Raises:
@@ -40,6 +40,7 @@ def run(settings: Study, command: str) -> dict[str, Any]:
             cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
         )
     # The tables are of the whole part, also where the flags have run some of it.
+    command = f"uncork study --part {settings.part}"  # without what only says where, or which part of it
     told = report(settings.part, PARTS[settings.part], store, settings.out_dir / settings.part, command)
     require_finished(failed)
     return told

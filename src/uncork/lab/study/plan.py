@@ -41,7 +41,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "softcap": _trials("softcap", "lr=0.008,cap=10", "lr=0.008,cap=30", "lr=0.016,cap=30"),
     "plif": _trials("plif", *_RATES),
     "plif-frozen": _trials("plif-frozen", "lr=0.008,spread=0.3", "lr=0.008,spread=1", "lr=0.016,spread=0.3"),
-    "mos": _trials("mos", "lr=0.004,latent_activation=null", "lr=0.008,latent_activation=null", "lr=0.008"),
+    "mos": _trials("mos", "lr=0.008,latent_activation=null", "lr=0.016,latent_activation=null", "lr=0.016"),
 }
 
 
@@ -193,7 +193,7 @@ PARTS: dict[str, Part] = {
             "monotone": "monotone",
             "plif": "plif:lr=0.008",
             **{name: f"{name}:{_MIXED}" for name in ("moss", "mop", "moc")},
-            "mos (of all 128 units)": f"mos:in_features=128,latent_features=16,lr=0.004,{_MIXED}",
+            "mos (of all 128 units)": f"mos:in_features=128,latent_features=16,lr=0.008,{_MIXED}",
         },
         in_features=(16,),
     ),

@@ -1,0 +1,126 @@
+"""What an epoch of the published language models costs with each output layer: seconds, and the process's peak memory.
+
+    python benchmarks/epoch_cost.py --out results/lm/cost
+
+AWD-LSTM at the published sizes of Penn Treebank and WikiText-2, random tokens, whole training steps that take turns in
+one process; an epoch is the published number of training tokens at that speed. "eager" keeps the (N, V) logits, as the
+published implementations do. Memory is the peak of a fresh process that makes two steps. Writes cost.csv, table.csv and
+provenance.json.
+"""
+
+import argparse
+import json
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from train_step import Case, build_step  # type: ignore[import-not-found]
+
+from uncork.lab.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.bench.timing import interleave
+from uncork.lab.terminal import cores
+
+# Batches of WikiText-2's model are cut to 20 of its 80 streams, so that a step takes seconds on a CPU.
+CASES = {"ptb": Case("awd-lstm-ptb", 10000, None, 0.0), "wt2": Case("awd-lstm-wt2", 33278, 20, 0.0)}
+EPOCH_TOKENS = {"ptb": 929_589, "wt2": 2_088_628}
+HEADS = (
+    "softmax", "temperature", "softcap", "sigsoftmax", "gss", "monotone", "plif", "plif:num_pieces=100000",
+    "plif-frozen", "mos:num_components=4", "mos:num_components=15",
+)  # fmt: skip
+EAGER = ("softmax", "sigsoftmax", "plif:num_pieces=100000", "mos:num_components=15")
+CONTENDERS = {**{head: (head, None) for head in HEADS}, **{f"{head}, eager": (head, "reference") for head in EAGER}}
+
+
+def measure(corpus: str, names: list[str], rounds: int, tokens_a_stream: int | None) -> list[dict[str, Any]]:
+    """One row a contender: milliseconds a step, seconds an epoch, the ratio to softmax of the same round, MiB."""
+    built = {
+        name: build_step(CASES[corpus], head, impl=impl, tokens_a_stream=tokens_a_stream)
+        for name, (head, impl) in CONTENDERS.items()
+        if name in names
+    }
+    times, _ = interleave({name: step for name, (step, _) in built.items()}, rounds)
+    rows = []
+    for name, own in times.items():
+        median = quantiles(list(own.values()))["median"]
+        ratio = quantiles([seconds / times["softmax"][turn] for turn, seconds in own.items()])
+        rows.append(
+            {
+                "corpus": corpus,
+                "head": name,
+                "tokens": built[name][1],
+                "milliseconds": round(1e3 * median, 1),
+                "seconds_per_epoch": round(median * EPOCH_TOKENS[corpus] / built[name][1]),
+                **{f"ratio_{key}": round(value, 3) for key, value in ratio.items()},
+                "peak_mib": _peak_mib(corpus, name, tokens_a_stream),
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def _peak_mib(corpus: str, name: str, tokens_a_stream: int | None) -> int:
+    """Of a fresh process that makes two steps."""
+    task = json.dumps([corpus, name, tokens_a_stream, torch.get_num_threads()])
+    done = subprocess.run([sys.executable, __file__, "--peak", task], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(task: str) -> None:
+    """The part of the fresh process."""
+    corpus, name, tokens_a_stream, threads = json.loads(task)
+    torch.set_num_threads(threads)
+    head, impl = CONTENDERS[name]
+    step, _ = build_step(CASES[corpus], head, impl=impl, tokens_a_stream=tokens_a_stream)
+    for _ in range(2):
+        step.run()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def display_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a contender; for each corpus seconds an epoch, the ratio to softmax with its quartiles, and MiB."""
+    table = pd.DataFrame({"head": list(dict.fromkeys(rows["head"]))})
+    for corpus, own in rows.groupby("corpus", sort=False):
+        by_head = {row["head"]: row for row in own.to_dict("records")}
+        columns: dict[str, Any] = {"s / epoch": "seconds_per_epoch", "over softmax": None, "peak MiB": "peak_mib"}
+        for title, key in columns.items():
+            table[f"{corpus}: {title}"] = [
+                f"{by_head[head][key]:,}"
+                if key
+                else with_quartiles({name: by_head[head][f"ratio_{name}"] for name in ("q1", "median", "q3")}, 2)
+                for head in table["head"]
+            ]
+    return table
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/lm/cost"))
+    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--heads", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--quick", action="store_true", help="4 tokens a stream, two rounds")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        return print_peak(arguments.peak)
+    torch.set_num_threads(arguments.threads)
+    names = list(dict.fromkeys(["softmax", *arguments.heads]))
+    rows = []
+    for corpus in CASES:
+        rounds, cut = (2, 4) if arguments.quick else (arguments.rounds, None)
+        rows += measure(corpus, names, rounds, cut)
+    costs = pd.DataFrame(rows)
+    table = display_table(costs)
+    print(table.to_string(index=False))
+    origin = provenance(shlex.join(["python", *sys.argv]), arguments.threads, rounds=arguments.rounds)
+    write_tables(arguments.out, {"cost": costs, "table": table}, origin)
+
+
+if __name__ == "__main__":
+    main()
