@@ -32,10 +32,10 @@ def run(settings: Study) -> dict[str, Any]:
         PARTS[settings.part], corpora=settings.corpora, in_features=settings.in_features, seeds=settings.seeds
     )
     store = RowStore(settings.out_dir)
-    cells = part.cells(store.rows())
     say(f"part {settings.part}: {part.about}")
     failed: dict[str, str] = {}
     if not settings.report_only:
+        cells = part.cells(store.rows())
         failed = run_cells(
             cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
         )

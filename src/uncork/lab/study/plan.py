@@ -10,7 +10,7 @@ from typing import Any
 
 from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
-from uncork.lab.study.run import Cell
+from uncork.lab.study.run import Cell, is_kept
 from uncork.lab.study.store import key_of
 from uncork.lab.train_config import TrainConfig
 
@@ -87,7 +87,7 @@ class Part:
         for corpus, d in itertools.product(self.corpora, self.in_features):
             with suppress(LabError):
                 found += dataclasses.replace(self, corpora=(corpus,), in_features=(d,)).cells(rows)
-        return [cell for cell in found if cell.key in rows]
+        return [cell for cell in found if is_kept(cell, rows)]
 
     def _cell(self, rows: Rows, seed: int, place: Place, label: str) -> Cell:
         head = self.heads[label] or chosen(rows, label, place)

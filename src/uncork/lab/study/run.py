@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def run_cells(
 ) -> dict[str, str]:
     """Trains what is not kept yet; returns the message of each run that failed. Ctrl-C leaves checkpoints behind."""
     kept = store.rows()
-    cells = [cell for cell in {cell.key: cell for cell in cells}.values() if not _is_kept(cell, kept)]
+    cells = [cell for cell in {cell.key: cell for cell in cells}.values() if not is_kept(cell, kept)]
     if not cells:
         return {}
     by_name = {_name(cell): cell for cell in cells}
@@ -62,7 +62,7 @@ def run_cells(
     return failed
 
 
-def _is_kept(cell: Cell, kept: dict[str, dict[str, object]]) -> bool:
+def is_kept(cell: Cell, kept: Mapping[str, Mapping[str, object]]) -> bool:
     """Whether its row is there with all that the cell wants: one of `tune` has no test numbers, and runs again."""
     row = kept.get(cell.key)
     return row is not None and (not cell.test or "analysis" in row)

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +118,3 @@ def _analysis(run: Run) -> dict[str, Any]:
 
 
 _DEFAULTS = TrainConfig().to_dict()
-
-
-def commits(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The commits that the rows were made at."""
-    return sorted({row["commit"] for row in rows})
