@@ -1,11 +1,12 @@
-"""What an epoch of the published language models costs with each output layer: seconds, and the process's peak memory.
+"""What an epoch of a language model costs with each output layer: seconds, and peak memory.
 
     python benchmarks/epoch_cost.py --out results/lm/cost
+    python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study
 
-AWD-LSTM at the published sizes of Penn Treebank and WikiText-2, random tokens, whole training steps that take turns in
-one process; an epoch is the published number of training tokens at that speed. "eager" keeps the (N, V) logits, as the
-published implementations do. Memory is the peak of a fresh process that makes two steps. Writes cost.csv, table.csv and
-provenance.json.
+AWD-LSTM at the published sizes of Penn Treebank and WikiText-2, or the language-model study's own LSTM; random tokens,
+whole training steps that take turns in one process; an epoch is the text's number of training tokens at that speed.
+"eager" keeps the (N, V) logits, as the published implementations do. Memory is what a fresh process that makes two
+steps holds at most, above what it held before it built the model. Writes cost.csv, table.csv and provenance.json.
 """
 
 import argparse
@@ -25,21 +26,28 @@ from uncork.lab.bench.tables import provenance, quantiles, with_quartiles, write
 from uncork.lab.bench.timing import interleave
 from uncork.lab.terminal import cores
 
+_STUDIED = {("ptb", d): Case("lstm-small", 10_000, None, 0.0, d) for d in (16, 64)} | {
+    ("sotu", d): Case("lstm-small", 5_000, None, 0.0, d) for d in (16, 64)
+}
 # Batches of WikiText-2's model are cut to 20 of its 80 streams, so that a step takes seconds on a CPU.
-CASES = {"ptb": Case("awd-lstm-ptb", 10000, None, 0.0), "wt2": Case("awd-lstm-wt2", 33278, 20, 0.0)}
-EPOCH_TOKENS = {"ptb": 929_589, "wt2": 2_088_628}
+MODELS = {
+    "published": {"ptb": Case("awd-lstm-ptb", 10_000, None, 0.0), "wt2": Case("awd-lstm-wt2", 33_278, 20, 0.0)},
+    "study": {f"{corpus} d={d}": case for (corpus, d), case in _STUDIED.items()},
+}
+CASES = MODELS["published"] | MODELS["study"]
+EPOCH_TOKENS = {"ptb": 929_589, "wt2": 2_088_628, "sotu": 1_000_000}
 HEADS = (
     "softmax", "temperature", "softcap", "sigsoftmax", "gss", "monotone", "plif", "plif:num_pieces=100000",
-    "plif-frozen", "mos:num_components=4", "mos:num_components=15",
+    "plif-frozen", "mos", "mos:num_components=15",
 )  # fmt: skip
 EAGER = ("softmax", "sigsoftmax", "plif:num_pieces=100000", "mos:num_components=15")
 CONTENDERS = {**{head: (head, None) for head in HEADS}, **{f"{head}, eager": (head, "reference") for head in EAGER}}
 
 
-def measure(corpus: str, names: list[str], rounds: int, tokens_a_stream: int | None) -> list[dict[str, Any]]:
+def measure(place: str, names: list[str], rounds: int, tokens_a_stream: int | None) -> list[dict[str, Any]]:
     """One row a contender: milliseconds a step, seconds an epoch, the ratio to softmax of the same round, MiB."""
     built = {
-        name: build_step(CASES[corpus], head, impl=impl, tokens_a_stream=tokens_a_stream)
+        name: build_step(CASES[place], head, impl=impl, tokens_a_stream=tokens_a_stream)
         for name, (head, impl) in CONTENDERS.items()
         if name in names
     }
@@ -50,46 +58,51 @@ def measure(corpus: str, names: list[str], rounds: int, tokens_a_stream: int | N
         ratio = quantiles([seconds / times["softmax"][turn] for turn, seconds in own.items()])
         rows.append(
             {
-                "corpus": corpus,
+                "place": place,
                 "head": name,
                 "tokens": built[name][1],
                 "milliseconds": round(1e3 * median, 1),
-                "seconds_per_epoch": round(median * EPOCH_TOKENS[corpus] / built[name][1]),
+                "seconds_per_epoch": round(median * EPOCH_TOKENS[place.split()[0]] / built[name][1], 1),
                 **{f"ratio_{key}": round(value, 3) for key, value in ratio.items()},
-                "peak_mib": _peak_mib(corpus, name, tokens_a_stream),
+                "peak_mib": _peak_mib(place, name, tokens_a_stream),
                 "rounds": rounds,
             }
         )
     return rows
 
 
-def _peak_mib(corpus: str, name: str, tokens_a_stream: int | None) -> int:
-    """Of a fresh process that makes two steps."""
-    task = json.dumps([corpus, name, tokens_a_stream, torch.get_num_threads()])
+def _peak_mib(place: str, name: str, tokens_a_stream: int | None) -> int:
+    """Of a fresh process that makes two steps, above what its imports take."""
+    task = json.dumps([place, name, tokens_a_stream, torch.get_num_threads()])
     done = subprocess.run([sys.executable, __file__, "--peak", task], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def print_peak(task: str) -> None:
     """The part of the fresh process."""
-    corpus, name, tokens_a_stream, threads = json.loads(task)
+    place, name, tokens_a_stream, threads = json.loads(task)
     torch.set_num_threads(threads)
     head, impl = CONTENDERS[name]
-    step, _ = build_step(CASES[corpus], head, impl=impl, tokens_a_stream=tokens_a_stream)
+    before = _peak_kib()
+    step, _ = build_step(CASES[place], head, impl=impl, tokens_a_stream=tokens_a_stream)
     for _ in range(2):
         step.run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(round((_peak_kib() - before) / 1024))
+
+
+def _peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def display_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a contender; for each corpus seconds an epoch, the ratio to softmax with its quartiles, and MiB."""
+    """One row a contender; for each place seconds an epoch, the ratio to softmax with its quartiles, and MiB."""
     table = pd.DataFrame({"head": list(dict.fromkeys(rows["head"]))})
-    for corpus, own in rows.groupby("corpus", sort=False):
+    for place, own in rows.groupby("place", sort=False):
         by_head = {row["head"]: row for row in own.to_dict("records")}
         columns: dict[str, Any] = {"s / epoch": "seconds_per_epoch", "over softmax": None, "peak MiB": "peak_mib"}
         for title, key in columns.items():
-            table[f"{corpus}: {title}"] = [
-                f"{by_head[head][key]:,}"
+            table[f"{place}: {title}"] = [
+                f"{by_head[head][key]:,.0f}"
                 if key
                 else with_quartiles({name: by_head[head][f"ratio_{name}"] for name in ("q1", "median", "q3")}, 2)
                 for head in table["head"]
@@ -101,6 +114,7 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/lm/cost"))
+    parser.add_argument("--models", choices=list(MODELS), default="published")
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--heads", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -112,9 +126,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     names = list(dict.fromkeys(["softmax", *arguments.heads]))
     rows = []
-    for corpus in CASES:
+    for place in MODELS[arguments.models]:
         rounds, cut = (2, 4) if arguments.quick else (arguments.rounds, None)
-        rows += measure(corpus, names, rounds, cut)
+        rows += measure(place, names, rounds, cut)
     costs = pd.DataFrame(rows)
     table = display_table(costs)
     print(table.to_string(index=False))

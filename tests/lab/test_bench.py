@@ -273,18 +273,18 @@ def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     cost = script("benchmarks", "epoch_cost")
     assert set(cost.EAGER) <= set(cost.HEADS)
-    case = script("benchmarks", "train_step").Case("lstm-small", 60, 2, 0.0)
-    monkeypatch.setattr(cost, "CASES", {"ptb": case})
+    case = script("benchmarks", "train_step").Case("lstm-small", 60, 2, 0.0, 8)
+    monkeypatch.setattr(cost, "CASES", {"ptb d=8": case})
     monkeypatch.setattr(cost, "_peak_mib", lambda *_: 1234)
-    names = ["softmax", "softmax, eager", "mos:num_components=4"]
-    rows = cost.measure("ptb", names, 2, 4)
-    assert [row["head"] for row in rows] == ["softmax", "mos:num_components=4", "softmax, eager"]
+    names = ["softmax", "softmax, eager", "mos"]
+    rows = cost.measure("ptb d=8", names, 2, 4)
+    assert [row["head"] for row in rows] == ["softmax", "mos", "softmax, eager"]
     for row in rows:
         assert row["tokens"] == 8
         assert row["seconds_per_epoch"] == pytest.approx(row["milliseconds"] / 1e3 * 929_589 / 8, rel=0.1)
     assert rows[0]["ratio_median"] == 1
     table = cost.display_table(pd.DataFrame(rows))
-    assert table["ptb: peak MiB"].tolist() == ["1,234"] * 3
+    assert table["ptb d=8: peak MiB"].tolist() == ["1,234"] * 3
 
 
 @needs_peak

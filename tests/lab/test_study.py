@@ -297,6 +297,41 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     assert sorted(points[:, 1]) == pytest.approx([-5.0] * 3 + [-1.0] * 3)
 
 
+def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained_on():
+    rows, cells = {}, []
+    for label, tokens, perplexity in (
+        ("softmax", 1000, 90.0),
+        ("softmax (6 epochs)", 1500, 85.0),
+        ("plif", 1000, 80.0),
+    ):
+        for seed in (1, 2):
+            config = TrainConfig(corpus="ptb", preset="lstm-small", head=label.split()[0], seed=seed, epochs=tokens)
+            cells.append(Cell("tiny d=4", label, config))
+            result = {"tokens": tokens, "test": {"perplexity": perplexity * seed}}
+            rows[cells[-1].key] = {"result": result}
+    costs = {
+        ("tiny d=4", "softmax"): {"milliseconds": 100.0, "tokens": 50, "peak_mib": 7.0},
+        ("tiny d=4", "plif"): {"milliseconds": 150.0, "tokens": 50, "peak_mib": 8.0},
+    }
+    drawn = {name: figures._against_cost(cells, rows, costs, name).axes[0] for name in ("seconds", "bytes")}
+    for name, expected in (("seconds", [2.0, 3.0, 3.0]), ("bytes", [7.0, 7.0, 8.0])):
+        dots, means = drawn[name].collections[::2], drawn[name].collections[1::2]
+        assert [float(of.get_offsets()[0, 0]) for of in means] == expected
+        assert [float(of.get_offsets()[0, 1]) for of in means] == pytest.approx([2**0.5 * y for y in (90, 85, 80)])
+        assert dots[0].get_offsets()[:, 1].tolist() == [90.0, 180.0]
+    assert figures._against_cost(cells, rows, {}, "bytes") is None
+    other = [replace(cell, config=replace(cell.config, preset="transformer-small")) for cell in cells]
+    assert figures._against_cost(other, rows, costs, "bytes") is None
+
+
+def test_a_damaged_file_of_costs_is_named(tmp_path):
+    path = tmp_path / "cost.csv"
+    assert experiment._costs(path) == {}
+    path.write_text("place,head\nptb,plif\n")
+    with pytest.raises(LabError, match=r"cost\.csv: expected the columns place, head, milliseconds"):
+        experiment._costs(path)
+
+
 def test_a_part_without_a_kept_run_writes_nothing(tmp_path, capsys):
     for part in ("tune", "confirm"):  # the latter can report before it can run
         assert experiment.run(Study(part=part, report_only=True, out_dir=tmp_path))["runs"] == 0

@@ -17,6 +17,9 @@ from uncork.lab.study.store import RowStore
 from uncork.lab.terminal import cores, say
 from uncork.loss import tile_native
 
+COSTS = "cost-study/cost.csv"
+"""Beside the parts: `python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study`."""
+
 
 def run(settings: Study) -> dict[str, Any]:
     """Trains what the part still lacks, then writes its tables and figures to out_dir/part, over what was there.
@@ -66,9 +69,23 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     for old in folder.glob("*.png"):
         old.unlink()
     if part.test:
-        for stem, figure in figures.pictures(kept, rows).items():
+        for stem, figure in figures.pictures(kept, rows, _costs(folder.parent / COSTS)).items():
             to_png(figure, folder / f"{stem}.png")
     return told
+
+
+def _costs(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a step costs, by place and head; nothing where it was not measured."""
+    if not path.exists():
+        return {}
+    wanted = ["place", "head", "milliseconds", "tokens", "peak_mib"]
+    try:
+        with os_errors(path, "cannot be read"):
+            measured = pd.read_csv(path, usecols=wanted)
+    except ValueError as error:
+        raise LabError(f"{path}: expected the columns {', '.join(wanted)}; {error}") from error
+    records: list[dict[str, Any]] = measured.to_dict("records")  # type: ignore[assignment]
+    return {(row["place"], row["head"]): row for row in records}
 
 
 def _frames(part: Part, kept: list[Cell], rows: Any) -> dict[str, pd.DataFrame]:

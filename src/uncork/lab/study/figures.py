@@ -26,12 +26,19 @@ from uncork.lab.plot_style import (
 from uncork.lab.study.run import Cell
 
 Rows = Mapping[str, Mapping[str, Any]]
+Costs = Mapping[tuple[str, str], Mapping[str, float]]
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2
+_MEASURED = "lstm-small"
+_COSTS = {"seconds": "seconds of training, one thread", "bytes": "memory of training, MiB"}
 
 
-def pictures(cells: Sequence[Cell], rows: Rows) -> dict[str, Figure]:
-    """Every figure that these kept runs have data for, by the name of its file."""
+def pictures(cells: Sequence[Cell], rows: Rows, costs: Costs) -> dict[str, Figure]:
+    """Every figure that these kept runs have data for, by the name of its file.
+
+    Args:
+        costs: by place and head, what benchmarks/epoch_cost.py measures of the study's own model.
+    """
     drawn: dict[str, Figure] = {}
     corpora = list(dict.fromkeys(cell.config.corpus for cell in cells))
     for corpus in corpora:
@@ -43,6 +50,10 @@ def pictures(cells: Sequence[Cell], rows: Rows) -> dict[str, Figure]:
         stem = "".join(c if c.isalnum() else "-" for c in place)
         for name, make in (("curves", _curves), ("deciles", _deciles), ("slopes", _slopes), ("moving", _moving)):
             figure = make(own, rows)
+            if figure is not None:
+                drawn[f"{name}-{stem}"] = figure
+        for name in _COSTS:
+            figure = _against_cost(own, rows, costs, name)
             if figure is not None:
                 drawn[f"{name}-{stem}"] = figure
     return drawn
@@ -126,6 +137,39 @@ def _curves(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     axes.set_xlim(left=0)
     label_ends(figure, axes, ends)
     return figure
+
+
+def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) -> Figure | None:
+    """Test perplexity over what the training costs, one of _COSTS: a dot a seed, a bar for the mean."""
+    cells = [cell for cell in cells if (cell.config.preset, cell.config.model_options) == (_MEASURED, {})]
+    place = cells[0].place if cells else ""
+    heads = {label: own for label, own in _by_head(cells, rows).items() if (place, _bare(label)) in costs}
+    if len(heads) < 2:
+        return None
+    figure, axes = new_axes(
+        _WIDTH, _HEIGHT, xlabel=_COSTS[name], ylabel="test perplexity", right=label_margin(list(heads))
+    )  # fmt: skip
+    style, ends, values = strokes(list(heads)), [], list[float]()
+    for label, by_seed in heads.items():
+        cost, color, results = costs[place, _bare(label)], style[label].color, [r["result"] for r in by_seed.values()]
+        x = cost["peak_mib"]
+        if name == "seconds":
+            x = 1e-3 * cost["milliseconds"] / cost["tokens"] * results[0]["tokens"]
+        found = [result["test"]["perplexity"] for result in results]
+        mean = math.exp(float(np.mean(np.log(found))))
+        axes.scatter([x] * len(found), found, s=14, color=color, alpha=0.5, linewidths=0)
+        axes.scatter([x], [mean], s=90, color=color, marker="_", linewidths=2)
+        ends.append((x, mean, label, color))
+        values += found
+    frame(axes, values)
+    axes.set_xlim(left=0)
+    label_ends(figure, axes, ends)
+    return figure
+
+
+def _bare(label: str) -> str:
+    """The head of a label that names how long it was trained: "softmax (6 epochs)" is a softmax."""
+    return label.split(" (")[0] if label.endswith(" epochs)") else label
 
 
 def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
