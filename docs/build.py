@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/*.md from results/, and checks every relative link and picture.
 
 A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
-the command that made it. With --check nothing is written, and a stale block or a dead link fails.
+the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, without the command. With --check nothing is written, and a stale block or a dead link fails.
 """
 
 import json
@@ -15,13 +15,15 @@ from uncork.lab.summary import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
 
-def block(folder: str) -> str:
-    """The table of one result and its origin."""
+def block(folder: str, name: str | None) -> str:
+    """The table of one result and its origin; with a name that table alone."""
     where = ROOT / "results" / folder
+    if name is not None:
+        return plain_markdown(pd.read_csv(where / f"{name}.csv", dtype=str, na_filter=False)) + "\n"
     origin = json.loads((where / "provenance.json").read_text())
     frame = pd.read_csv(where / "table.csv")
     of_text = "test_perplexity" not in frame
@@ -47,7 +49,7 @@ def rebuilt(page: Path) -> str:
 
     def fill(match: re.Match[str]) -> str:
         prefix = "../" if page.parent != ROOT else ""
-        return match[1] + block(match[2]).replace("(results/", f"({prefix}results/") + match[3]
+        return match[1] + block(match[2], match[3]).replace("(results/", f"({prefix}results/") + match[4]
 
     return BLOCK.sub(fill, page.read_text())
 

@@ -228,7 +228,8 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
         ("b", "softmax"): [50.0, 51.0],
         ("b", "plif"): [51.0, 50.0],
     }
-    rows = tables.bars(_runs(numbers)).to_dict("records")
+    tests = tables.bars(_runs(numbers))
+    rows = tests.to_dict("records")
     assert [(row["place"], row["control"]) for row in rows] == [
         ("a", "softmax"),
         ("a", "temperature"),
@@ -244,6 +245,10 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
     assert adjusted == pytest.approx([2 * both[0], max(2 * both[0], both[1])])
     assert (few["pairs"], few["lower"]) == (2, 1)
     assert math.isnan(few["p_value"])
+    shown = tables.display_tests(tests).set_index("test perplexity of")
+    assert shown.loc["plif against softmax", "a"] == "−2.80 %, lower in 5 of 5, p <0.001, Holm <0.001"
+    assert shown.loc["plif against softmax", "b"] == "+0.00 %, lower in 1 of 2"
+    assert shown.loc["plif against temperature", "b"] == "–"
 
 
 def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):

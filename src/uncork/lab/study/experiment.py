@@ -61,7 +61,7 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     for stem, frame in _frames(part, kept, rows).items():
         if len(frame):
             atomic_write_text(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
-            if stem in ("table", "tests"):
+            if stem in ("table", "verdict"):
                 say(f"\n{frame.to_string(index=False)}")
     commits = sorted({rows[cell.key]["commit"] for cell in kept})
     origin = provenance(command, 1, native_instructions=tile_native.instructions())
@@ -91,9 +91,11 @@ def _costs(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def _frames(part: Part, kept: list[Cell], rows: Any) -> dict[str, pd.DataFrame]:
     runs = tables.runs_frame(kept, rows)
     summary = tables.summary(runs)
+    tests = tables.bars(runs) if part.test else pd.DataFrame()
     return {
         "runs": runs,
         "summary": summary,
         "table": tables.display_table(summary, "test" if part.test else "valid"),
-        "tests": tables.bars(runs) if part.test else pd.DataFrame(),
+        "tests": tests,
+        "verdict": tables.display_tests(tests) if len(tests) else tests,
     }
