@@ -1,7 +1,8 @@
 """Writes the tables of README.md and docs/*.md from results/, and checks every relative link and picture.
 
 A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
-the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, without the command. With --check nothing is written, and a stale block or a dead link fails.
+the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, without the command. With --check nothing is
+written, and a stale block or a dead link fails.
 """
 
 import json

@@ -111,16 +111,14 @@ def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
 def display_tests(tests: pd.DataFrame) -> pd.DataFrame:
     """The tests as they are read: one row a pair of heads, one column a place."""
     pairs = list(dict.fromkeys(zip(tests["learned"], tests["control"], strict=True)))
-    columns: dict[str, list[str]] = {
-        "test perplexity of": [f"{learned} against {control}" for learned, control in pairs]
-    }
+    columns = {"test perplexity of": [f"{learned} against {control}" for learned, control in pairs]}
     for place, own in tests.groupby("place", sort=False):
         by_pair = {(row["learned"], row["control"]): row for row in own.to_dict("records")}
         columns[str(place)] = [_verdict(by_pair[pair]) if pair in by_pair else NO_NUMBER for pair in pairs]
     return pd.DataFrame(columns)
 
 
-def _verdict(test: Mapping[str, Any]) -> str:
+def _verdict(test: Any) -> str:
     change = f"{test['change_percent']:+.2f} %".replace("-", "−")
     shown = f"{change}, lower in {test['lower']} of {test['pairs']}"
     return shown if math.isnan(test["p_value"]) else f"{shown}, p {_p(test['p_value'])}, Holm {_p(test['p_holm'])}"
