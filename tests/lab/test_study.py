@@ -279,7 +279,7 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     assert origin["command"] == "a command"
     assert origin["commits_of_runs"]
     drawn = {path.stem for path in folder.glob("*.png")}
-    assert drawn == {f"{name}-tiny-d-4" for name in ("curves", "deciles", "slopes", "moving")}
+    assert drawn == {f"{name}-tiny-d-4" for name in ("changes", "curves", "deciles", "slopes", "moving")}
     (folder / "old.png").write_bytes(b"")
     part_of_it = replace(part, heads={"softmax": "softmax"})
     experiment.report("tiny", part_of_it, store, folder, "a command")
@@ -300,6 +300,11 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     assert list(line.get_ydata()) == pytest.approx([-3.0] * 3)
     points = np.concatenate([dots.get_offsets() for dots in axes.collections])
     assert sorted(points[:, 1]) == pytest.approx([-5.0] * 3 + [-1.0] * 3)
+    one = figures._changes([cell for cell in cells if cell.place == "tiny d=4"], rows).axes[0]
+    (dots,) = one.collections
+    assert sorted(dots.get_offsets()[:, 0]) == pytest.approx([-5.0, -1.0])
+    assert [text.get_text() for text in one.texts] == ["−3 %"]
+    assert [tick.get_text() for tick in one.get_yticklabels()] == ["plif"]
 
 
 def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained_on():

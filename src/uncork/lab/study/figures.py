@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from uncork.lab.analysis import SLOPE_GRID
 from uncork.lab.plot_style import (
     FONT,
+    GRID,
     INK,
     MUTED,
     frame,
@@ -29,6 +30,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2
+_FAR = 5.0  # percent
 _MEASURED = "lstm-small"
 _COSTS = {"seconds": "seconds of training, one thread", "bytes": "memory of training, MiB"}
 
@@ -48,8 +50,8 @@ def pictures(cells: Sequence[Cell], rows: Rows, costs: Costs) -> dict[str, Figur
     for place in dict.fromkeys(cell.place for cell in cells):
         own = [cell for cell in cells if cell.place == place]
         stem = "".join(c if c.isalnum() else "-" for c in place)
-        for name, make in (("curves", _curves), ("deciles", _deciles), ("slopes", _slopes), ("moving", _moving)):
-            figure = make(own, rows)
+        for make in (_changes, _curves, _deciles, _slopes, _moving):
+            figure, name = make(own, rows), make.__name__[1:]
             if figure is not None:
                 drawn[f"{name}-{stem}"] = figure
         for name in _COSTS:
@@ -111,6 +113,40 @@ def _percent_axes(figure: Figure, axes: Axes, values: Sequence[float], ends: Any
     frame(axes, values)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     label_ends(figure, axes, ends)
+    return figure
+
+
+def _changes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
+    """A row a head, the best on top: a dot a seed at its change against the softmax of that seed, a bar at the mean.
+
+    Heads that end further than _FAR percent away may lie outside the frame; their mean is written beside it.
+    """
+    heads = _by_head(cells, rows)
+    if len(heads) < 2 or len(heads.get("softmax", ())) < 2:
+        return None
+    changes = {label: _relative(own, heads["softmax"]) for label, own in heads.items() if label != "softmax"}
+    means = {label: float(np.mean(found)) for label, found in changes.items() if found}
+    order = sorted(means, key=means.__getitem__, reverse=True)
+    left = 0.15 + label_margin(order) - 0.3
+    figure, axes = new_axes(_WIDTH, 0.75 + 0.33 * len(order), xlabel="test perplexity against softmax", ylabel="",
+                            left=left, right=0.78)  # fmt: skip
+    axes.axvline(0, color=INK, linewidth=1.2)
+    style = strokes(list(heads))
+    for place, label in enumerate(order):
+        color, found = style[label].color, changes[label]
+        axes.scatter(found, [place] * len(found), s=22, color=color, alpha=0.5, linewidths=0, zorder=3)
+        axes.plot([means[label]] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2.4, zorder=4)
+        axes.annotate(percent(round(means[label], 1)), xy=(1.04, place), xycoords=("axes fraction", "data"),
+                      color=color, fontsize=FONT, va="center", annotation_clip=False)  # fmt: skip
+    near = [0.0, *(change for label in order if abs(means[label]) < _FAR for change in changes[label])]
+    margin = 0.06 * (max(near) - min(near)) or 0.1
+    axes.set_xlim(min(near) - margin, max(near) + margin)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set_yticks(range(len(order)), order, color=INK)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x", color=GRID, linewidth=0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     return figure
 
 
