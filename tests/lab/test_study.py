@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -340,6 +342,13 @@ def test_a_damaged_file_of_costs_is_named(tmp_path):
     path.write_text("place,head\nptb,plif\n")
     with pytest.raises(LabError, match=r"cost\.csv: expected the columns place, head, milliseconds"):
         experiment._costs(path)
+
+
+def test_rows_are_read_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    (tmp_path / "rows.jsonl").write_text('{"key": "a"}\n')
+    again = runpy.run_path(str(sys.modules[RowStore.__module__].__file__))
+    assert again["RowStore"](tmp_path).rows() == {"a": {"key": "a"}}
 
 
 def test_a_part_without_a_kept_run_writes_nothing(tmp_path, capsys):

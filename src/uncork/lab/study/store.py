@@ -1,6 +1,5 @@
 """The study's finished runs: one JSON object a line, so that a row is kept the moment its run ends."""
 
-import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -48,6 +47,8 @@ class RowStore:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row. What a killed process left of the last line is taken off first."""
+        import fcntl  # not on Windows, where no run can be trained (see Run.lock) and kept rows can still be read
+
         with os_errors(self.path, "cannot be written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
