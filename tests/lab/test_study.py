@@ -277,6 +277,14 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     for head, mean in summary["test_perplexity"].to_dict().items():
         assert f"{float(mean):.2f}" in str(shown[head])
     assert (folder / "tests.csv").exists()
+    columns = pd.read_csv(folder / "columns.csv", dtype=str).set_index("head")
+    for head, mean in summary["test_perplexity"].to_dict().items():
+        assert columns.loc[head, "test"].startswith(f"{mean:.2f} ± ")
+        assert columns.loc[head, ["s / epoch", "MiB"]].tolist() == ["–", "–"]
+    costs = {("tiny d=4", "plif"): {"milliseconds": 100.0, "tokens": 50, "peak_mib": 7.0}}
+    measured = tables.published_columns(summary.reset_index(), runs, costs).set_index("head")
+    tokens = runs.set_index("head").loc["plif", "tokens"].iloc[0]
+    assert measured.loc["plif", ["s / epoch", "MiB"]].tolist() == [f"{0.002 * tokens:.0f}", "7"]
     origin = json.loads((folder / "provenance.json").read_text())
     assert origin["command"] == "a command"
     assert origin["commits_of_runs"]
@@ -332,8 +340,7 @@ def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained
         assert [float(of.get_offsets()[0, 1]) for of in means] == pytest.approx([2**0.5 * y for y in (90, 85, 80)])
         assert dots[0].get_offsets()[:, 1].tolist() == [90.0, 180.0]
     assert figures._against_cost(cells, rows, {}, "bytes") is None
-    other = [replace(cell, config=replace(cell.config, preset="transformer-small")) for cell in cells]
-    assert figures._against_cost(other, rows, costs, "bytes") is None
+    assert {name for name, part in PARTS.items() if part.own_model} == {"wide", "transformer"}
 
 
 def test_a_damaged_file_of_costs_is_named(tmp_path):

@@ -13,7 +13,7 @@ from uncork.lab.study import figures, tables
 from uncork.lab.study.plan import PARTS, Part, narrowed
 from uncork.lab.study.run import Cell, require_finished, run_cells
 from uncork.lab.study.settings import Study
-from uncork.lab.study.store import RowStore
+from uncork.lab.study.store import Rows, RowStore
 from uncork.lab.terminal import cores, say
 from uncork.loss import tile_native
 
@@ -58,7 +58,8 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
         return told
     with os_errors(folder, "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    for stem, frame in _frames(part, kept, rows).items():
+    costs = {} if part.own_model else _costs(folder.parent / COSTS)
+    for stem, frame in _frames(part, kept, rows, costs).items():
         if len(frame):
             atomic_write_text(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
             if stem in ("table", "verdict"):
@@ -69,7 +70,7 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     for old in folder.glob("*.png"):
         old.unlink()
     if part.test:
-        for stem, figure in figures.pictures(kept, rows, _costs(folder.parent / COSTS)).items():
+        for stem, figure in figures.pictures(kept, rows, costs).items():
             to_png(figure, folder / f"{stem}.png")
     return told
 
@@ -88,14 +89,17 @@ def _costs(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["place"], row["head"]): row for row in records}
 
 
-def _frames(part: Part, kept: list[Cell], rows: Any) -> dict[str, pd.DataFrame]:
+def _frames(part: Part, kept: list[Cell], rows: Rows, costs: tables.Costs) -> dict[str, pd.DataFrame]:
     runs = tables.runs_frame(kept, rows)
     summary = tables.summary(runs)
-    tests = tables.bars(runs) if part.test else pd.DataFrame()
+    if not part.test:
+        return {"runs": runs, "summary": summary, "table": tables.display_table(summary, "valid")}
+    tests = tables.bars(runs)
     return {
         "runs": runs,
         "summary": summary,
-        "table": tables.display_table(summary, "test" if part.test else "valid"),
+        "table": tables.display_table(summary),
+        "columns": tables.published_columns(summary, runs, costs),
         "tests": tests,
         "verdict": tables.display_tests(tests) if len(tests) else tests,
     }

@@ -25,22 +25,17 @@ from uncork.lab.plot_style import (
     strokes,
 )
 from uncork.lab.study.run import Cell
+from uncork.lab.study.store import Rows
+from uncork.lab.study.tables import Costs
 
-Rows = Mapping[str, Mapping[str, Any]]
-Costs = Mapping[tuple[str, str], Mapping[str, float]]
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2
 _FAR = 5.0  # percent
-_MEASURED = "lstm-small"
 _COSTS = {"seconds": "seconds of training, one thread", "bytes": "memory of training, MiB"}
 
 
 def pictures(cells: Sequence[Cell], rows: Rows, costs: Costs) -> dict[str, Figure]:
-    """Every figure that these kept runs have data for, by the name of its file.
-
-    Args:
-        costs: by place and head, what benchmarks/epoch_cost.py measures of the study's own model.
-    """
+    """Every figure that these kept runs have data for, by the name of its file."""
     drawn: dict[str, Figure] = {}
     corpora = list(dict.fromkeys(cell.config.corpus for cell in cells))
     for corpus in corpora:
@@ -177,8 +172,7 @@ def _curves(cells: Sequence[Cell], rows: Rows) -> Figure | None:
 
 def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) -> Figure | None:
     """Test perplexity over what the training costs, one of _COSTS: a dot a seed, a bar for the mean."""
-    cells = [cell for cell in cells if (cell.config.preset, cell.config.model_options) == (_MEASURED, {})]
-    place = cells[0].place if cells else ""
+    place = cells[0].place
     heads = {label: own for label, own in _by_head(cells, rows).items() if (place, _bare(label)) in costs}
     if len(heads) < 2:
         return None

@@ -11,10 +11,9 @@ from typing import Any
 from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
 from uncork.lab.study.run import Cell, is_kept
-from uncork.lab.study.store import key_of
+from uncork.lab.study.store import Rows, key_of
 from uncork.lab.train_config import TrainConfig
 
-Rows = Mapping[str, Mapping[str, Any]]
 Place = tuple[str, int]
 
 CORPORA: dict[str, dict[str, Any]] = {
@@ -75,6 +74,11 @@ class Part:
         """
         grid = itertools.product(self.seeds, self.corpora, self.in_features, self.heads)
         return [self._cell(rows, seed, (corpus, d), label) for seed, corpus, d, label in grid]
+
+    @property
+    def own_model(self) -> bool:
+        """Whether it has another body than the rest of the study, whose costs are not its own."""
+        return not self.settings.keys().isdisjoint(("preset", "model_options"))
 
     @property
     def size(self) -> int:

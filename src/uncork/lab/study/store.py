@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from uncork.lab.files import os_errors, plain, read_json
 from uncork.lab.runs import Run
 from uncork.lab.train_config import TrainConfig
 
+Rows = Mapping[str, Mapping[str, Any]]
+"""Kept rows by their keys."""
 _DIGITS = 6
 _POINTS = 5  # of the 201 points of a function, every fifth is kept
 

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 
 from uncork.lab.study.run import Cell
+from uncork.lab.study.store import Rows
 from uncork.lab.summary import NO_NUMBER, holm, paired_p, perplexity, probability, run_row, summarise_table
 
 LEARNED = ("plif", "mop")
 CONTROLS = ("softmax", "temperature", "softcap", "plif-frozen")
-Rows = Mapping[str, Mapping[str, Any]]
+Costs = Mapping[tuple[str, str], Mapping[str, float]]
+"""By place and head, what benchmarks/epoch_cost.py measures of the study's own model; empty where it has not."""
 
 
 def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
@@ -106,6 +108,30 @@ def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
         "lower": int((ratio < 0).sum()),
         "p_value": paired_p(a, b),
     }
+
+
+def published_columns(frame: pd.DataFrame, runs: pd.DataFrame, costs: Costs) -> pd.DataFrame:
+    """A summary in the columns of Parthiban et al. (2021): parameters, seconds an epoch, perplexities, ranks."""
+    tokens = (runs["tokens"] / runs["epochs"]).groupby([runs["place"], runs["head"]]).first()
+    rows = []
+    for row in frame.to_dict("records"):
+        key = row["place"], row["head"]
+        cost = costs.get(key)
+        rows.append(
+            {
+                "place": row["place"],
+                "head": row["head"],
+                "parameters": f"{row['parameters']:,.0f}",
+                "s / epoch": f"{1e-3 * cost['milliseconds'] / cost['tokens'] * tokens[key]:.0f}" if cost else NO_NUMBER,
+                "MiB": f"{cost['peak_mib']:.0f}" if cost else NO_NUMBER,
+                "train": perplexity(row["train_perplexity"], math.nan),
+                "valid": perplexity(row["valid_perplexity"], row["valid_perplexity_std"]),
+                "test": perplexity(row["test_perplexity"], row["test_perplexity_std"]),
+                "rank": f"{row['numerical_rank']:,.0f}",
+                "ε-rank": f"{row['effective_rank']:.0f}",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def display_tests(tests: pd.DataFrame) -> pd.DataFrame:
