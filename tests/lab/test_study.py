@@ -279,8 +279,8 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     assert (folder / "tests.csv").exists()
     columns = pd.read_csv(folder / "columns.csv", dtype=str).set_index("head")
     for head, mean in summary["test_perplexity"].to_dict().items():
-        assert columns.loc[head, "test"].startswith(f"{mean:.2f} ± ")
-        assert columns.loc[head, ["s / epoch", "MiB"]].tolist() == ["–", "–"]
+        assert columns.loc[str(head), "test"].startswith(f"{mean:.2f} ± ")
+        assert columns.loc[str(head), ["s / epoch", "MiB"]].tolist() == ["–", "–"]
     costs = {("tiny d=4", "plif"): {"milliseconds": 100.0, "tokens": 50, "peak_mib": 7.0}}
     measured = tables.published_columns(summary.reset_index(), runs, costs).set_index("head")
     tokens = runs.set_index("head").loc["plif", "tokens"].iloc[0]
@@ -312,7 +312,7 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     assert sorted(points[:, 1]) == pytest.approx([-5.0] * 3 + [-1.0] * 3)
     one = figures._changes([cell for cell in cells if cell.place == "tiny d=4"], rows).axes[0]
     (dots,) = one.collections
-    assert sorted(dots.get_offsets()[:, 0]) == pytest.approx([-5.0, -1.0])
+    assert sorted(np.asarray(dots.get_offsets())[:, 0]) == pytest.approx([-5.0, -1.0])
     assert [text.get_text() for text in one.texts] == ["−3 %"]
     assert [tick.get_text() for tick in one.get_yticklabels()] == ["plif"]
 
@@ -336,9 +336,11 @@ def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained
     drawn = {name: figures._against_cost(cells, rows, costs, name).axes[0] for name in ("seconds", "bytes")}
     for name, expected in (("seconds", [2.0, 3.0, 3.0]), ("bytes", [7.0, 7.0, 8.0])):
         dots, means = drawn[name].collections[::2], drawn[name].collections[1::2]
-        assert [float(of.get_offsets()[0, 0]) for of in means] == expected
-        assert [float(of.get_offsets()[0, 1]) for of in means] == pytest.approx([2**0.5 * y for y in (90, 85, 80)])
-        assert dots[0].get_offsets()[:, 1].tolist() == [90.0, 180.0]
+        assert [float(np.asarray(of.get_offsets())[0, 0]) for of in means] == expected
+        assert [float(np.asarray(of.get_offsets())[0, 1]) for of in means] == pytest.approx(
+            [2**0.5 * y for y in (90, 85, 80)]
+        )
+        assert np.asarray(dots[0].get_offsets())[:, 1].tolist() == [90.0, 180.0]
     assert figures._against_cost(cells, rows, {}, "bytes") is None
     assert {name for name, part in PARTS.items() if part.own_model} == {"wide", "transformer"}
 
