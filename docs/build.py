@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- results: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", r
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
 
-def block(folder: str, name: str | None) -> str:
+def block(folder: str, name: str | None = None) -> str:
     """The table of one result and its origin; with a name that table alone."""
     where = ROOT / "results" / folder
     if name is not None:

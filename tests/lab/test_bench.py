@@ -222,6 +222,7 @@ def test_the_readme_can_show_what_is_written(tables, tmp_path, monkeypatch):
     build = script("docs", "build")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     shown = build.block("bench")
+    assert shown.startswith(build.block("bench", "table").strip())
     assert "| plif-1000 | 1.30 (1.20 to 1.40) G, 0.65 (0.60 to 0.70) eager | 40 |" in shown
     assert "python x.py" in shown
     assert {"times.csv", "memory.csv", "table.csv"} <= {p.name for p in (tmp_path / "results" / "bench").iterdir()}
