@@ -12,7 +12,6 @@ steps holds at most, above what it held before it built the model. Writes cost.c
 import argparse
 import json
 import resource
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from train_step import Case, build_step  # type: ignore[import-not-found]
+from train_step import Case, build_step, publish  # type: ignore[import-not-found]
 
-from uncork.lab.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.bench.tables import quantiles, with_quartiles
 from uncork.lab.bench.timing import interleave
 from uncork.lab.terminal import cores
 
@@ -130,10 +129,7 @@ def main() -> None:
         rounds, cut = (2, 4) if arguments.quick else (arguments.rounds, None)
         rows += measure(place, names, rounds, cut)
     costs = pd.DataFrame(rows)
-    table = display_table(costs)
-    print(table.to_string(index=False))
-    origin = provenance(shlex.join(["python", *sys.argv]), arguments.threads, rounds=arguments.rounds)
-    write_tables(arguments.out, {"cost": costs, "table": table}, origin)
+    publish(arguments, "cost", costs, display_table(costs))
 
 
 if __name__ == "__main__":

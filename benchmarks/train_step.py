@@ -126,6 +126,13 @@ def display_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def publish(arguments: argparse.Namespace, name: str, rows: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Prints the table, and writes it and the rows with their origin."""
+    print(table.to_string(index=False))
+    origin = provenance(shlex.join(["python", *sys.argv]), arguments.threads, rounds=arguments.rounds)
+    write_tables(arguments.out, {name: rows, "table": table}, origin)
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,10 +150,7 @@ def main() -> None:
             rows += measure(case, HEADS, rounds, tokens_a_stream=cut)
             print(f"{case.preset}: {rows[-1]['ratio_median']:.3f} x", flush=True)
     steps = pd.DataFrame(rows)
-    table = display_table(steps)
-    print(table.to_string(index=False))
-    origin = provenance(shlex.join(["python", *sys.argv]), arguments.threads, rounds=arguments.rounds)
-    write_tables(arguments.out, {"trainstep": steps, "table": table}, origin)
+    publish(arguments, "trainstep", steps, display_table(steps))
 
 
 if __name__ == "__main__":

@@ -290,6 +290,16 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     assert origin["commits_of_runs"]
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {f"{name}-tiny-d-4" for name in ("changes", "curves", "deciles", "slopes", "moving")}
+    cost = pd.DataFrame(
+        {"place": "tiny d=4", "head": ["softmax", "plif"], "milliseconds": 9, "tokens": 50, "peak_mib": 7}
+    )
+    (tmp_path / "cost-study").mkdir()
+    cost.to_csv(tmp_path / "cost-study/cost.csv")
+    for another, shown in ((True, "–"), (False, "7")):
+        monkeypatch.setattr(Part, "own_model", another)
+        experiment.report("tiny", part, store, folder, "a command")
+        assert pd.read_csv(folder / "columns.csv", dtype=str)["MiB"].tolist() == [shown] * 2
+        assert (folder / "seconds-tiny-d-4.png").exists() == (not another)
     (folder / "old.png").write_bytes(b"")
     part_of_it = replace(part, heads={"softmax": "softmax"})
     experiment.report("tiny", part_of_it, store, folder, "a command")
