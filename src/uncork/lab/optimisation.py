@@ -30,8 +30,8 @@ def build_optimizer(
     for group in groups:
         group["initial_lr"] = group["lr"]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups)
-    return torch.optim.AdamW(groups)
+        return torch.optim.SGD(groups, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def lr_factor(step: int, steps_total: int, *, schedule: str, warmup: float) -> float:
