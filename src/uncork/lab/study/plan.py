@@ -169,6 +169,12 @@ PARTS: dict[str, Part] = {
         test=False,
     ),
     "confirm": Part("the tuned heads with five fresh seeds", heads=_tuned(), seeds=FRESH_SEEDS),
+    "once": Part(
+        "one epoch, the text seen once: what learning faster is worth",
+        heads=_tuned(),
+        seeds=FRESH_SEEDS,
+        settings=MappingProxyType({"epochs": 1.0, "eval_every": 200}),
+    ),
     "double": Part(
         "twice the epochs: whether training had converged, on the validation split",
         heads=_tuned(("softmax", "plif", "mos")),
