@@ -6,7 +6,8 @@
 AWD-LSTM at the published sizes of Penn Treebank and WikiText-2, or the language-model study's own LSTM; random tokens,
 whole training steps that take turns in one process; an epoch is the text's number of training tokens at that speed.
 "eager" keeps the (N, V) logits, as the published implementations do. Memory is what a fresh process that makes two
-steps holds at most, above what it held before it built the model. Writes cost.csv, table.csv and provenance.json.
+steps holds at most, above what it held before it built the model. Writes cost.csv, table.csv and provenance.json, anew
+after each model.
 """
 
 import argparse
@@ -128,8 +129,8 @@ def main() -> None:
     for place in MODELS[arguments.models]:
         rounds, cut = (2, 4) if arguments.quick else (arguments.rounds, None)
         rows += measure(place, names, rounds, cut)
-    costs = pd.DataFrame(rows)
-    publish(arguments, "cost", costs, display_table(costs))
+        costs = pd.DataFrame(rows)
+        publish(arguments, "cost", costs, display_table(costs))
 
 
 if __name__ == "__main__":
