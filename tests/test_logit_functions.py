@@ -42,6 +42,7 @@ CASES = {
     "gss-start": lambda: GeneralizedSigsoftmax(learnable=True),
     "gss-learned": lambda: GeneralizedSigsoftmax(0.5, 0.6, learnable=True),
     **{f"plif-{p}": lambda p=p: PLIF(p) for p in (1, 2, 3, 7, 100, 1000, 100_000)},
+    **{f"plif-unit-slope-{p}": lambda p=p: PLIF(p, unit_slope=True) for p in (1, 3, 100)},
     **{f"relu-{u}": lambda u=u: MonotoneNetwork(u) for u in (1, 2, 7, 100)},
     **{f"tanh-{u}": lambda u=u: MonotoneNetwork(u, units="tanh") for u in (1, 2, 7, 100)},
     "compose": lambda: Compose(Scale(0.5), PLIF(7), Sigsoftmax(), MonotoneNetwork(3)),

@@ -173,3 +173,52 @@ def test_one_step_of_bfloat16_spans_many_pieces_but_f_does_not_see_it():
     with torch.no_grad():
         assert bool((plif(scores).diff() > 0).all())
         assert torch.equal(plif(scores), plif(scores.float()))
+
+
+@repeatable
+@given(st.integers(1, 400), st.floats(0.5, 100.0), st.floats(0.1, 3.0), seeds)
+def test_unit_slope_holds_the_rise_of_the_middle_tenth(num_pieces, bound, spread, seed):
+    torch.manual_seed(seed)
+    free = scattered(num_pieces, bound, spread)
+    plif = PLIF(num_pieces, bound, unit_slope=True).double()
+    plif.load_state_dict(free.state_dict())
+    ends = torch.tensor([-bound / 10, bound / 10], dtype=F64)
+    assert plif(ends).diff().item() == pytest.approx(bound / 5, rel=1e-6)
+    # The shape is that of the free function, divided by its own mean slope there.
+    x = torch.randn(300, dtype=F64) * bound
+    scale = free(ends).diff() / (bound / 5)
+    torch.testing.assert_close(plif(x), free(x) / scale, rtol=1e-5, atol=1e-5 * bound)
+
+
+def test_unit_slope_starts_as_the_identity_to_the_bit_and_keeps_its_spec():
+    plif = PLIF(30, 7.0, unit_slope=True)
+    x = torch.randn(1000) * 9
+    assert torch.equal(plif(x), x)
+    assert PLIF.from_spec(plif.spec()).unit_slope
+    assert not PLIF.from_spec(PLIF(30).spec()).unit_slope
+
+
+@pytest.mark.parametrize("middle", [-800.0, -5.0, 0.0, 40.0])
+def test_unit_slope_stays_increasing_where_the_middle_is_flat_or_steep(middle):
+    plif = PLIF(20, 10.0, unit_slope=True)
+    with torch.no_grad():
+        plif.raw_slopes.fill_(-middle)
+        plif.raw_slopes[9:11] = middle
+    slopes = plif.slopes()
+    assert slopes.isfinite().all()
+    assert (1 + plif.tables()[2] > 0).all()
+    rises = plif.double()(torch.linspace(-15, 15, 31, dtype=F64)).diff()
+    assert (rises > 0).all()
+    slopes.log().sum().backward()
+    assert plif.raw_slopes.grad.isfinite().all()
+
+
+def test_unit_slope_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    plif = PLIF(12, 3.0, unit_slope=True).double()
+    x = torch.randn(40, dtype=F64) * 2
+
+    def of(raw):
+        return torch.func.functional_call(plif, {"raw_slopes": raw}, (x,))
+
+    assert torch.autograd.gradcheck(of, (torch.randn(12, dtype=F64, requires_grad=True),))

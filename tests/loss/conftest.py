@@ -48,6 +48,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | None]] = {
     "monotone-relu": lambda: lf.MonotoneNetwork(5, 2.0),
     "monotone-tanh": lambda: lf.MonotoneNetwork(3, 2.0, units="tanh"),
     "plif": lambda: lf.PLIF(6, 2.0),
+    "plif-unit-slope": lambda: lf.PLIF(6, 2.0, unit_slope=True),
     "compose": lambda: lf.Compose(lf.Scale(1.3, learnable=True), lf.PLIF(5, 2.0), lf.Softcap(6.0)),
     "module": Bend,
 }

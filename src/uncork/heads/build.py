@@ -60,7 +60,7 @@ def build_head(
     | softcap | f(z) = c tanh(z / c) | cap |
     | sigsoftmax, gss | f(z) = z + (k - 1) log sigmoid(z - c) | center, steepness, learnable (gss) |
     | monotone | one hidden layer of positive weights | num_units, bound, units, init, spread, frozen |
-    | plif | piecewise linear increasing function | num_pieces, bound, init, spread, frozen |
+    | plif | piecewise linear increasing function | num_pieces, bound, init, spread, frozen, unit_slope |
     | plif-frozen | random slopes that do not train | num_pieces, bound, spread |
     | mos, moss, mop | mixture of softmax, sigsoftmax, PLIF | num_components (4), latent_features, latent_activation |
     | moc | mixture of contexts, one softmax | as mos |
@@ -73,7 +73,7 @@ def build_head(
         options: bias (True), and the options of the table.
 
     >>> build_head("plif", 16, 1000, num_pieces=50).logit_function
-    PLIF(num_pieces=50, bound=20.0, init='identity', spread=1.0, frozen=False)
+    PLIF(num_pieces=50, bound=20.0, init='identity', spread=1.0, frozen=False, unit_slope=False)
 
     Raises:
         ValueError: for an unknown name (the message lists them) or an option out of range.

@@ -48,6 +48,8 @@ class PLIF(LogitFunction):
         init: "identity", or "random" for the published start v_i ~ N(0, spread^2) + log(e - 1).
         spread: standard deviation of the random start.
         frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
+        unit_slope: divide the slopes by their mean over the middle tenth of [-T, T], so that f(T/10) - f(-T/10) = T/5
+            whatever they learn: W alone sets the scale of the scores, f only their shape.
 
     >>> f = PLIF(num_pieces=4, bound=2.0)
     >>> f(torch.tensor([-5.0, 0.5])).detach()
@@ -68,12 +70,14 @@ class PLIF(LogitFunction):
         init: str = "identity",
         spread: float = 1.0,
         frozen: bool = False,
+        unit_slope: bool = False,
     ) -> None:
         super().__init__()
         self.num_pieces, self.bound = positive_int("num_pieces", num_pieces), positive("bound", bound)
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)
+        self.unit_slope = bool(unit_slope)
         start = torch.randn(self.num_pieces) * self.spread if init == "random" else torch.zeros(self.num_pieces)
         self.raw_slopes = nn.Parameter(start, requires_grad=not frozen)
         self.fit_error: float | None = None
@@ -124,7 +128,20 @@ class PLIF(LogitFunction):
 
     def slopes(self) -> Tensor:
         """The slopes s_i, (P,) float64, differentiable."""
-        return 1 + excess_slope(self.raw_slopes.to(table_dtype(self.raw_slopes.device)))
+        return 1 + self._excess()
+
+    def _excess(self) -> Tensor:
+        """s_i - 1, in the dtype of tables."""
+        excess = excess_slope(self.raw_slopes.to(table_dtype(self.raw_slopes.device)))
+        if not self.unit_slope:
+            return excess
+        middle = self._middle().to(excess) @ excess
+        return (1 - MIN_SLOPE) * (excess - middle) / (1 + middle)
+
+    def _middle(self) -> Tensor:
+        """The share of each piece in the middle tenth of [-T, T], (P,) float64; they sum to 1."""
+        ends = torch.arange(self.num_pieces + 1, dtype=torch.float64) / self.num_pieces * 2 - 1
+        return 5 * ends.clamp(-0.1, 0.1).diff()
 
     def knots(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The left ends of the pieces, (P,)."""
@@ -145,7 +162,7 @@ class PLIF(LogitFunction):
     def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
         wide = table_dtype(self.raw_slopes.device)
         knots = self.knots(dtype)
-        excess = excess_slope(self.raw_slopes.to(wide))
+        excess = self._excess()
         # Rises are summed outwards from 0, over the knots as they are rounded: no digit is lost near 0, none at a knot.
         right_end = torch.full_like(knots[:1], self.bound)
         rises = excess * torch.cat([knots, right_end]).to(wide).diff()
@@ -167,4 +184,5 @@ class PLIF(LogitFunction):
             "init": self.init,
             "spread": self.spread,
             "frozen": self.frozen,
+            "unit_slope": self.unit_slope,
         }
