@@ -254,6 +254,36 @@ def test_bias_starts_at_the_log_unigram():
     )
 
 
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_a_scale_is_a_factor_on_the_scores(name):
+    plain = scattered(name)
+    scaled = build_head(name, D, V, scale=1.7)
+    with torch.no_grad():
+        for mine, theirs in zip(scaled.parameters(), plain.parameters(), strict=True):
+            mine.copy_(theirs)
+        plain.weight.mul_(1.7)
+        plain.bias.mul_(1.7)
+    x, target = torch.randn(9, D), torch.randint(V, (9,))
+    torch.testing.assert_close(scaled(x), plain(x))
+    torch.testing.assert_close(scaled.loss(x, target), plain.loss(x, target))
+    again = head_from_spec(json.loads(json.dumps(scaled.spec())))
+    again.load_state_dict(scaled.state_dict())
+    assert torch.equal(again(x), scaled(x))
+
+
+def test_a_scale_leaves_the_start_of_the_bias_where_it_was():
+    counts = torch.arange(1, V + 1)
+    head = build_head("softmax", D, V, bias_init=counts, scale=4.0)
+    found = head.log_prob(torch.zeros(D)).exp()
+    torch.testing.assert_close(found, counts / counts.sum())
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+def test_a_bad_scale_is_named(scale):
+    with pytest.raises(ValueError, match="scale: expected"):
+        build_head("softmax", D, V, scale=scale)
+
+
 @pytest.mark.parametrize(
     ("counts", "match"),
     [

@@ -10,6 +10,7 @@ from torch import Tensor
 from uncork.heads.layers import ContextMixtureHead, Head, LinearHead, MixtureHead
 from uncork.logit_functions import (
     PLIF,
+    Compose,
     GeneralizedSigsoftmax,
     LogitFunction,
     MonotoneNetwork,
@@ -17,6 +18,7 @@ from uncork.logit_functions import (
     Sigsoftmax,
     Softcap,
 )
+from uncork.logit_functions.base import positive
 
 _CLASSES: dict[str, Callable[..., Head]] = {c.__name__: c for c in (LinearHead, MixtureHead, ContextMixtureHead)}
 
@@ -49,7 +51,13 @@ _DEFAULT_COMPONENTS = 4
 
 
 def build_head(
-    name: str, in_features: int, vocab_size: int, *, bias_init: Tensor | None = None, **options: Any
+    name: str,
+    in_features: int,
+    vocab_size: int,
+    *,
+    scale: float = 1.0,
+    bias_init: Tensor | None = None,
+    **options: Any,
 ) -> Head:
     """A head by its name.
 
@@ -69,11 +77,16 @@ def build_head(
 
     Args:
         name: one of HEAD_NAMES. in_features: D. vocab_size: V.
+        scale: a fixed positive factor on the scores, f(scale * (W h + b)); Adam's steps do not scale with it, so it
+            sets how fast the logits can move.
         bias_init: (V,) counts of the words; the bias starts at the log unigram (a word never seen counts 1/2).
         options: bias (True), and the options of the table.
 
     >>> build_head("plif", 16, 1000, num_pieces=50).logit_function
     PLIF(num_pieces=50, bound=20.0, init='identity', spread=1.0, frozen=False, unit_slope=False)
+
+    >>> build_head("softmax", 16, 1000, scale=2.0).logit_function
+    Scale(factor=2.0, learnable=False)
 
     Raises:
         ValueError: for an unknown name (the message lists them) or an option out of range.
@@ -88,16 +101,19 @@ def build_head(
     )
     unknown = set(options) - own - shaping
     if unknown:
-        raise TypeError(
-            f"{name} has no option {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(own | shaping))}"
-        )
+        known = ", ".join(sorted(own | shaping | {"scale"}))
+        raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}; expected some of {known}")
     function = maker(**{k: v for k, v in options.items() if k in own}) if maker else None
+    if positive("scale", scale) != 1:
+        function = Scale(scale) if function is None else Compose(Scale(scale), function)
     rest = {k: v for k, v in options.items() if k in shaping}
     if head_class is not LinearHead:
         rest.setdefault("num_components", _DEFAULT_COMPONENTS)
     head = head_class(in_features, vocab_size, logit_function=function, **rest)
     if bias_init is not None:
         start_at_unigram(head, bias_init)
+        with torch.no_grad():
+            head.bias.div_(scale)  # type: ignore[union-attr]
     return head
 
 

@@ -22,7 +22,7 @@ CORPORA: dict[str, dict[str, Any]] = {
     "wikitext-2": {"corpus": "wikitext-2", "vocab_size": 10_000, "max_train_tokens": 1_000_000},
 }
 BASE: dict[str, Any] = {"preset": "lstm-small", "eval_every": 600, "epochs": 4.0}
-TUNE_SEED, FRESH_SEEDS = 0, (1, 2, 3, 4, 5)
+TUNE_SEED, FRESH_SEEDS, FRESHER_SEEDS = 0, (1, 2, 3, 4, 5), (6, 7, 8, 9, 10)
 CONFIRMED = ("softmax", "temperature", "softcap", "plif", "plif-frozen", "mos")
 TUNED_FEATURES = (16, 64)
 _HALF = MappingProxyType({"epochs": 2.0})
@@ -144,6 +144,7 @@ def _tuned(heads: Iterable[str] = CONFIRMED) -> dict[str, str | None]:
     return dict.fromkeys(heads)
 
 
+UNIT_SLOPE = "plif (unit slope)"
 _MIXED = "latent_activation=null"
 _PILOT = (
     "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
@@ -169,6 +170,12 @@ PARTS: dict[str, Part] = {
         test=False,
     ),
     "confirm": Part("the tuned heads with five fresh seeds", heads=_tuned(), seeds=FRESH_SEEDS),
+    "again": Part(
+        "PLIF with unit slope, which was found after `confirm`, and the controls, with five seeds that chose nothing",
+        heads=_tuned(CONFIRMED[:3]) | {UNIT_SLOPE: "plif:lr=0.008,unit_slope=true", "plif-frozen": None},
+        in_features=(16,),
+        seeds=FRESHER_SEEDS,
+    ),
     "once": Part(
         "one epoch, the text seen once: what learning faster is worth",
         heads=_tuned(),
