@@ -171,8 +171,15 @@ PARTS: dict[str, Part] = {
     ),
     "confirm": Part("the tuned heads with five fresh seeds", heads=_tuned(), seeds=FRESH_SEEDS),
     "again": Part(
-        "PLIF with unit slope, which was found after `confirm`, and the controls, with five seeds that chose nothing",
-        heads=_tuned(CONFIRMED[:3]) | {UNIT_SLOPE: "plif:lr=0.008,unit_slope=true", "plif-frozen": None},
+        "what was found after `confirm`, scores times 4 and PLIF with unit slope, with five seeds that chose nothing",
+        heads={
+            "softmax": "softmax:lr=0.008,scale=4",
+            "temperature": "temperature:lr=0.008,factor=4",
+            "softcap": "softcap:lr=0.008,cap=30,scale=4",
+            UNIT_SLOPE: "plif:lr=0.008,unit_slope=true,scale=4",
+            "plif-frozen": "plif-frozen:lr=0.008,spread=0.3,scale=4",
+            "softmax (scale 1)": "softmax:lr=0.008",
+        },
         in_features=(16,),
         seeds=FRESHER_SEEDS,
     ),
