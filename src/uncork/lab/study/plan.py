@@ -183,6 +183,19 @@ PARTS: dict[str, Part] = {
         in_features=(16,),
         seeds=FRESHER_SEEDS,
     ),
+    "scale": Part(
+        "a fixed factor on the scores, half the epochs, one seed, on the validation split",
+        heads=_plain(
+            ["softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16))]
+            + ["plif:lr=0.008", "plif:lr=0.008,unit_slope=true"]
+            + [f"plif:lr=0.008,unit_slope=true,scale={c}" for c in (2, 4, 8)]
+            + ["plif:lr=0.008,scale=4", "temperature:lr=0.008,factor=4", "mos:lr=0.008,scale=4"]
+            + [f"mos:lr=0.008,scale=4,{_MIXED}", f"mos:lr=0.008,in_features=128,latent_features=16,scale=4,{_MIXED}"]
+        ),
+        seeds=(TUNE_SEED,),
+        settings=_HALF,
+        test=False,
+    ),
     "once": Part(
         "one epoch, the text seen once: what learning faster is worth",
         heads=_tuned(),

@@ -9,6 +9,7 @@ StudyPart = Literal[
     "tune",
     "confirm",
     "again",
+    "scale",
     "once",
     "double",
     "width",
@@ -32,10 +33,11 @@ class Study:
 
     part: StudyPart = "confirm"
     """What is run. pilot: variants of the learned function, one seed, what the protocol was chosen by. tune: each
-    head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested. again: PLIF
-    with unit slope and the controls, five other seeds. once: confirm in one epoch. With fewer seeds: double: twice the
-    epochs. width: d from 8 to 128. wide: d = 400. heads: those that were not tuned. equal: softmax given the time of
-    others. wikitext: WikiText-2. transformer: another body. full: all of sotu."""
+    head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested. again: scores
+    times 4, PLIF with unit slope and the controls, five other seeds. scale: other factors, one seed. once: confirm in
+    one epoch. With fewer seeds: double: twice the epochs. width: d from 8 to 128. wide: d = 400. heads: those that were
+    not tuned. equal: softmax given the time of others. wikitext: WikiText-2. transformer: another body. full: all of
+    sotu."""
     corpora: tuple[str, ...] = ()
     """Only these of the part's: ptb, sotu, wikitext-2."""
     in_features: tuple[int, ...] = ()
