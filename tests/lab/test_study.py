@@ -355,6 +355,32 @@ def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained
     assert {name for name, part in PARTS.items() if part.own_model} == {"wide", "transformer"}
 
 
+def test_learned_slopes_are_drawn_relative_to_the_heads_fixed_factor(tiny_config):
+    config = tiny_config(head="plif", head_options={"scale": 2.0}, seed=1)
+    cell = Cell("tiny d=4", "plif", config)
+    grid = figures.SLOPE_GRID
+    quantiles = {"0.001": -3.0, "0.05": -2.0, "0.95": 2.0, "0.99": 3.0}
+    row = {
+        "config": {"head_options": {"scale": 2.0}},
+        "history": [[1.0, 5.0]],
+        "slopes": [[2.0 + z / 100 for z in grid]],  # f' = 1 + z / 200 of the identity's
+        "analysis": {
+            "function": {"x": [-4.0, -1.0, 1.0, 4.0], "slope": [9.0, 1.0, 3.0, 9.0]},
+            "scores": quantiles,
+            "target_scores": quantiles,
+        },
+    }
+    slopes = figures._slopes([cell], {cell.key: row}).axes[0].get_lines()
+    assert slopes[1].get_xdata().tolist() == [-2.0, 2.0]
+    assert slopes[1].get_ydata().tolist() == [0.5, 1.5]
+    assert list(slopes[2].get_xdata()) == [-4.0, 4.0]
+    moving = figures._moving([cell], {cell.key: row}).axes[0]
+    ends = {
+        text.get_text(): line.get_ydata()[-1] for text, line in zip(moving.texts, moving.get_lines()[1:], strict=True)
+    }
+    assert ends == pytest.approx({"z = −8": 0.98, "z = −4": 0.99, "z = 0": 1.0, "z = 4": 1.01, "z = 8": 1.02})
+
+
 def test_a_damaged_file_of_costs_is_named(tmp_path):
     path = tmp_path / "cost.csv"
     assert experiment._costs(path) == {}

@@ -26,7 +26,7 @@ from uncork.lab.plot_style import (
 )
 from uncork.lab.study.run import Cell
 from uncork.lab.study.store import Rows
-from uncork.lab.study.tables import Costs
+from uncork.lab.study.tables import Costs, measured_as
 
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2
@@ -173,7 +173,7 @@ def _curves(cells: Sequence[Cell], rows: Rows) -> Figure | None:
 def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) -> Figure | None:
     """Test perplexity over what the training costs, one of _COSTS: a dot a seed, a bar for the mean."""
     place = cells[0].place
-    heads = {label: own for label, own in _by_head(cells, rows).items() if (place, _bare(label)) in costs}
+    heads = {label: own for label, own in _by_head(cells, rows).items() if (place, measured_as(label)) in costs}
     if len(heads) < 2:
         return None
     figure, axes = new_axes(
@@ -181,7 +181,11 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
     )  # fmt: skip
     style, ends, values = strokes(list(heads)), [], list[float]()
     for label, by_seed in heads.items():
-        cost, color, results = costs[place, _bare(label)], style[label].color, [r["result"] for r in by_seed.values()]
+        cost, color, results = (
+            costs[place, measured_as(label)],
+            style[label].color,
+            [r["result"] for r in by_seed.values()],
+        )
         x = cost["peak_mib"]
         if name == "seconds":
             x = 1e-3 * cost["milliseconds"] / cost["tokens"] * results[0]["tokens"]
@@ -195,11 +199,6 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
     axes.set_xlim(left=0)
     label_ends(figure, axes, ends)
     return figure
-
-
-def _bare(label: str) -> str:
-    """The head of a label that names how long it was trained: "softmax (6 epochs)" is a softmax."""
-    return label.split(" (")[0] if label.endswith(" epochs)") else label
 
 
 def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
@@ -232,7 +231,10 @@ def _decile_losses(rows: Iterable[Mapping[str, Any]]) -> Array:
 
 
 def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """f' over the scores, one line a seed, of every head that learned it; the scores' and the targets' bulk below."""
+    """f' over the scores, one line a seed, of every head that learned it; the scores' and the targets' bulk below.
+
+    Scores are taken after the head's fixed factor, and slopes are relative to it: the identity is 1 for every head.
+    """
     heads = {
         label: [row for row in by_seed.values() if row["slopes"]] for label, by_seed in _by_head(cells, rows).items()
     }
@@ -243,36 +245,49 @@ def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
     style, ends, top = strokes(list(heads)), [], [1.0]
     for place, (label, own) in enumerate(heads.items()):
+        factor = _factor(own[0])
         for row in own:
             function, quantiles = row["analysis"]["function"], row["analysis"]["scores"]
             x, slope = np.array(function["x"]), np.array(function["slope"])
             seen = (x >= quantiles["0.001"]) & (x <= row["analysis"]["target_scores"]["0.99"])
-            axes.plot(x[seen], slope[seen], color=style[label].color, linewidth=1.2, alpha=0.75)
-            top.append(float(slope[seen].max()))
-        ends.append((float(x[seen][-1]), float(slope[seen][-1]), label, style[label].color))
+            x, slope = factor * x[seen], slope[seen] / factor
+            axes.plot(x, slope, color=style[label].color, linewidth=1.2, alpha=0.75)
+            top.append(float(slope.max()))
+        ends.append((float(x[-1]), float(slope[-1]), label, style[label].color))
         for quantiles, width in ((own[0]["analysis"]["scores"], 1.0), (own[0]["analysis"]["target_scores"], 2.6)):
-            axes.plot([quantiles["0.05"], quantiles["0.95"]], [0.04 + 0.05 * place] * 2, color=style[label].color,
-                      linewidth=width, solid_capstyle="butt", transform=axes.get_xaxis_transform())  # fmt: skip
+            axes.plot(
+                [factor * quantiles["0.05"], factor * quantiles["0.95"]], [0.04 + 0.05 * place] * 2, linewidth=width,
+                color=style[label].color, solid_capstyle="butt", transform=axes.get_xaxis_transform(),
+            )  # fmt: skip
     axes.set_ylim(0, 1.08 * max(top))
     label_ends(figure, axes, ends)
     return figure
 
 
+def _factor(row: Mapping[str, Any]) -> float:
+    """The fixed factor on the scores, or that which the learned one started from."""
+    options = row["config"].get("head_options", {})
+    return float(options.get("scale", 1)) * float(options.get("factor", 1))
+
+
 def _moving(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """f' at a few scores over the epochs of training, one line a seed: when PLIF moves."""
-    own = [rows[cell.key] for cell in cells if cell.label == "plif" and rows[cell.key]["slopes"]]
+    """f' at a few scores over the epochs of training, one line a seed: when PLIF moves. Scores as in `_slopes`."""
+    own = [rows[cell.key] for cell in cells if cell.config.head == "plif" and rows[cell.key]["slopes"]]
     if not own:
         return None
     figure, axes = new_axes(_WIDTH, _HEIGHT, xlabel="epochs", ylabel="slope f'(z) of PLIF", right=0.75)
     axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
     ends = []
     shades = {-8: "#b8cfea", -4: "#7fa9dd", 0: "#2878d4", 4: "#1c5596", 8: "#0e2f57"}
+    factor = _factor(own[0])
     for score, color in shades.items():
-        at = SLOPE_GRID.index(score)
+        if score / factor not in SLOPE_GRID:
+            continue
+        at = SLOPE_GRID.index(int(score / factor))
         for row in own:
             epochs = [0.0, *(epoch for epoch, _ in row["history"])]
-            axes.plot(epochs, [1.0, *(s[at] for s in row["slopes"])], color=color, linewidth=1.2, alpha=0.8)
-        ends.append((epochs[-1], own[-1]["slopes"][-1][at], f"z = {score}".replace("-", "−"), color))
+            axes.plot(epochs, [1.0, *(s[at] / factor for s in row["slopes"])], color=color, linewidth=1.2, alpha=0.8)
+        ends.append((epochs[-1], own[-1]["slopes"][-1][at] / factor, f"z = {score}".replace("-", "−"), color))
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
