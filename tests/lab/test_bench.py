@@ -270,7 +270,7 @@ def test_a_training_step_trains_and_is_compared_with_the_softmax(preset):
     assert table["preset"].tolist() == [f"{preset} (2 of its streams)"]
 
 
-def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch):
+def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     cost = script("benchmarks", "epoch_cost")
     assert set(cost.EAGER) <= set(cost.HEADS)
@@ -286,6 +286,25 @@ def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch):
     assert rows[0]["ratio_median"] == 1
     table = cost.display_table(pd.DataFrame(rows))
     assert table["ptb d=8: peak MiB"].tolist() == ["1,234"] * 3
+    # What was measured stays where a later model fails.
+    monkeypatch.setattr(cost, "MODELS", {"published": {"ptb d=8": case, "broken": None}})
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "epoch_cost.py",
+            "--quick",
+            "--heads",
+            "softmax",
+            "--out",
+            str(tmp_path),
+            "--threads",
+            str(torch.get_num_threads()),
+        ],
+    )
+    with pytest.raises(KeyError, match="broken"):
+        cost.main()
+    assert pd.read_csv(tmp_path / "cost.csv")["place"].tolist() == ["ptb d=8"]
 
 
 @needs_peak

@@ -49,7 +49,7 @@ class PLIF(LogitFunction):
         spread: standard deviation of the random start.
         frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
         unit_slope: divide the slopes by their mean over the middle tenth of [-T, T], so that f(T/10) - f(-T/10) = T/5
-            whatever they learn: W alone sets the scale of the scores, f only their shape.
+            whatever they learn. It holds the scale of f there and nowhere else.
 
     >>> f = PLIF(num_pieces=4, bound=2.0)
     >>> f(torch.tensor([-5.0, 0.5])).detach()
@@ -135,13 +135,10 @@ class PLIF(LogitFunction):
         excess = excess_slope(self.raw_slopes.to(table_dtype(self.raw_slopes.device)))
         if not self.unit_slope:
             return excess
-        middle = self._middle().to(excess) @ excess
+        # Each piece's share of the middle tenth; they sum to 1.
+        ends = torch.arange(self.num_pieces + 1, dtype=excess.dtype, device=excess.device) / self.num_pieces * 2 - 1
+        middle = 5 * ends.clamp(-0.1, 0.1).diff() @ excess
         return (1 - MIN_SLOPE) * (excess - middle) / (1 + middle)
-
-    def _middle(self) -> Tensor:
-        """The share of each piece in the middle tenth of [-T, T], (P,) float64; they sum to 1."""
-        ends = torch.arange(self.num_pieces + 1, dtype=torch.float64) / self.num_pieces * 2 - 1
-        return 5 * ends.clamp(-0.1, 0.1).diff()
 
     def knots(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The left ends of the pieces, (P,)."""

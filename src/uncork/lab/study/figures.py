@@ -181,11 +181,8 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
     )  # fmt: skip
     style, ends, values = strokes(list(heads)), [], list[float]()
     for label, by_seed in heads.items():
-        cost, color, results = (
-            costs[place, measured_as(label)],
-            style[label].color,
-            [r["result"] for r in by_seed.values()],
-        )
+        cost, color = costs[place, measured_as(label)], style[label].color
+        results = [row["result"] for row in by_seed.values()]
         x = cost["peak_mib"]
         if name == "seconds":
             x = 1e-3 * cost["milliseconds"] / cost["tokens"] * results[0]["tokens"]
