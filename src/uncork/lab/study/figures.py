@@ -79,7 +79,7 @@ def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure:
     found = {d: _by_head([c for c in cells if c.config.in_features == d], rows) for d in widths}
     labels = [label for label in dict.fromkeys(cell.label for cell in cells) if label != "softmax"]
     figure, axes = new_axes(
-        _WIDTH, _HEIGHT, xlabel="features d of the output layer", ylabel="test perplexity against softmax", left=0.72,
+        _WIDTH, _HEIGHT, xlabel="features d of the output layer", ylabel="test perplexity against softmax", left=0.88,
         right=label_margin(labels),
     )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=1.2)
@@ -207,7 +207,7 @@ def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     labels = [label for label in heads if label != "softmax"]
     figure, axes = new_axes(
         _WIDTH, _HEIGHT, xlabel="tenth of the training tokens, by the word's frequency", bottom=0.62,
-        ylabel="perplexity against softmax", left=0.72, right=label_margin(labels),
+        ylabel="perplexity against softmax", left=0.88, right=label_margin(labels),
     )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=1.2)
     style, ends, values = strokes(labels), [], [0.0]
