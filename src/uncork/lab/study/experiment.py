@@ -32,7 +32,11 @@ def run(settings: Study) -> dict[str, Any]:
         if value is not None and value < 1:
             raise LabError(f"{name}: expected at least 1, got {value}")
     part = narrowed(
-        PARTS[settings.part], corpora=settings.corpora, in_features=settings.in_features, seeds=settings.seeds
+        PARTS[settings.part],
+        heads=settings.heads,
+        corpora=settings.corpora,
+        in_features=settings.in_features,
+        seeds=settings.seeds,
     )
     store = RowStore(settings.out_dir)
     say(f"part {settings.part}: {part.about}")

