@@ -2,7 +2,7 @@
 
     python benchmarks/loss.py --out results/bench
 
-Writes table.csv (for README), times.csv, memory.csv, instructions.csv, bars.csv and provenance.json. It takes 25
+Writes table.csv (for docs/performance.md), times.csv, memory.csv, instructions.csv, bars.csv and provenance.json. It takes 25
 minutes on 2 cores; leave the machine alone meanwhile. --quick tries everything at a small shape in minutes.
 """
 
@@ -108,20 +108,20 @@ def bars(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     )
 
 
-IN_README = (
+IN_TABLE = (
     "eager", "torch-best", "naive-plif", "naive-mos-4", "softmax", "softcap", "sigsoftmax", "plif-frozen",
     "plif-1000", "plif-100000", "mos-4",
 )  # fmt: skip
 
 
-def readme_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def short_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Some contenders at the shapes of PLIF's bars, with the memory at one of them; all are in the other files."""
     at = {
         name: [Shape(*key) for key in tables[name][SHAPE_COLUMNS].to_numpy().tolist()] for name in ("times", "memory")
     }
     times = tables["times"][[shape in PLIF_BARS for shape in at["times"]]]
     table = display_table(times, tables["memory"][[shape == WIDE for shape in at["memory"]]]).set_index("contender")
-    return table.loc[[name for name in IN_README if name in table.index]].reset_index()
+    return table.loc[[name for name in IN_TABLE if name in table.index]].reset_index()
 
 
 def main() -> None:
@@ -144,7 +144,7 @@ def main() -> None:
         plan = Plan({SMALL: CONTENDERS}, {SMALL: MEMORY[WIDE]})
     tables = run(settings, plan, shlex.join(["python", *sys.argv]))
     if not arguments.quick:
-        tables["table"] = readme_table(tables)
+        tables["table"] = short_table(tables)
         tables["table"].to_csv(arguments.out / "table.csv", index=False)
     print(tables["table"].to_string(index=False))
     found = bars(tables)

@@ -4,7 +4,7 @@
 
 The models, optimisers and clipping of `uncork train` at its presets, on random tokens; the heads take turns in one
 process, in another order every round. Batches of the big presets are cut, so that a step takes seconds on a CPU; the
-table says to what. Writes trainstep.csv, table.csv (for README) and provenance.json.
+table says to what. Writes trainstep.csv, table.csv (for docs/performance.md) and provenance.json.
 """
 
 import argparse

@@ -239,7 +239,7 @@ def test_bars_are_judged_where_they_were_measured():
     rows = [{"contender": n, **shape, "extra_mib": m, "note": ""} for n, m in (("eager", 800.0), ("plif-1000", 120.0))]
     tables = {"times": pd.DataFrame(times), "memory": memory_frame(rows)}
     found = loss.bars(tables).set_index("bar")
-    shown = loss.readme_table(tables).set_index("contender")
+    shown = loss.short_table(tables).set_index("contender")
     assert shown.loc["plif-1000"].tolist() == ["1.10 (1.10 to 1.10) G, 0.73 (0.73 to 0.73) eager", "120"]
     assert found["measured"].round(2).to_dict() == {
         "time: plif-1000 / G": 1.1, "time: plif-1000 / eager": 0.73, "time: softmax / torch-best": 0.96,

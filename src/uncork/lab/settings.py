@@ -87,10 +87,12 @@ class Compare(Experiment):
     """
 
     heads: tuple[str, ...] = (
-        "softmax", "temperature", "sigsoftmax", "plif", "plif-frozen", "mos:latent_activation=null",
+        "softmax:scale=4", "softmax:scale=1", "softcap:scale=4", "plif:scale=4", "plif-frozen:scale=4",
+        "mos:scale=4,latent_activation=null",
     )  # fmt: skip
     """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
-    with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4"""
+    with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
+    scale, a fixed factor on the scores, moves the perplexity further than the function does: give all heads the same."""
     seeds: int = 3
     """Seeds 0, 1, ... of each head; from 5 on a paired t-test is made."""
     workers: int = 1
