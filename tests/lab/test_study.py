@@ -280,7 +280,8 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     shown = table["tiny d=4"].to_dict()
     for head, mean in summary["test_perplexity"].to_dict().items():
         assert f"{float(mean):.2f}" in str(shown[head])
-    assert (folder / "tests.csv").exists()
+    (test,) = pd.read_csv(folder / "tests.csv").to_dict("records")
+    assert f"({test['change_percent']:+.1f} %".replace("-", "−") in str(shown["plif"])
     columns = pd.read_csv(folder / "columns.csv", dtype=str).set_index("head")
     for head, mean in summary["test_perplexity"].to_dict().items():
         assert columns.loc[str(head), "test"].startswith(f"{mean:.2f} ± ")
@@ -321,7 +322,7 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     axes = figures._over_width(cells, rows).axes[0]
     _, line = axes.get_lines()
     assert list(line.get_xdata()) == [2, 4, 8]
-    assert list(line.get_ydata()) == pytest.approx([-3.0] * 3)
+    assert list(line.get_ydata()) == pytest.approx([100 * (math.sqrt(0.99 * 0.95) - 1)] * 3)
     points = np.concatenate([dots.get_offsets() for dots in axes.collections])
     assert sorted(points[:, 1]) == pytest.approx([-5.0] * 3 + [-1.0] * 3)
     one = figures._changes([cell for cell in cells if cell.place == "tiny d=4"], rows).axes[0]

@@ -92,7 +92,7 @@ class Compare(Experiment):
     )  # fmt: skip
     """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
     with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
-    scale, a fixed factor on the scores, moves the perplexity further than the function does: give all heads the same."""
+    scale, a fixed factor on the scores, moves the perplexity further than a function does: give all heads one."""
     seeds: int = 3
     """Seeds 0, 1, ... of each head; from 5 on a paired t-test is made."""
     workers: int = 1

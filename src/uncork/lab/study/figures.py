@@ -73,6 +73,11 @@ def _relative(own: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[s
     return [100 * math.expm1(_loss(own[seed]) - _loss(base[seed])) for seed in own if seed in base]
 
 
+def _mean(changes: Sequence[float]) -> float:
+    """Of changes in percent, as the tables take it: of log perplexity."""
+    return 100 * math.expm1(float(np.log1p(np.array(changes) / 100).mean()))
+
+
 def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure:
     """Test perplexity against the softmax's, over d: a dot a seed, a line through the means."""
     widths = sorted({cell.config.resolved().in_features or 0 for cell in cells})
@@ -93,7 +98,7 @@ def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure:
         }  # fmt: skip
         if not points:
             continue
-        stroke, means = style[label], [float(np.mean(changes)) for changes in points.values()]
+        stroke, means = style[label], [_mean(changes) for changes in points.values()]
         axes.plot(list(points), means, color=stroke.color, linestyle=stroke.linestyle, linewidth=stroke.linewidth)
         for d, changes in points.items():
             axes.scatter([d] * len(changes), changes, s=14, color=stroke.color, alpha=0.5, linewidths=0)
@@ -120,7 +125,7 @@ def _changes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     if len(heads) < 2 or len(heads.get("softmax", ())) < 2:
         return None
     changes = {label: _relative(own, heads["softmax"]) for label, own in heads.items() if label != "softmax"}
-    means = {label: float(np.mean(found)) for label, found in changes.items() if found}
+    means = {label: _mean(found) for label, found in changes.items() if found}
     order = sorted(means, key=means.__getitem__, reverse=True)
     left = 0.15 + label_margin(order) - 0.3
     figure, axes = new_axes(_WIDTH, 0.75 + 0.33 * len(order), xlabel="test perplexity against softmax", ylabel="",

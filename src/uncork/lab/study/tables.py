@@ -12,7 +12,7 @@ import pandas as pd
 
 from uncork.lab.study.run import Cell
 from uncork.lab.study.store import Rows
-from uncork.lab.summary import NO_NUMBER, holm, paired_p, perplexity, probability, run_row, summarise_table
+from uncork.lab.summary import NO_NUMBER, baseline, holm, paired_p, perplexity, probability, run_row, summarise_table
 
 LEARNED = ("plif", "mop")
 CONTROLS = ("softmax", "temperature", "softcap", "plif-frozen")
@@ -70,6 +70,12 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         )
         first = own.iloc[0]
         told = told.merge(more, left_on="head", right_index=True)
+        by_head = _by_head(own)
+        base = baseline(told["head"])
+        told["change_percent"] = [
+            math.nan if base in (None, head) else _pair(by_head[head], by_head[base])["change_percent"]
+            for head in told["head"]
+        ]
         told.insert(0, "in_features", first["in_features"])
         told.insert(0, "corpus", first["corpus"])
         told.insert(0, "place", place)
@@ -85,7 +91,7 @@ def bars(runs: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for place, own in runs.groupby("place", sort=False):
-        by_head = {str(head): of.set_index("seed")["test_perplexity"] for head, of in own.groupby("head", sort=False)}
+        by_head = _by_head(own)
         tests = [
             {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
             for learned in by_head
@@ -96,6 +102,11 @@ def bars(runs: pd.DataFrame) -> pd.DataFrame:
         for test, adjusted in zip(tests, holm(np.array([t["p_value"] for t in tests])), strict=True):
             found.append({**test, "p_holm": adjusted})
     return pd.DataFrame(found)
+
+
+def _by_head(runs: pd.DataFrame) -> dict[str, pd.Series]:
+    """Test perplexities by head, indexed by seed."""
+    return {str(head): own.set_index("seed")["test_perplexity"] for head, own in runs.groupby("head", sort=False)}
 
 
 def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
@@ -177,9 +188,9 @@ def _entry(row: Any, split: str, best: float) -> str:
     value = row[f"{split}_perplexity"]
     shown = perplexity(value, row[f"{split}_perplexity_std"])
     shown = f"**{shown}**" if value == best else shown
-    if split != "test" or math.isnan(row["difference"]):
+    if split != "test" or math.isnan(row["change_percent"]):
         return shown
-    change = f"{100 * row['difference'] / (value - row['difference']):+.1f} %".replace("-", "−")
+    change = f"{row['change_percent']:+.1f} %".replace("-", "−")
     tested = "" if math.isnan(row["p_value"]) else f", p {_p(row['p_value'])}"
     return f"{shown} ({change}{tested})"
 
