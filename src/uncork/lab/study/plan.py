@@ -164,6 +164,7 @@ PARTS: dict[str, Part] = {
     "pilot": Part(
         "variants of the learned function at d = 16, half the epochs, one seed, on the validation split",
         heads=_plain(_PILOT),
+        corpora=("ptb",),
         in_features=(16,),
         seeds=(TUNE_SEED,),
         settings=_HALF,
@@ -191,7 +192,7 @@ PARTS: dict[str, Part] = {
     ),
     "double": Part(
         "twice the epochs of `again`: whether training had converged, one seed, on the validation split",
-        heads=_scaled("softmax", "plif (unit slope)", "softmax (scale 1)"),
+        heads=_scaled("softmax", "plif (unit slope)", "softmax (scale 1)") | {"plif (scale 1)": "plif:lr=0.008"},
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:1],
         settings=MappingProxyType({"epochs": 8.0}),
