@@ -375,6 +375,29 @@ def test_parameter_groups_leave_nothing_out_and_nothing_twice():
         uncork.parameter_groups(model, lr=0.1, function_lr_scale=-1.0)
 
 
+@pytest.mark.parametrize("name", ["softmax", "plif", "mop", "moc"])
+def test_weight_and_bias_can_have_a_rate_of_their_own(name):
+    model = nn.ModuleDict({"body": nn.Linear(D, D), "head": build_head(name, D, V)})
+    head = model["head"]
+    groups = uncork.parameter_groups(model, lr=0.1, weight_decay=0.3, output_lr_scale=4.0)
+    everything = [p for g in groups for p in g["params"]]
+    assert sorted(map(id, everything)) == sorted(map(id, model.parameters()))
+    output = groups[1]
+    assert output["params"] == [head.weight, head.bias]
+    assert (output["name"], output["lr"], output["weight_decay"]) == ("output", 0.4, 0.3)
+    assert groups[0]["lr"] == 0.1
+    optimizer = torch.optim.AdamW(groups)  # names of groups are no obstacle
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_rate_for_the_output_layer_where_there_is_none_says_so():
+    for model in (nn.Linear(D, V), build_head("plif", D, V).requires_grad_(False)):
+        with pytest.raises(ValueError, match="output_lr_scale: expected a model with a head"):
+            uncork.parameter_groups(model, lr=0.1, output_lr_scale=4.0)
+    with pytest.raises(ValueError, match="output_lr_scale: expected numbers of at least 0"):
+        uncork.parameter_groups(build_head("softmax", D, V), lr=0.1, output_lr_scale=-1.0)
+
+
 @pytest.mark.parametrize("maker", [LinearHead, MixtureHead, ContextMixtureHead])
 def test_from_linear_takes_on_the_dtype(maker):
     options = {"logit_function": uncork.PLIF()} | ({} if maker is LinearHead else {"num_components": 2})

@@ -69,6 +69,22 @@ def test_each_group_is_clipped_by_itself():
     assert slopes.grad.norm().item() == pytest.approx(2.0, rel=1e-4)
 
 
+def test_an_output_layer_with_its_own_rate_is_clipped_with_the_rest():
+    gradients = []
+    for scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"body": nn.Linear(3, 4), "head": uncork.build_head("plif", 4, 50)})
+        optimizer = build_optimizer(model, ADAM, output_lr_scale=scale)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        norms = clip_gradients(optimizer, 1.0, 2.0)
+        assert len(norms) == 2
+        gradients.append([parameter.grad for parameter in model.parameters()] + norms)
+    assert len(optimizer.param_groups) == 3
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_zero_means_no_clipping():
     head = uncork.build_head("softmax", 4, 50)
     optimizer = build_optimizer(head, ADAM)

@@ -51,6 +51,7 @@ def train_to_the_end(config, corpus, run, sessions=50):
 CASES = {
     "lstm adam softmax": ("lstm", {"head": "softmax", "model_options": PENALTIES}),
     "lstm adam plif, validating often": ("lstm", {"head": "plif", "eval_every": 4, "function_lr_scale": 2.0}),
+    "lstm adam plif, a rate for the output layer": ("lstm", {"head": "plif", "output_lr_scale": 4.0}),
     "lstm sgd to asgd at an epoch, variable bptt, mop": (
         "lstm",
         {"head": "mop", "lr": 5.0, "epochs": 3, "weight_decay": 1e-5, "training_options": {**SGD, "asgd": 2}},

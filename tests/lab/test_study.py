@@ -114,7 +114,7 @@ def test_rounding_keeps_six_digits():
 def test_a_key_holds_all_that_numbers_depend_on(tiny_config):
     config = tiny_config()
     assert key_of(config) == key_of(config.resolved()) == key_of(replace(config, checkpoint_every=5.0))
-    for change in ({"seed": 7}, {"lr": 0.5}, {"head": "plif"}, {"epochs": 3}):
+    for change in ({"seed": 7}, {"lr": 0.5}, {"head": "plif"}, {"epochs": 3}, {"output_lr_scale": 4.0}):
         assert key_of(replace(config, **change)) != key_of(config)
 
 

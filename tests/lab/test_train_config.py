@@ -23,6 +23,7 @@ from uncork.lab.train_config import TrainConfig
         ({"log_every": 0}, "log_every must be"),
         ({"patience": 0}, "patience must be"),
         ({"function_lr_scale": -1}, "function_lr_scale must be"),
+        ({"output_lr_scale": math.inf}, "output_lr_scale must be"),
         ({"training_options": {"lr": 1.0}}, "training_options: give lr by the field lr"),
         ({"training_options": {"asgd": "trigger"}}, "asgd averages SGD's iterates"),
         ({"training_options": {"speed": 1}}, "unknown training setting: speed"),
@@ -48,3 +49,10 @@ def test_settings_travel_through_json_and_resolve():
     assert TrainConfig(preset="awd-lstm-ptb").resolved().function_clip == 0.25
     with pytest.raises(LabError, match="unknown setting: colour"):
         TrainConfig.from_dict({"colour": 1})
+
+
+def test_a_field_added_later_is_left_out_at_its_default():
+    assert "output_lr_scale" not in TrainConfig().to_dict()
+    config = TrainConfig(output_lr_scale=4.0)
+    assert config.to_dict()["output_lr_scale"] == 4.0
+    assert TrainConfig.from_dict(config.to_dict()) == config

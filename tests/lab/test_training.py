@@ -126,6 +126,20 @@ def test_validation_tells_the_slopes_of_a_function_that_is_trained(tmp_path, tin
         assert valid[-1]["slopes"] != [1.0] * len(SLOPE_GRID)
 
 
+def test_the_output_layer_has_its_own_rate(tmp_path, tiny_corpus, tiny_config):
+    heads = []
+    for scale, steps in ((0.0, 1), (0.0, 9), (1.0, 9)):
+        config = tiny_config(head="plif", output_lr_scale=scale, max_steps=steps)
+        run = new_run(tmp_path, config, f"run-{scale}-{steps}")
+        train(config, tiny_corpus, run)
+        heads.append(load_trained(run.path).model.head.state_dict())
+    one, still, moved = heads
+    for name in ("weight", "bias"):
+        assert torch.equal(one[name], still[name])
+        assert not torch.equal(one[name], moved[name])
+    assert not torch.equal(one["logit_function.raw_slopes"], still["logit_function.raw_slopes"])
+
+
 def test_averaged_weights_are_what_is_validated(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(lr=5.0, epochs=3, training_options={**SGD, "asgd": 1})
     run = new_run(tmp_path, config)

@@ -27,7 +27,9 @@ from uncork.lab.train_config import TrainConfig
 from uncork.lab.training import Progress, train
 
 # What a head may set for itself beside its own options, since a fair comparison tunes it for each head.
-OWN_SETTINGS = ("lr", "function_lr_scale", "function_clip", "epochs", "max_steps", "in_features", "bias_prior")
+OWN_SETTINGS = (
+    "lr", "function_lr_scale", "output_lr_scale", "function_clip", "epochs", "max_steps", "in_features", "bias_prior",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ TRIGGER_CHECKS = 5
 
 
 def build_optimizer(
-    model: nn.Module, training: TrainingPreset, *, function_lr_scale: float = 1.0
+    model: nn.Module, training: TrainingPreset, *, function_lr_scale: float = 1.0, output_lr_scale: float = 1.0
 ) -> torch.optim.Optimizer:
     """AdamW or SGD as `training` says, over the groups of `uncork.parameter_groups`.
 
@@ -23,9 +23,14 @@ def build_optimizer(
         model: on its device already.
         training: gives optimizer, lr and weight_decay.
         function_lr_scale: factor on the learning rate for the logit functions' parameters.
+        output_lr_scale: the same for the output layer's weight and bias.
     """
     groups = uncork.parameter_groups(
-        model, lr=training.lr, weight_decay=training.weight_decay, function_lr_scale=function_lr_scale
+        model,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        function_lr_scale=function_lr_scale,
+        output_lr_scale=output_lr_scale,
     )
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -59,19 +64,27 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, clip: float, function_clip: float) -> list[Tensor]:
-    """Scale the gradients of each group down to its norm bound, and return the norms before, one per group.
+    """Scale the gradients of functions and of all else down to their norm bounds; return the norms before.
 
     The logit functions' gradients sum over every score of the batch. Clipped together with the rest they would set the
-    scale of everybody's step, so they have a group and a bound of their own.
+    scale of everybody's step, so they have a bound of their own.
 
     Args:
-        optimizer: of `build_optimizer`; its second group, where there is one, holds the functions' parameters.
-        clip: bound of the first group. function_clip: of the second. 0: no clipping.
+        optimizer: of `build_optimizer`.
+        clip: bound of all else, an output layer with a rate of its own too. function_clip: of the functions. 0: no
+            clipping.
     """
-    norms = []
-    for group, bound in zip(optimizer.param_groups, (clip, function_clip), strict=False):
-        norms.append(nn.utils.clip_grad_norm_(group["params"], bound if bound > 0 else math.inf))
-    return norms
+    bounds = zip(clipped_together(optimizer), (clip, function_clip), strict=False)
+    return [nn.utils.clip_grad_norm_(own, bound if bound > 0 else math.inf) for own, bound in bounds]
+
+
+def clipped_together(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The parameters that share a norm bound: all but the functions', and theirs, where there are any."""
+    functions: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        (functions if group["name"] == "function" else others).extend(group["params"])
+    return [own for own in (others, functions) if own]
 
 
 def averaging_triggered(history: Sequence[float], checks: int = TRIGGER_CHECKS) -> bool:

@@ -38,6 +38,8 @@ class Experiment:
     """Learning rate. None: the preset's. A head can have its own: plif:lr=0.002."""
     function_lr_scale: float = 1.0
     """Factor on the learning rate for the logit functions' parameters."""
+    output_lr_scale: float = 1.0
+    """Factor on the learning rate for the output layer's weight and bias."""
     batch_size: int | None = None
     """Parallel streams of text."""
     bptt: int | None = None

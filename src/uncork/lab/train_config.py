@@ -68,6 +68,8 @@ class TrainConfig:
     """Other fields of `TrainingPreset` that replace the preset's, as {"asgd": "trigger"}."""
     function_lr_scale: float = 1.0
     """Factor on the learning rate for the parameters of the logit function."""
+    output_lr_scale: float = 1.0
+    """Factor on the learning rate for weight and bias of the output layer."""
     function_clip: float | None = None
     """Largest norm of the gradient of the functions' parameters, clipped apart. 0: no clipping. None: as clip."""
     precision: Literal["no", "bf16"] = "no"
@@ -83,6 +85,8 @@ class TrainConfig:
 
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
     """Fields that may change when a run goes on, since no number depends on them."""
+    ADDED: ClassVar[dict[str, Any]] = {"output_lr_scale": 1.0}
+    """Fields that earlier versions did not have, and what these did: their runs and rows keep their names."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_train_tokens", "in_features", "max_steps", "batch_size", "bptt", "eval_every",
@@ -94,7 +98,7 @@ class TrainConfig:
         for name in ("epochs", "lr", "clip", "weight_decay", "function_clip"):
             if getattr(self, name) is not None:
                 require_non_negative(name, getattr(self, name))
-        for name in ("function_lr_scale", "checkpoint_every"):
+        for name in ("function_lr_scale", "output_lr_scale", "checkpoint_every"):
             require_non_negative(name, getattr(self, name))
         for name in ("epochs", "lr"):
             if getattr(self, name) == 0:
@@ -155,8 +159,8 @@ class TrainConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, in JSON's types."""
-        return dataclasses.asdict(self)
+        """Every field, in JSON's types; one of `ADDED` only where it differs from what was done before."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.ADDED or v != self.ADDED[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":

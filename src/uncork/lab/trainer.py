@@ -22,6 +22,7 @@ from uncork.lab.optimisation import (
     averaging_triggered,
     build_optimizer,
     clip_gradients,
+    clipped_together,
     lr_factor,
     set_lr,
 )
@@ -95,7 +96,12 @@ class Trainer:
         self.description = ckpt.describe(self.config, self.model, preset.model, corpus)
         self.description["processes"] = accelerator.num_processes
         self.wrapped = accelerator.prepare(self.model)
-        self.optimizer = build_optimizer(self.model, self.training, function_lr_scale=self.config.function_lr_scale)
+        self.optimizer = build_optimizer(
+            self.model,
+            self.training,
+            function_lr_scale=self.config.function_lr_scale,
+            output_lr_scale=self.config.output_lr_scale,
+        )
         self.average: WeightAverage | None = None
         self.hidden: tuple[Tensor, ...] = ()
         self.state = ckpt.TrainState()
@@ -370,7 +376,7 @@ class Trainer:
                     self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def _zero_totals(self) -> Tensor:
-        return torch.zeros(1 + len(self.optimizer.param_groups), dtype=torch.float64, device=self.device)
+        return torch.zeros(1 + len(clipped_together(self.optimizer)), dtype=torch.float64, device=self.device)
 
     def _require_finite(self, numbers: Tensor) -> None:
         nats, *norms = numbers.tolist()

@@ -297,35 +297,60 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, function_lr_scale: float = 1.0
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    function_lr_scale: float = 1.0,
+    output_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """An optimiser's groups: logit functions' parameters get their own learning rate and no weight decay.
 
     Weight decay would pull a learned function back to its start; the published PLIF trains its slopes at 0.02 beside
-    20 or 30 for the rest (`function_lr_scale` = 1e-3).
+    20 or 30 for the rest (`function_lr_scale` = 1e-3). A larger rate for W and b alone is one half of what a fixed
+    factor on the scores does under Adam (docs/math.md, section 5), and leaves a trained model's logits as they are.
 
     Args:
         model: any module that holds LogitFunctions, or heads with a function of your own.
         lr: learning rate of all other parameters. weight_decay: theirs too.
         function_lr_scale: factor on lr for the functions' parameters.
+        output_lr_scale: factor on lr for weight and bias of the heads, tied embeddings with them. Other than 1 it makes
+            a group of them, the second one, with the weight decay of the rest.
+
+    Each group's "name" says what it holds: "rest", "output" or "function". An empty group is left out.
 
     >>> from uncork import build_head
     >>> groups = parameter_groups(build_head("plif", 8, 100), lr=1e-3, weight_decay=0.1, function_lr_scale=2.0)
-    >>> [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
-    [(2, 0.001, 0.1), (1, 0.002, 0.0)]
+    >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
+    [('rest', 2, 0.001, 0.1), ('function', 1, 0.002, 0.0)]
+
+    Raises:
+        ValueError: a negative number, or an output_lr_scale where no head of this library trains its weight or bias.
     """
-    if lr < 0 or weight_decay < 0 or function_lr_scale < 0:
+    numbers = (lr, weight_decay, function_lr_scale, output_lr_scale)
+    if min(numbers) < 0:
         raise ValueError(
-            "lr, weight_decay, function_lr_scale: expected numbers of at least 0, "
-            f"got {lr}, {weight_decay}, {function_lr_scale}"
+            "lr, weight_decay, function_lr_scale, output_lr_scale: expected numbers of at least 0, "
+            f"got {', '.join(map(str, numbers))}"
         )
     modules = list(model.modules())
+    heads = [m for m in modules if hasattr(m, "logit_function")]
     functions: list[nn.Module] = [m for m in modules if isinstance(m, LogitFunction)]
-    functions += [f for m in modules if isinstance(f := getattr(m, "logit_function", None), nn.Module)]
+    functions += [f for m in heads if isinstance(f := m.logit_function, nn.Module)]
     own = {id(p): p for f in functions for p in f.parameters() if p.requires_grad}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    output: dict[int, nn.Parameter] = {}
+    if output_lr_scale != 1:
+        projections = [getattr(head, name, None) for head in heads for name in ("weight", "bias")]
+        output = {id(p): p for p in projections if isinstance(p, nn.Parameter) and p.requires_grad}
+        if not output:
+            raise ValueError(
+                "output_lr_scale: expected a model with a head of this library that trains its weight or bias, "
+                f"found none in {type(model).__name__}"
+            )
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own and id(p) not in output]
     groups = [
-        {"params": rest, "lr": lr, "weight_decay": weight_decay},
-        {"params": list(own.values()), "lr": lr * function_lr_scale, "weight_decay": 0.0},
+        {"name": "rest", "params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"name": "output", "params": list(output.values()), "lr": lr * output_lr_scale, "weight_decay": weight_decay},
+        {"name": "function", "params": list(own.values()), "lr": lr * function_lr_scale, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -198,6 +198,16 @@ PARTS: dict[str, Part] = {
         settings=MappingProxyType({"epochs": 8.0}),
         test=False,
     ),
+    "rate": Part(
+        "the two halves of the factor 4: its larger start, and its larger rate of the output layer",
+        heads={
+            **_scaled("softmax", "softmax (scale 1)"),
+            "larger start": "softmax:lr=0.008,scale=4,output_lr_scale=0.25",
+            "larger rate": "softmax:lr=0.008,output_lr_scale=4",
+        },
+        in_features=(16,),
+        seeds=_AGAIN_SEEDS[:3],
+    ),
     "width": Part(
         "d from 8 to 128, scores times 4",
         heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)", "mos"),

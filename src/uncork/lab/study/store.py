@@ -97,7 +97,7 @@ def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:
     valid = [row for row in metrics if row["kind"] == "valid"]
     row = {
         "key": key_of(config),
-        "config": {k: v for k, v in config.to_dict().items() if v != _DEFAULTS[k]},
+        "config": {k: v for k, v in config.to_dict().items() if k not in _DEFAULTS or v != _DEFAULTS[k]},
         "commit": current_commit(),
         "result": {k: v for k, v in result.items() if keep_test or k != "test"},
         "history": [[r["epoch"], r["cross_entropy"]] for r in valid],

@@ -49,8 +49,7 @@ def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
 
 def _settings(cell: Cell) -> str:
     own = {**cell.config.head_options}
-    if cell.config.function_lr_scale != 1:
-        own["function_lr_scale"] = cell.config.function_lr_scale
+    own |= {k: v for k in ("function_lr_scale", "output_lr_scale") if (v := getattr(cell.config, k)) != 1}
     return ",".join(f"{name}={'null' if value is None else value}" for name, value in own.items())
 
 
