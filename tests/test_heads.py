@@ -271,9 +271,10 @@ def test_a_scale_is_a_factor_on_the_scores(name):
     assert torch.equal(again(x), scaled(x))
 
 
-def test_a_scale_leaves_the_start_of_the_bias_where_it_was():
+@pytest.mark.parametrize(("name", "options"), [("softmax", {}), ("temperature", {}), ("temperature", {"factor": 3.0})])
+def test_a_scale_leaves_the_start_of_the_bias_where_it_was(name, options):
     counts = torch.arange(1, V + 1)
-    head = build_head("softmax", D, V, bias_init=counts, scale=4.0)
+    head = build_head(name, D, V, bias_init=counts, scale=4.0, **options)
     found = head.log_prob(torch.zeros(D)).exp()
     torch.testing.assert_close(found, counts / counts.sum())
 

@@ -79,7 +79,8 @@ def build_head(
         name: one of HEAD_NAMES. in_features: D. vocab_size: V.
         scale: a fixed positive factor on the scores, f(scale * (W h + b)); Adam's steps do not scale with it, so it
             sets how fast the logits can move.
-        bias_init: (V,) counts of the words; the bias starts at the log unigram (a word never seen counts 1/2).
+        bias_init: (V,) counts of the words; the bias starts at the log unigram (a word never seen counts 1/2),
+            divided by the scale and by temperature's factor.
         options: bias (True), and the options of the table.
 
     >>> build_head("plif", 16, 1000, num_pieces=50).logit_function
@@ -113,7 +114,7 @@ def build_head(
     if bias_init is not None:
         start_at_unigram(head, bias_init)
         with torch.no_grad():
-            head.bias.div_(scale)  # type: ignore[union-attr]
+            head.bias.div_(scale * options.get("factor", 1.0))  # type: ignore[union-attr]
     return head
 
 
