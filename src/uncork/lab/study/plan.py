@@ -208,6 +208,26 @@ PARTS: dict[str, Part] = {
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:3],
     ),
+    "variants": Part(
+        "the pilot's question with scores times 4: other learned functions, one seed, on the validation split",
+        heads={
+            **_scaled("softmax", "plif (unit slope)"),
+            "plif": "plif:lr=0.008,scale=4",
+            "monotone": "monotone:lr=0.008,scale=4",
+            "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
+            **{
+                f"plif (unit slope, {about})": f"plif:lr=0.008,unit_slope=true,scale=4,{option}"
+                for about, option in {
+                    "bound 80": "bound=80",
+                    "10 pieces": "num_pieces=10",
+                    "rate times 0.1": "function_lr_scale=0.1",
+                }.items()
+            },
+        },
+        corpora=("ptb",),
+        seeds=_AGAIN_SEEDS[:1],
+        test=False,
+    ),
     "width": Part(
         "d from 8 to 128, scores times 4",
         heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)", "mos"),

