@@ -12,7 +12,6 @@ after each model.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from train_step import Case, build_step, publish  # type: ignore[import-not-foun
 
 from uncork.lab.bench.tables import quantiles, with_quartiles
 from uncork.lab.bench.timing import interleave
-from uncork.lab.terminal import cores
+from uncork.lab.terminal import cores, resident
 
 _STUDIED = {("ptb", d): Case("lstm-small", 10_000, None, 0.0, d) for d in (16, 64)} | {
     ("sotu", d): Case("lstm-small", 5_000, None, 0.0, d) for d in (16, 64)
@@ -83,15 +82,11 @@ def print_peak(task: str) -> None:
     place, name, tokens_a_stream, threads = json.loads(task)
     torch.set_num_threads(threads)
     head, impl = CONTENDERS[name]
-    before = _peak_kib()
+    before = resident("VmHWM")
     step, _ = build_step(CASES[place], head, impl=impl, tokens_a_stream=tokens_a_stream)
     for _ in range(2):
         step.run()
-    print(round((_peak_kib() - before) / 1024))
-
-
-def _peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(round((resident("VmHWM") - before) / 2**20))
 
 
 def display_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -308,6 +308,17 @@ def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch, tmp_path):
 
 
 @needs_peak
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    ballast = torch.ones(2**28)  # 1 GiB
+    code = "import torch; from uncork.lab.run_result import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < ballast.nbytes
+    # Logits of a step of `ptb d=16`, kept eagerly: 768 rows of 10,000 floats.
+    assert script("benchmarks", "epoch_cost")._peak_mib("ptb d=16", "softmax, eager", None) > 768 * 10_000 * 4 / 2**20
+
+
+@needs_peak
 def test_peak_memory_counts_what_was_allocated_and_freed_and_not_the_gradients():
     leaf = torch.zeros(2**22, requires_grad=True)  # 16 MiB
 

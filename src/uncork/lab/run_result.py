@@ -13,6 +13,7 @@ from uncork.lab.checkpoints import TrainState
 from uncork.lab.corpora import Corpus
 from uncork.lab.evaluation import Evaluation
 from uncork.lab.models import LanguageModel
+from uncork.lab.terminal import STATUS, resident
 from uncork.lab.train_config import TrainConfig
 
 
@@ -66,6 +67,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """Most bytes allocated on a GPU since its count was reset, or ever held by this process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        return resident("VmHWM")  # Linux's ru_maxrss starts at what the process held that started this one
     try:
         import resource
     except ImportError:  # Windows

@@ -1,8 +1,10 @@
-"""What the command line prints, and how it survives that nobody reads it."""
+"""What the command line prints, and how it survives that nobody reads it; what this process may use and does."""
 
 import math
 import os
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the help must not wait for torch
@@ -49,3 +51,17 @@ def progress_line(name: str, p: "Progress", left: float | None) -> str:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+STATUS = Path("/proc/self/status")
+"""Where Linux says what `resident` reads."""
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). Linux alone; see STATUS.
+
+    The peak of getrusage is none: a new program starts with that of the process that started it.
+    """
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return 1024 * int(found[1])

@@ -8,7 +8,6 @@ of the same kind. Who reaches the peak before its gradients are made (the eager 
 
 import ctypes
 import gc
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ import torch
 
 from uncork.lab.bench.contenders import Inputs, Step, Unavailable, build_step
 from uncork.lab.bench.settings import Setup, Shape
+from uncork.lab.terminal import STATUS, resident
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET = Path("/proc/self/clear_refs")
 _TINY = Shape(8, 8, 32)
 
 
 def measurable() -> bool:
     """Whether this system can say a process's peak and forget it: Linux."""
-    return _STATUS.exists() and _RESET.exists()
+    return STATUS.exists() and _RESET.exists()
 
 
 def peak_of(step: Step) -> dict[str, int]:
@@ -32,9 +32,9 @@ def peak_of(step: Step) -> dict[str, int]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _RESET.write_text("5")  # the peak becomes what is resident now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step.run()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     gradients = sum(leaf.grad.nbytes for leaf in step.leaves.values() if leaf.grad is not None)
     return {"extra": max(0, peak - before - gradients), "gradients": gradients}
 
@@ -48,9 +48,3 @@ def task(setup: dict[str, Any], name: str) -> dict[str, Any]:
         return {**peak_of(build_step(name, Inputs(chosen))), "note": ""}
     except Unavailable as error:
         return {"extra": None, "gradients": None, "note": f"left out: {error}"}
-
-
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())
-    assert found is not None
-    return 1024 * int(found[1])
