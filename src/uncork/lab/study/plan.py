@@ -140,6 +140,7 @@ _SCALED = {
     "softmax (scale 1)": "softmax:lr=0.008",
     "mos": f"mos:lr=0.008,scale=4,{_MIXED}",
 }
+_WIDE_MIXTURE = f"mos:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}"
 _AGAIN_SEEDS = (6, 7, 8, 9, 10)
 
 
@@ -158,7 +159,7 @@ _FACTORS = (
     "softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16)),
     "plif:lr=0.008", "plif:lr=0.008,scale=4", "plif:lr=0.008,unit_slope=true,scale=4", "temperature:lr=0.008,factor=4",
     "mos:lr=0.008,scale=4", f"mos:lr=0.008,scale=4,{_MIXED}",
-    f"mos:lr=0.008,in_features=128,latent_features=16,scale=4,{_MIXED}",
+    _WIDE_MIXTURE,
 )  # fmt: skip
 PARTS: dict[str, Part] = {
     "pilot": Part(
@@ -253,11 +254,17 @@ PARTS: dict[str, Part] = {
             **{name: f"{name}:lr=0.008,scale=4" for name in ("sigsoftmax", "gss", "monotone", "plif")},
             "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
             **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
-            "mos (of all 128 units)": f"mos:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}",
+            "mos (of all 128 units)": _WIDE_MIXTURE,
         },
         corpora=("sotu",),
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:1],
+    ),
+    "mixture": Part(
+        "the one head of part heads that ended well below the softmax, with five seeds",
+        heads={**_scaled("softmax"), "mos (of all 128 units)": _WIDE_MIXTURE},
+        in_features=(16,),
+        seeds=_AGAIN_SEEDS,
     ),
     "wikitext": Part(
         "WikiText-2, V = 10,000, scores times 4",
