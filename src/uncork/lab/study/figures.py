@@ -198,7 +198,7 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
         ends.append((x, mean, label, color))
         values += found
     frame(axes, values)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.04 * max(x for x, *_ in ends))  # autoscale's margin is one of costs that may all be alike
     label_ends(figure, axes, ends)
     return figure
 
