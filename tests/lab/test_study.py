@@ -5,6 +5,7 @@ import math
 import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -116,6 +117,14 @@ def test_a_key_holds_all_that_numbers_depend_on(tiny_config):
     assert key_of(config) == key_of(config.resolved()) == key_of(replace(config, checkpoint_every=5.0))
     for change in ({"seed": 7}, {"lr": 0.5}, {"head": "plif"}, {"epochs": 3}, {"output_lr_scale": 4.0}):
         assert key_of(replace(config, **change)) != key_of(config)
+
+
+def test_rows_that_are_kept_are_found_under_their_keys():
+    """A setting that is added without a place in TrainConfig.ADDED would run the whole study again."""
+    rows = RowStore(Path(__file__).parents[2] / "results" / "lm").rows()
+    assert len(rows) > 200
+    for key, row in rows.items():
+        assert key_of(TrainConfig.from_dict(row["config"])) == key
 
 
 def test_all_heads_are_tuned_with_equal_effort_on_another_seed():

@@ -139,6 +139,9 @@ _SCALED = {
     "plif-frozen": "plif-frozen:lr=0.008,spread=0.3,scale=4",
     "softmax (scale 1)": "softmax:lr=0.008",
     "mos": f"mos:lr=0.008,scale=4,{_MIXED}",
+    "plif": "plif:lr=0.008,scale=4",
+    "monotone": "monotone:lr=0.008,scale=4",
+    "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
 }
 _WIDE_MIXTURE = f"mos:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}"
 _AGAIN_SEEDS = (6, 7, 8, 9, 10)
@@ -212,10 +215,7 @@ PARTS: dict[str, Part] = {
     "variants": Part(
         "the pilot's question with scores times 4: other learned functions, one seed, on the validation split",
         heads={
-            **_scaled("softmax", "plif (unit slope)"),
-            "plif": "plif:lr=0.008,scale=4",
-            "monotone": "monotone:lr=0.008,scale=4",
-            "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
+            **_scaled("softmax", "plif (unit slope)", "plif", "monotone", "gss (learned)"),
             **{
                 f"plif (unit slope, {about})": f"plif:lr=0.008,unit_slope=true,scale=4,{option}"
                 for about, option in {
@@ -251,8 +251,8 @@ PARTS: dict[str, Part] = {
         heads={
             **_scaled("softmax", "plif (unit slope)", "mos"),
             "softmax (bias prior)": "softmax:lr=0.008,bias_prior=true,scale=4",
-            **{name: f"{name}:lr=0.008,scale=4" for name in ("sigsoftmax", "gss", "monotone", "plif")},
-            "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
+            **{name: f"{name}:lr=0.008,scale=4" for name in ("sigsoftmax", "gss")},
+            **_scaled("monotone", "plif", "gss (learned)"),
             **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
             "mos (of all 128 units)": _WIDE_MIXTURE,
         },
