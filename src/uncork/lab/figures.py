@@ -17,6 +17,7 @@ from uncork.lab.plot_style import (
     INK,
     MUTED,
     Stroke,
+    changes_by_decile,
     dress,
     frame,
     label_ends,
@@ -358,27 +359,7 @@ def _deciles(comparison: _Comparison) -> list[Picture]:
     others = [label for label in losses if label != base]
     if base is None or not others:
         return []
-    figure, axes = new_axes(
-        WIDTH, HEIGHT, xlabel="tenth of the training tokens, by the word's frequency", bottom=0.62,
-        ylabel="perplexity against softmax", left=0.72, right=label_margin(others),
-    )  # fmt: skip
-    axes.axhline(0, color=INK, linewidth=1.2)
-    ends, seen = [], [0.0]
-    for label in others:
-        change = 100 * np.expm1(losses[label] - losses[base])
-        kept = np.isfinite(change)
-        if not kept.any():
-            continue
-        x, y, stroke = np.arange(1, len(change) + 1)[kept], change[kept], comparison.style[label]
-        axes.plot(x, y, color=stroke.color, linestyle=stroke.linestyle, linewidth=stroke.linewidth, marker="o",
-                  markersize=3)  # fmt: skip
-        seen += [] if label in comparison.far else y.tolist()
-        ends.append((float(x[-1]), float(y[-1]), label, stroke.color))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
-    axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
-    axes.set_xlim(0.7, 10.3)
-    frame(axes, seen)
-    label_ends(figure, axes, ends)
+    figure = changes_by_decile(losses, base, comparison.style, far=comparison.far, size=(WIDTH, HEIGHT))
     caption = (
         "Where the difference lies: perplexity against the softmax's on held-out words, by how often the word stands "
         "in training. Words are sorted by frequency and cut into ten parts of equal training tokens; a part without "

@@ -8,7 +8,7 @@ that stands out on white and on black, and differ for colour-blind eyes together
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
 
 from uncork.lab.files import atomic_write_bytes
 
@@ -171,6 +172,44 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
             centre = (low * below + high * above) / total
             merged[-2:] = [[min(max(centre, half), max(1 - half, half)), total]]
     return [float(centre + gap * (index - (size - 1) / 2)) for centre, size in merged for index in range(int(size))]
+
+
+def changes_by_decile(
+    losses: Mapping[str, NDArray[np.float64]],
+    base: str,
+    style: Mapping[str, Stroke],
+    *,
+    far: Collection[str] = (),
+    size: tuple[float, float],
+) -> Figure:
+    """Change of the perplexity against `base` by the frequency of the words; NaN (no tokens there) is no dot.
+
+    Args:
+        losses: cross-entropies in nats by label, (tenths,). far: labels that may leave the frame.
+        size: width and height in inches.
+    """
+    labels = [label for label in losses if label != base]
+    figure, axes = new_axes(
+        *size, xlabel="tenth of the tokens, by frequency", ylabel="perplexity against softmax",
+        left=0.88, right=label_margin(labels), bottom=0.62,
+    )  # fmt: skip
+    axes.axhline(0, color=INK, linewidth=1.2)
+    ends, seen = [], [0.0]
+    for label in labels:
+        change, stroke = 100 * np.expm1(losses[label] - losses[base]), style[label]
+        place = np.flatnonzero(np.isfinite(change))
+        if not place.size:
+            continue
+        axes.plot(place + 1, change[place], color=stroke.color, linestyle=stroke.linestyle,
+                  linewidth=stroke.linewidth, marker="o", markersize=3)  # fmt: skip
+        ends.append((float(place[-1] + 1), float(change[place[-1]]), label, stroke.color))
+        seen += [] if label in far else change[place].tolist()
+    axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
+    axes.set_xlim(0.7, 10.3)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    frame(axes, seen)
+    label_ends(figure, axes, ends)
+    return figure
 
 
 def to_png(figure: Figure, path: Path) -> None:

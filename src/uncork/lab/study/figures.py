@@ -16,6 +16,7 @@ from uncork.lab.plot_style import (
     GRID,
     INK,
     MUTED,
+    changes_by_decile,
     frame,
     label_ends,
     label_margin,
@@ -209,22 +210,8 @@ def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     if "softmax" not in heads or len(heads) < 2:
         return None
     losses = {label: _decile_losses(by_seed.values()) for label, by_seed in heads.items()}
-    labels = [label for label in heads if label != "softmax"]
-    figure, axes = new_axes(
-        _WIDTH, _HEIGHT, xlabel="tenth of the training tokens, by the word's frequency", bottom=0.62,
-        ylabel="perplexity against softmax", left=0.88, right=label_margin(labels),
-    )  # fmt: skip
-    axes.axhline(0, color=INK, linewidth=1.2)
-    style, ends, values = strokes(labels), [], [0.0]
-    for label in labels:
-        change, stroke = 100 * np.expm1(losses[label] - losses["softmax"]), style[label]
-        place = np.flatnonzero(np.isfinite(change))
-        axes.plot(place + 1, change[place], color=stroke.color, linestyle=stroke.linestyle,
-                  linewidth=stroke.linewidth, marker="o", markersize=3)  # fmt: skip
-        ends.append((float(place[-1] + 1), float(change[place[-1]]), label, stroke.color))
-        values += change[place].tolist()
-    axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
-    return _percent_axes(figure, axes, values, ends)
+    style = strokes([label for label in heads if label != "softmax"])
+    return changes_by_decile(losses, "softmax", style, size=(_WIDTH, _HEIGHT))
 
 
 def _decile_losses(rows: Iterable[Mapping[str, Any]]) -> Array:
