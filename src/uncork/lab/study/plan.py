@@ -149,6 +149,7 @@ _WIDE = {
     f"{name} (of all 128 units)": f"{name}:in_features=128,latent_features={{d}},lr=0.008,scale=4,{_MIXED}"
     for name in ("mos", "moc")
 }
+_LONG = {"softmax (11 epochs)": f"{_SCALED['softmax']},epochs=11"}  # the time that the mixture of softmaxes takes
 _AGAIN_SEEDS = (6, 7, 8, 9, 10)
 _BRIEF = ("softmax", "softmax (scale 1)", "plif (unit slope)")
 _TRANSFORMER = MappingProxyType({"preset": "transformer-small"})
@@ -261,7 +262,7 @@ PARTS: dict[str, Part] = {
             **_scaled("monotone", "plif", "gss (learned)"),
             **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
             **_WIDE,
-            "softmax (11 epochs)": f"{_SCALED['softmax']},epochs=11",
+            **_LONG,
         },
         corpora=("sotu",),
         in_features=(16,),
@@ -269,7 +270,7 @@ PARTS: dict[str, Part] = {
     ),
     "mixture": Part(
         "mixtures of wider features, one of which ended well below the softmax in part heads, with five seeds",
-        heads={**_scaled("softmax"), **_WIDE},
+        heads={**_scaled("softmax"), **_WIDE, **_LONG},
         seeds=_AGAIN_SEEDS,
     ),
     "wikitext": Part(
