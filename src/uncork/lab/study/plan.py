@@ -149,6 +149,7 @@ _WIDE = {
     f"{name} (of all 128 units)": f"{name}:in_features=128,latent_features={{d}},lr=0.008,scale=4,{_MIXED}"
     for name in ("mos", "moc")
 }
+_MOS = "mos (of all 128 units)"
 _LONG = {"softmax (11 epochs)": f"{_SCALED['softmax']},epochs=11"}  # the time that the mixture of softmaxes takes
 _AGAIN_SEEDS = (6, 7, 8, 9, 10)
 _BRIEF = ("softmax", "softmax (scale 1)", "plif (unit slope)")
@@ -262,6 +263,7 @@ PARTS: dict[str, Part] = {
             **_scaled("monotone", "plif", "gss (learned)"),
             **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
             **_WIDE,
+            **{f"mos of {k} (all 128 units)": f"{_WIDE[_MOS]},num_components={k}" for k in (2, 8)},
             **_LONG,
         },
         corpora=("sotu",),
