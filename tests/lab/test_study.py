@@ -341,6 +341,19 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     assert [tick.get_text() for tick in one.get_yticklabels()] == ["plif"]
 
 
+def test_a_head_of_wider_features_stands_at_the_d_of_its_place(tiny_config):
+    cells, rows = [], {}
+    for d in (2, 4, 8):
+        wide = tiny_config(head="mos", in_features=32, head_options={"latent_features": d}, seed=1)
+        for label, config in {"softmax": tiny_config(in_features=d, seed=1), "mos": wide}.items():
+            cells.append(Cell(f"tiny d={d}", label, config))
+            rows[cells[-1].key] = {"result": {"test": {"perplexity": 90.0 if label == "mos" else 100.0}}}
+    _, line = figures._over_width(cells, rows).axes[0].get_lines()
+    assert list(line.get_xdata()) == [2, 4, 8]
+    assert list(line.get_ydata()) == pytest.approx([-10.0] * 3)
+    assert {cell.d for cell in cells[:4]} == {2, 4}
+
+
 def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained_on():
     rows, cells = {}, []
     for label, tokens, perplexity in (

@@ -41,7 +41,7 @@ def pictures(cells: Sequence[Cell], rows: Rows, costs: Costs) -> dict[str, Figur
     corpora = list(dict.fromkeys(cell.config.corpus for cell in cells))
     for corpus in corpora:
         own = [cell for cell in cells if cell.config.corpus == corpus]
-        if len({cell.config.in_features for cell in own}) > 2:
+        if len({cell.d for cell in own}) > 2:
             drawn[f"width-{corpus}"] = _over_width(own, rows)
     for place in dict.fromkeys(cell.place for cell in cells):
         own = [cell for cell in cells if cell.place == place]
@@ -81,8 +81,8 @@ def _mean(changes: Sequence[float]) -> float:
 
 def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure:
     """Test perplexity against the softmax's, over d: a dot a seed, a line through the means."""
-    widths = sorted({cell.config.resolved().in_features or 0 for cell in cells})
-    found = {d: _by_head([c for c in cells if c.config.in_features == d], rows) for d in widths}
+    widths = sorted({cell.d for cell in cells})
+    found = {d: _by_head([c for c in cells if c.d == d], rows) for d in widths}
     labels = [label for label in dict.fromkeys(cell.label for cell in cells) if label != "softmax"]
     figure, axes = new_axes(
         _WIDTH, _HEIGHT, xlabel="features d of the output layer", ylabel="test perplexity against softmax", left=0.88,
@@ -146,7 +146,7 @@ def _changes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     axes.set_yticks(range(len(order)), order, color=INK)
     axes.grid(False, axis="y")
     axes.grid(True, axis="x", color=GRID, linewidth=0.7)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     return figure
 

@@ -39,6 +39,11 @@ class Cell:
         """The key of its row."""
         return key_of(self.config)
 
+    @property
+    def d(self) -> int:
+        """The d of its place; a head may take more features than that to make them from."""
+        return int(self.place.rpartition("d=")[2])
+
 
 def run_cells(
     cells: Sequence[Cell], store: RowStore, *, data_dir: Path | None, work_dir: Path, workers: int
