@@ -296,8 +296,8 @@ PARTS: dict[str, Part] = {
         test=False,
     ),
     "transformer": Part(
-        "two transformer blocks in place of the LSTM, scores times 4",
-        heads={label: _SCALED[label].replace("0.008", "0.002") for label in _BRIEF},
+        "two transformer blocks in place of the LSTM, scores times 4, at the rates of transformer-tune",
+        heads=_scaled(*_BRIEF) | {"softmax": "softmax:lr=0.004,scale=4"},
         corpora=("ptb",),
         in_features=(16,),
         seeds=_AGAIN_SEEDS[:3],
