@@ -266,6 +266,13 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
     assert shown.loc["plif against temperature", "b"] == "–"
 
 
+def test_the_wide_mixture_is_tested_against_the_controls_of_its_own_part():
+    heads = tuple(PARTS["mixture"].heads)
+    tests = tables.bars(_runs({("a", head): [100.0 + place] for place, head in enumerate(heads)}))
+    assert set(tests["learned"]) == {"mos (of all 128 units)"}
+    assert set(tests["control"]) == {*heads} - {"mos (of all 128 units)"}
+
+
 def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     store, _ = run(cells[:4], tmp_path)
     base = {k: v for k, v in cells[0].config.to_dict().items() if k not in ("head", "head_options", "seed")}

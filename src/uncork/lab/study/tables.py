@@ -14,8 +14,13 @@ from uncork.lab.study.run import Cell
 from uncork.lab.study.store import Rows
 from uncork.lab.summary import NO_NUMBER, baseline, holm, paired_p, perplexity, probability, run_row, summarise_table
 
-LEARNED = ("plif", "mop")
-CONTROLS = ("softmax", "temperature", "softcap", "plif-frozen")
+_CONTROLS = ("softmax", "temperature", "softcap", "plif-frozen")
+TESTED = {
+    "plif": _CONTROLS,
+    "mop": _CONTROLS,
+    "mos (of all 128 units)": ("softmax", "moc (of all 128 units)", "softmax (11 epochs)"),
+}
+"""By head, or by its name before what stands in brackets: what it is tested against."""
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
 """By place and head, what benchmarks/epoch_cost.py measures of the study's own model; empty where it has not."""
 
@@ -83,7 +88,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def bars(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every learned function against every control at every place: the protocol's test.
+    """Every learned function, and the wide mixture, against each of its controls at every place: the protocol's test.
 
     Columns: place, learned, control, pairs, change (mean over seeds of the perplexity's change, in percent), lower (in
     how many seeds), p_value, p_holm (within the place).
@@ -94,9 +99,8 @@ def bars(runs: pd.DataFrame) -> pd.DataFrame:
         tests = [
             {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
             for learned in by_head
-            if learned.split(" ")[0] in LEARNED
-            for control in by_head
-            if control in CONTROLS
+            for control in TESTED.get(learned, TESTED.get(learned.split(" ")[0], ()))
+            if control in by_head
         ]
         for test, adjusted in zip(tests, holm(np.array([t["p_value"] for t in tests])), strict=True):
             found.append({**test, "p_holm": adjusted})
