@@ -348,6 +348,16 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     assert [tick.get_text() for tick in one.get_yticklabels()] == ["plif"]
 
 
+def test_the_figure_by_frequency_compares_runs_of_the_same_seed(tiny_config):
+    cells, rows = [], {}
+    for head, seed, losses in (("softmax", 1, [3.0, 4.0]), ("softmax", 2, [9.0, 9.0]), ("plif", 1, [2.9, 4.1])):
+        cells.append(Cell("tiny d=4", head, tiny_config(head=head, seed=seed)))
+        rows[cells[-1].key] = {"analysis": {"deciles": [{"cross_entropy": loss} for loss in losses]}}
+    _, line = figures._deciles(cells, rows).axes[0].get_lines()
+    assert list(line.get_ydata()) == pytest.approx([100 * math.expm1(-0.1), 100 * math.expm1(0.1)])
+    assert figures._deciles(cells[1:], rows) is None
+
+
 def test_a_head_of_wider_features_stands_at_the_d_of_its_place(tiny_config):
     cells, rows = [], {}
     for d in (2, 4, 8):

@@ -359,7 +359,8 @@ def _deciles(comparison: _Comparison) -> list[Picture]:
     others = [label for label in losses if label != base]
     if base is None or not others:
         return []
-    figure = changes_by_decile(losses, base, comparison.style, far=comparison.far, size=(WIDTH, HEIGHT))
+    changes = {label: losses[label] - losses[base] for label in others}
+    figure = changes_by_decile(changes, comparison.style, far=comparison.far, size=(WIDTH, HEIGHT))
     caption = (
         "Where the difference lies: perplexity against the softmax's on held-out words, by how often the word stands "
         "in training. Words are sorted by frequency and cut into ten parts of equal training tokens; a part without "

@@ -175,28 +175,26 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def changes_by_decile(
-    losses: Mapping[str, NDArray[np.float64]],
-    base: str,
+    changes: Mapping[str, NDArray[np.float64]],
     style: Mapping[str, Stroke],
     *,
     far: Collection[str] = (),
     size: tuple[float, float],
 ) -> Figure:
-    """Change of the perplexity against `base` by the frequency of the words; NaN (no tokens there) is no dot.
+    """Change of the perplexity against the softmax by the frequency of the words.
 
     Args:
-        losses: cross-entropies in nats by label, (tenths,). far: labels that may leave the frame.
-        size: width and height in inches.
+        changes: of the cross-entropy in nats by label, (tenths of the tokens,); NaN where there are none is no dot.
+        far: labels that may leave the frame. size: width and height in inches.
     """
-    labels = [label for label in losses if label != base]
     figure, axes = new_axes(
         *size, xlabel="tenth of the tokens, by frequency", ylabel="perplexity against softmax",
-        left=0.88, right=label_margin(labels), bottom=0.62,
+        left=0.88, right=label_margin(list(changes)), bottom=0.62,
     )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=1.2)
     ends, seen = [], [0.0]
-    for label in labels:
-        change, stroke = 100 * np.expm1(losses[label] - losses[base]), style[label]
+    for label, nats in changes.items():
+        change, stroke = 100 * np.expm1(nats), style[label]
         place = np.flatnonzero(np.isfinite(change))
         if not place.size:
             continue

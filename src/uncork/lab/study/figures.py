@@ -1,7 +1,7 @@
 """The study's pictures: perplexity over d, learned functions and when they moved, words by frequency."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,18 +205,19 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
 
 
 def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """Perplexity against the softmax's by how often the word stands in training."""
-    heads = _by_head(cells, rows)
-    if "softmax" not in heads or len(heads) < 2:
-        return None
-    losses = {label: _decile_losses(by_seed.values()) for label, by_seed in heads.items()}
-    style = strokes([label for label in heads if label != "softmax"])
-    return changes_by_decile(losses, "softmax", style, size=(_WIDTH, _HEIGHT))
-
-
-def _decile_losses(rows: Iterable[Mapping[str, Any]]) -> Array:
-    deciles = [[part["cross_entropy"] for part in row["analysis"]["deciles"]] for row in rows]
-    return np.array(deciles, dtype=float).mean(0)
+    """Perplexity against the softmax's of the same seeds by how often the word stands in training."""
+    losses = {
+        label: {seed: np.array([part["cross_entropy"] for part in row["analysis"]["deciles"]], dtype=float)
+                for seed, row in by_seed.items()}
+        for label, by_seed in _by_head(cells, rows).items()
+    }  # fmt: skip
+    base = losses.pop("softmax", {})
+    changes = {
+        label: np.mean([own[seed] - base[seed] for seed in shared], axis=0)
+        for label, own in losses.items()
+        if (shared := own.keys() & base.keys())
+    }
+    return changes_by_decile(changes, strokes(list(losses)), size=(_WIDTH, _HEIGHT)) if changes else None
 
 
 def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
