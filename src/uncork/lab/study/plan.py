@@ -245,14 +245,12 @@ PARTS: dict[str, Part] = {
         seeds=_AGAIN_SEEDS[:1],
     ),
     "wide": Part(
-        "d = 400 before a body of 400 units, on the first 300,000 tokens",
-        heads=_scaled(*_BRIEF),
+        "d = 400 before a body of 400 units, half the epochs",
+        heads={label: _SCALED[label].replace("0.008", "0.004") for label in _BRIEF},
         corpora=("ptb",),
         in_features=(400,),
         seeds=_AGAIN_SEEDS[:1],
-        settings=MappingProxyType(
-            {"model_options": {"embedding_size": 400, "hidden_sizes": [400]}, "max_train_tokens": 300_000}
-        ),
+        settings=_HALF | {"model_options": {"embedding_size": 400, "hidden_sizes": [400]}},
     ),
     "heads": Part(
         "the heads that are in no other part, scores times 4, beside softmax and PLIF",
