@@ -311,8 +311,8 @@ class MixtureHead(_LatentHead):
         log_prob = torch.logsumexp(head.prior(input).log_softmax(-1)[..., None]
                                    + logit_function(F.linear(latent, weight, bias)).log_softmax(-1), dim=-2)
 
-    Let D be the width of the body and `latent_features` that of the softmax it replaces: made from the same few features
-    it ended above the softmax, from wider ones below it (docs/study.md).
+    Let D be the width of the body and `latent_features` that of the softmax it replaces: made from the same few
+    features it ended above the softmax, from wider ones below it (docs/study.md).
 
     Args:
         in_features: D of the input. vocab_size: V. num_components: K.

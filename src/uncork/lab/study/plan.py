@@ -261,6 +261,7 @@ PARTS: dict[str, Part] = {
             **_scaled("monotone", "plif", "gss (learned)"),
             **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
             **_WIDE,
+            "mop (of all 128 units)": _WIDE[_MOS].replace("mos", "mop"),
             **{f"mos of {k} (all units)": f"{_WIDE[_MOS]},num_components={k}" for k in (2, 8)},
             **_LONG,
         },
