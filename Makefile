@@ -23,7 +23,7 @@ demo: $(READY) ## train six output layers on real text and compare them: ten min
 		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
 
 study: $(READY) ## the language-model study, part by part; goes on where it was left (needs Penn Treebank: UNCORK_DATA)
-	for part in tune confirm again rate variants scale double heads mixture width full wikitext transformer wide; do \
+	for part in tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide; do \
 		$(BIN)/uncork study --part $$part || exit; done
 
 test: $(READY) ## all tests but the slow ones

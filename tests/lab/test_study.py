@@ -224,6 +224,12 @@ def test_parts_are_narrowed_to_what_they_have():
     assert part.size == 2 * 2 * 2 * 5
 
 
+def test_the_wide_mixtures_make_as_many_features_as_their_place_has():
+    cells = [cell for cell in PARTS["width"].cells({}) if "128 units" in cell.label]
+    made = {(cell.d, cell.config.head_options["latent_features"], cell.config.in_features) for cell in cells}
+    assert made == {(d, d, 128) for d in (8, 16, 32, 64, 128)}
+
+
 def _runs(perplexities):
     """A frame of runs as `runs_frame` makes it: {(place, head): one perplexity a seed}."""
     return pd.DataFrame(

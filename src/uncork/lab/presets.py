@@ -177,7 +177,7 @@ PRESETS: dict[str, Preset] = {
     "transformer-small": Preset(
         "Two transformer blocks of width 128 with 16 features before the head: as quick as lstm-small.",
         TransformerConfig(width=128, depth=2, num_heads=4, max_length=64, out_features=16, dropout=0.1),
-        TrainingPreset(lr=2e-3, batch_size=32, bptt=48, epochs=4, weight_decay=0.01, warmup=0.05),
+        TrainingPreset(lr=4e-3, batch_size=32, bptt=48, epochs=4, weight_decay=0.01, warmup=0.05),
     ),
     "transformer-gpu": Preset(
         "Eight transformer blocks of width 512 with 64 features before the head; for a GPU.",
