@@ -10,7 +10,7 @@ import pytest
 
 from uncork.lab.errors import LabError
 from uncork.lab.figures import pictures
-from uncork.lab.plot_style import spread, strokes
+from uncork.lab.plot_style import changes_by_decile, spread, strokes
 from uncork.lab.report import write_report
 from uncork.lab.runs import Run, RunStore
 
@@ -288,6 +288,17 @@ def test_an_unwritable_folder_is_a_lab_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LabError, match=r"file.*cannot be used as output folder"):
         write_report(tmp_path / "file", [], title="", command="")
+
+
+def test_the_figure_by_frequency_leaves_out_empty_tenths_and_does_not_follow_a_head_that_is_far_behind():
+    changes = {"plif": np.array([-0.02, math.nan, 0.01]), "mos": np.array([1.0, 1.0, 1.0])}
+    figure = changes_by_decile(changes, strokes(list(changes)), far=["mos"], size=(4.6, 3.2))
+    _, plif, _ = figure.axes[0].get_lines()
+    assert plif.get_xdata().tolist() == [1, 3]
+    assert plif.get_ydata().tolist() == pytest.approx([100 * math.expm1(-0.02), 100 * math.expm1(0.01)])
+    low, high = figure.axes[0].get_ylim()
+    assert -3 < low < -2
+    assert 1 < high < 2
 
 
 def test_a_head_that_is_far_behind_does_not_set_the_scale(store):
