@@ -46,7 +46,9 @@ def test_a_cell_leaves_its_row_and_its_function():
     assert run_cell(replace(CELL, head="softmax"))["function"] is None
 
 
-@pytest.mark.parametrize("target", ["dirichlet:0.1", "known-rank:4", "planted:plif:2", "planted:mos:2", "modes:2"])
+@pytest.mark.parametrize(
+    "target", ["dirichlet:0.1", "sharpened:0.1:8", "known-rank:4", "planted:plif:2", "planted:mos:2", "modes:2"]
+)
 def test_every_kind_of_target(target):
     cell = replace(CELL, target=target)
     assert cell.make_targets().probabilities.shape == (30, 12)
@@ -92,6 +94,8 @@ def test_equal_parameters_narrows_a_mixture_to_the_softmax(features, words):
         ({"target": "dirichlet:nan"}, "number above 0"),
         ({"target": "dirichlet:x"}, "number above 0"),
         ({"target": "dirichlet"}, "targets: expected dirichlet:BETA"),
+        ({"target": "sharpened:0.01"}, "targets: expected dirichlet:BETA, sharpened:BETA:POWER"),
+        ({"target": "sharpened:0.01:-2"}, "number above 0"),
         ({"target": "gauss:1"}, "targets: expected dirichlet:BETA"),
         ({"target": "known-rank:2.5"}, "number above 0"),
         ({"num_contexts": 0}, "num-contexts: expected at least 1, got 0"),

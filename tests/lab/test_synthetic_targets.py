@@ -21,11 +21,13 @@ from uncork.lab.synthetic.targets import (
     planted_head,
     several_modes,
     several_modes_head,
+    sharpened,
     sotu_targets,
 )
 
 FAMILIES = {
     "dirichlet": lambda seed: dirichlet(50, 40, 0.05, seed),
+    "sharpened": lambda seed: sharpened(dirichlet(50, 40, 0.01, seed), 8),
     "known_rank": lambda seed: known_rank(50, 40, 7, seed),
     "planted": lambda seed: planted("mop", 50, 40, 3, seed),
     "several_modes": lambda seed: several_modes(50, 40, 3, seed),
@@ -355,3 +357,14 @@ def test_mistakes_name_the_argument(make, message):
         make()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_sharpened_rows_keep_their_order_and_are_the_power_of_what_they_were():
+    plain = dirichlet(50, 40, 0.05, 0)
+    made = sharpened(plain, 3).probabilities
+    assert torch.equal(made.argmax(1), plain.probabilities.argmax(1))
+    expected = plain.probabilities**3 / (plain.probabilities**3).sum(1, keepdim=True)
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=0)
+    assert sharpened(plain, 1e6).entropy < 1e-3
+    with pytest.raises(LabError, match="power: expected a finite number above 0"):
+        sharpened(plain, 0)

@@ -29,7 +29,7 @@ class Cell:
     """One fit.
 
     Attributes:
-        target: dirichlet:BETA, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER, or sotu.
+        target: dirichlet:BETA, sharpened:BETA:POWER, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER, or sotu.
         head: a head and its options, as plif:num_pieces=50; `equal_parameters=true` among them narrows it until it has
             no more parameters, its contexts included, than a softmax of `in_features`.
 
@@ -122,6 +122,8 @@ class Cell:
         n, m = self.num_contexts, self.num_words
         if kind == "dirichlet":
             return targets.dirichlet(n, m, float(rest[0]), self.seed)
+        if kind == "sharpened":
+            return targets.sharpened(targets.dirichlet(n, m, float(rest[0]), self.seed), float(rest[1]))
         if kind == "known-rank":
             return targets.known_rank(n, m, int(rest[0]), self.seed)
         if kind == "planted":
@@ -187,10 +189,11 @@ def _read_target(text: str) -> tuple[str, list[str]]:
     """The kind of targets and its arguments. Raises LabError for anything else."""
     kind, *rest = text.split(":")
     kinds: dict[str, tuple[type, ...]] = {
-        "dirichlet": (float,), "known-rank": (int,), "planted": (str, int), "modes": (int,), "sotu": (),
+        "dirichlet": (float,), "sharpened": (float, float), "known-rank": (int,), "planted": (str, int),
+        "modes": (int,), "sotu": (),
     }  # fmt: skip
     if kind not in kinds or len(rest) != len(kinds[kind]):
-        expected = "dirichlet:BETA, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER or sotu"
+        expected = "dirichlet:BETA, sharpened:BETA:POWER, known-rank:RANK, planted:HEAD:FEATURES, modes:NUMBER or sotu"
         raise LabError(f"targets: expected {expected}, got {text!r}")
     for value, wanted in zip(rest, kinds[kind], strict=True):
         try:

@@ -129,6 +129,12 @@ PARTS: dict[str, Part] = {
         shapes=tuple((1000, d) for d in (5, 20, 100)),
         seeds=1,
     ),
+    "sharpened": Part(
+        "the same distributions to the powers 2 and 8, where the likeliest word is most of the loss",
+        heads=("softmax", "plif"),
+        targets=(*_SPARSE, "sharpened:0.01:2", "sharpened:0.01:8"),
+        shapes=((100, 5),),
+    ),
     "quick": Part(
         "a look of two minutes", shapes=((100, 2), (100, 5), (100, 20)), num_contexts=500, seeds=2
     ),

@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-PartName = Literal["default", "monotone", "beta", "heads", "pieces", "optimizers", "known", "language", "quick"]
+PartName = Literal[
+    "default", "monotone", "beta", "heads", "pieces", "optimizers", "known", "language", "sharpened", "quick"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +22,14 @@ class Synthetic:
     part: PartName = "default"
     """What is run. default: four heads over a grid, under an hour. monotone: the network of 100 units. beta: how sharp
     the targets are. heads: all heads at four points. pieces: 10 to 100,000. optimizers: learning rates and optimisers.
-    known: targets of known rank and of several modes. language: next words of real text. quick: two minutes."""
+    known: targets of known rank and of several modes. language: next words of real text. sharpened: powers of the targets. quick: two minutes."""
     quick: bool = False
     """The same as --part quick."""
     heads: tuple[str, ...] = ()
     """Heads and their options, as softmax plif:num_pieces=50 mos:latent_activation=null. equal_parameters=true narrows
     a head until it has no more parameters than the softmax."""
     targets: tuple[str, ...] = ()
-    """dirichlet:BETA known-rank:RANK planted:HEAD:FEATURES modes:NUMBER sotu."""
+    """dirichlet:BETA sharpened:BETA:POWER known-rank:RANK planted:HEAD:FEATURES modes:NUMBER sotu."""
     beta: tuple[float, ...] = ()
     """Concentrations of Dirichlet targets: another way to write --targets dirichlet:BETA."""
     num_words: tuple[int, ...] = ()

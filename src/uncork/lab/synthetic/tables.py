@@ -131,8 +131,13 @@ def target_name(target: str) -> str:
     kind, *rest = target.split(":")
     if kind == "planted":
         return f"planted {_NAMES.get(rest[0], rest[0])} of {rest[1]} features"
-    names = {"dirichlet": "Dirichlet, β = {}", "known-rank": "known rank {}", "modes": "{} modes",
-             "sotu": "State of the Union"}  # fmt: skip
+    names = {
+        "dirichlet": "Dirichlet, β = {}",
+        "sharpened": "Dirichlet, β = {}, to the power {}",
+        "known-rank": "known rank {}",
+        "modes": "{} modes",
+        "sotu": "State of the Union",
+    }
     return names.get(kind, target).format(*rest)
 
 
