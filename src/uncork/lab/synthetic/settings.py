@@ -22,7 +22,8 @@ class Synthetic:
     part: PartName = "default"
     """What is run. default: four heads over a grid, under an hour. monotone: the network of 100 units. beta: how sharp
     the targets are. heads: all heads at four points. pieces: 10 to 100,000. optimizers: learning rates and optimisers.
-    known: targets of known rank and of several modes. language: next words of real text. sharpened: powers of the targets. quick: two minutes."""
+    known: targets of known rank and of several modes. language: next words of real text. sharpened: powers of the
+    targets. quick: two minutes."""
     quick: bool = False
     """The same as --part quick."""
     heads: tuple[str, ...] = ()
