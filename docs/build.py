@@ -25,7 +25,7 @@ def block(folder: str, name: str | None = None) -> str:
     where = ROOT / "results" / folder
     if name is not None:
         return plain_markdown(pd.read_csv(where / f"{name}.csv", dtype=str, na_filter=False)) + "\n"
-    origin = json.loads((where / "provenance.json").read_text())
+    origin = json.loads((where / "provenance.json").read_text(encoding="utf-8"))
     frame = pd.read_csv(where / "table.csv")
     of_text = "test_perplexity" not in frame
     table = (
@@ -52,12 +52,12 @@ def rebuilt(page: Path) -> str:
         prefix = "../" if page.parent != ROOT else ""
         return match[1] + block(match[2], match[3]).replace("(results/", f"({prefix}results/") + match[4]
 
-    return BLOCK.sub(fill, page.read_text())
+    return BLOCK.sub(fill, page.read_text(encoding="utf-8"))
 
 
 def dead_links(page: Path) -> list[str]:
     """Relative targets of the page that do not exist."""
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = [(a or b).split("#")[0] for a, b in LINK.findall(text)]
     local = [t for t in targets if t and "://" not in t and not t.startswith("mailto:")]
     return [f"{page.relative_to(ROOT)}: {t}" for t in local if not (page.parent / t).exists()]
@@ -68,11 +68,11 @@ def main() -> int:
     check, wrong = "--check" in sys.argv, []
     for page in PAGES:
         text = rebuilt(page)
-        if text != page.read_text():
+        if text != page.read_text(encoding="utf-8"):
             if check:
                 wrong.append(f"{page.relative_to(ROOT)}: its tables are not those of results/; run `make docs`")
             else:
-                page.write_text(text)
+                page.write_text(text, encoding="utf-8")
         wrong += [f"dead link in {link}" for link in dead_links(page)]
     print("\n".join(wrong) or "docs: tables and links are right")
     return 1 if wrong else 0

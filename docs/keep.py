@@ -16,7 +16,7 @@ import pandas as pd
 def keep(source: Path, destination: Path, figures: list[str]) -> None:
     """Copies table.csv, runs.csv and the figures of these names, and writes provenance.json."""
     destination.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for name in ("table.csv", "runs.csv"):
         frame = pd.read_csv(source / name)
         if config["workers"] > 1:  # runs that shared the cores say nothing of speed
@@ -24,7 +24,7 @@ def keep(source: Path, destination: Path, figures: list[str]) -> None:
         frame.to_csv(destination / name, index=False)
     for name in figures:
         shutil.copy(source / "figures" / f"{name}.png", destination / f"{name}.png")
-    results = [json.loads(path.read_text()) for path in sorted((source / "runs").glob("*/result.json"))]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((source / "runs").glob("*/result.json"))]
     began = min(path.stat().st_mtime for path in (source / "runs").glob("*/config.json"))
     # The commit that was checked out when the first run began.
     command = ["git", "log", "-1", "--format=%H", f"--before=@{int(began)}"]
@@ -38,7 +38,7 @@ def keep(source: Path, destination: Path, figures: list[str]) -> None:
         "versions": results[0]["versions"],
         "seeds": sorted({r["seed"] for r in results}),
     }
-    (destination / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+    (destination / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

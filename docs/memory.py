@@ -54,7 +54,7 @@ def loss(name: str, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 def watch(record: list[tuple[float, int]], stop: threading.Event) -> None:
     """Appends (seconds, resident pages) every millisecond."""
     while not stop.wait(0.001):
-        record.append((time.perf_counter(), int(Path("/proc/self/statm").read_text().split()[1])))
+        record.append((time.perf_counter(), int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])))
 
 
 def measure(name: str) -> dict[str, list[float]]:

@@ -12,6 +12,8 @@ import torch
 from uncork.lab import corpora
 from uncork.lab.corpora import encode_text, load_corpus
 from uncork.lab.errors import LabError
+from uncork.lab.files import atomic_write_text
+from uncork.lab.runs import RunStore
 from uncork.lab.sources import SPLITS
 from uncork.lab.tokenization import BPETokenizer, Tokenizer, WordTokenizer
 
@@ -301,3 +303,17 @@ def test_where_the_cache_is(monkeypatch, book, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     load_corpus(str(book))
     assert len(list((tmp_path / "home" / ".cache" / "uncork").iterdir())) == 1
+
+
+def test_names_that_are_not_utf_8(tmp_path, caplog):
+    odd = os.fsdecode(b"t\xe9xt")
+    file = tmp_path / f"{odd}.txt"
+    file.write_text("some good words\n" * 40)
+    corpus = load_corpus(str(file), cache_dir=tmp_path / odd)
+    assert corpus.name == odd
+    assert "its path is not UTF-8" in caplog.text
+    assert not (tmp_path / odd).exists()
+    with pytest.raises(LabError, match="cannot be used as output folder"):
+        RunStore(tmp_path / odd / "runs")
+    atomic_write_text(tmp_path / "report.html", f"on {corpus.name}")
+    assert (tmp_path / "report.html").read_text() == "on t\\udce9xt"

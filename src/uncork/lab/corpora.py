@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from uncork.lab.errors import LabError
+from uncork.lab.files import holds_tensors
 from uncork.lab.sources import SPLITS, Source, expanded, load_source
 from uncork.lab.tokenization import BYTE_VALUES, EOS, JSON, UNK, BPETokenizer, Tokenizer, WordTokenizer, normalize
 
@@ -95,6 +96,9 @@ def load_corpus(
     recipe += [tokenization, tokenizers.__version__ if tokenization == "bpe" else ""]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     folder = _default_cache_dir() if cache_dir is None else expanded(cache_dir, "cache_dir")
+    if folder is not None and not holds_tensors(folder):
+        logger.warning("the token cache %s cannot be used: its path is not UTF-8", folder)
+        folder = None
     path = None if folder is None else folder / f"{key}.safetensors"
     corpus = None if path is None else _read_cache(path, text.name)
     if corpus is None:

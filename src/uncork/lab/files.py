@@ -36,8 +36,17 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """`atomic_write_bytes` of the text in UTF-8."""
-    atomic_write_bytes(path, text.encode())
+    """`atomic_write_bytes` of the text in UTF-8; what UTF-8 cannot hold, as of a file's name, is written as \\udce9."""
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def holds_tensors(folder: Path) -> bool:
+    """Whether safetensors can open files in it: it reads no path that UTF-8 cannot hold, though it writes there."""
+    try:
+        str(Path(folder).absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_json(path: Path | str, obj: object) -> None:

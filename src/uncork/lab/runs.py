@@ -39,6 +39,7 @@ from uncork.lab.files import (
     atomic_write_text,
     commit,
     flush_to_disk,
+    holds_tensors,
     os_errors,
     plain,
     read_json,
@@ -253,6 +254,10 @@ class RunStore:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        if not holds_tensors(self.root):
+            raise LabError(
+                f"{self.root}: cannot be used as output folder (safetensors reads no path that is not UTF-8)"
+            )
         with os_errors(self.root, "cannot be used as output folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.root).close()
@@ -289,7 +294,7 @@ class RunStore:
 
         def write(temporary: Path) -> Path:
             temporary.mkdir()
-            (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             flush_to_disk(temporary / _CONFIG)
             return path
 

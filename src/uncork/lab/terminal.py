@@ -62,6 +62,6 @@ def resident(name: str) -> int:
 
     The peak of getrusage is none: a new program starts with that of the process that started it.
     """
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
     assert found is not None
     return 1024 * int(found[1])

@@ -6,8 +6,8 @@ A corpus has one of two styles of writing, and its style says what a *word* of i
   (``nation's``, ``well-known``, ``हिन्दी``), lower-cased; every number is the one word ``<num>`` (``N`` in Penn
   Treebank); every other visible character is a word of its own, as a reader counts characters (an emoji of several
   code points is one: Unicode's grapheme clusters). Characters that nobody sees are no words. The literals ``<unk>``
-  and ``<num>`` are words. Blank lines do not count. Made for scripts that put spaces between words: where there are none (Thai,
-  Chinese), a whole run of letters is one word, and ``bpe`` is the tokenisation to take.
+  and ``<num>`` are words. Blank lines do not count. Made for scripts that put spaces between words: where there are
+  none (Thai, Chinese), a whole run of letters is one word, and ``bpe`` is the tokenisation to take.
 - ``spaced``: text that others have split into words already (Penn Treebank, WikiText). Words stand between spaces, are
   taken as they are, and blank lines count.
 

@@ -121,7 +121,7 @@ def _free_bytes() -> int | None:
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text(encoding="utf-8"))
     return 1024 * int(found[1]) if found else None
 
 

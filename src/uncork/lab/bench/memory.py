@@ -31,7 +31,7 @@ def peak_of(step: Step) -> dict[str, int]:
     step.clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    _RESET.write_text("5")  # the peak becomes what is resident now
+    _RESET.write_text("5", encoding="utf-8")  # the peak becomes what is resident now
     before = resident("VmRSS")
     step.run()
     peak = resident("VmHWM")

@@ -154,7 +154,7 @@ def write_tables(out: Path, tables: dict[str, pd.DataFrame], origin: dict[str, A
     for name, frame in tables.items():
         if len(frame):
             frame.to_csv(out / f"{name}.csv", index=False)
-    (out / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+    (out / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def memory_frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:

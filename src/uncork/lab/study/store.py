@@ -39,7 +39,7 @@ class RowStore:
         if not self.path.exists():
             return {}
         with os_errors(self.path, "cannot be read"):
-            *lines, rest = self.path.read_text().split("\n")
+            *lines, rest = self.path.read_text(encoding="utf-8").split("\n")
         found = {}
         for number, line in enumerate([*lines, *([rest] if _parsed(rest) else [])], start=1):
             row = _parsed(line)
