@@ -5,6 +5,7 @@ Shapes in comments: B batch, T time, D features, H hidden units, V vocabulary.
 """
 
 import dataclasses
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import ClassVar
 
@@ -122,12 +123,30 @@ class WeightDropLSTM(nn.Module):
         weights = [self.weight_ih, weight_hh, self.bias_ih, self.bias_hh]
         if input.is_cuda:
             weights = in_one_block(weights)
+        plain = lacks_bfloat16(input.device)
+        if plain:
+            input, hidden, cell = input.float(), hidden.float(), cell.float()
         state = (hidden.unsqueeze(0), cell.unsqueeze(0))
-        output, hidden, cell = torch.lstm(input, state, weights, True, 1, 0.0, self.training, False, True)
+        with torch.autocast("cpu", enabled=False) if plain else nullcontext():
+            output, hidden, cell = torch.lstm(input, state, weights, True, 1, 0.0, self.training, False, True)
         return output, hidden.squeeze(0), cell.squeeze(0)
 
     def extra_repr(self) -> str:
         return f"{self.weight_ih.shape[1]}, {self.hidden_size}, weight_drop={self.weight_drop}"
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether autocast asks a CPU for a bfloat16 LSTM that it does not have (x86 without AVX-512): torch raises then.
+
+    Such a CPU computes in float32, which is more exact and no slower there.
+    """
+    return (
+        device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def in_one_block(weights: list[Tensor]) -> list[Tensor]:
