@@ -5,11 +5,12 @@ an install that cannot build it succeeds without, and `impl="torch"` serves. `bu
 """
 
 import os
-import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,8 @@ FLAGS = ["-std=c++17", "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-fno-ma
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"]
 # In the order of linking: of a function of the standard library that several have compiled the first is taken.
 INSTRUCTIONS = {"base": [], "avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
-# torch has loaded its own copy under this name: a library that asks for it shares torch's threads.
-OPENMP = "libgomp.so.1"
+# The tile takes its threads from the OpenMP that torch has loaded; one of its own would fight with it for the cores.
+OPENMP = re.compile(rb"lib(gomp|i?omp5?)[\w.-]*\.so")
 
 
 class BuildError(Exception):
@@ -49,7 +50,7 @@ class BuildNative(build_ext):
             if wish == "0":
                 raise BuildError("UNCORK_NATIVE=0")
             self._build(library)
-        except BuildError as error:
+        except (BuildError, OSError) as error:  # OSError: no room or no right to write
             if wish == "1":
                 raise SystemExit(f"UNCORK_NATIVE=1, but the native tile was not built: {error}") from None
             print(f"The native tile is left out ({error}): on a CPU impl='torch' serves, several times slower.")
@@ -60,7 +61,7 @@ class BuildNative(build_ext):
     def _build(self, library: Path) -> None:
         if sys.platform != "linux":
             raise BuildError(f"it is made for Linux, this is {sys.platform}")
-        x86 = platform.machine() == "x86_64" and sys.maxsize > 2**32
+        x86 = sysconfig.get_platform() == "linux-x86_64" and sys.maxsize > 2**32
         kinds = INSTRUCTIONS if x86 else {"base": []}
         chosen = [f"-DUNCORK_HAS_{kind.upper()}" for kind in kinds if kind != "base"]
         with tempfile.TemporaryDirectory() as folder:
@@ -70,20 +71,41 @@ class BuildNative(build_ext):
             with ThreadPoolExecutor() as pool:
                 list(pool.map(self._compile, units.values(), units))
             library.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*shlex.split(os.environ.get("LDFLAGS", "")), "-shared", "-lgomp"]
+            flags = [*_flags("LDFLAGS"), "-shared"]
             _run([*_compiler(), *map(str, units), *flags, "-o", str(library)])
-        if OPENMP.encode() not in library.read_bytes():
-            library.unlink()
-            raise BuildError(f"{_compiler()[0]} did not link {OPENMP}, the OpenMP of torch")
+        if reason := _unusable(library):
+            library.unlink(missing_ok=True)
+            raise BuildError(f"{_compiler()[0]} {reason}")
 
     def _compile(self, arguments: list[str], output: Path) -> None:
-        own = shlex.split(os.environ.get("CXXFLAGS", ""))
+        own = _flags("CXXFLAGS")
         level = ["-O1", "-g"] if self.debug else ["-O3"]
         _run([*_compiler(), *own, *level, *FLAGS, *arguments, "-c", "-o", str(output)])
 
 
+def _unusable(library: Path) -> str:
+    """Why Python could not load what the compiler made; empty if it can."""
+    made = library.read_bytes() if library.exists() else b""
+    if made[:4] != b"\x7fELF":
+        return "made no library"
+    own = Path(sys.executable).read_bytes()[:20]
+    is_known = own[:4] == made[:4] and "_PYTHON_HOST_PLATFORM" not in os.environ  # which a cross build sets
+    if is_known and (made[4:6], made[18:20]) != (own[4:6], own[18:20]):
+        return "compiles for another kind of processor than this Python's"
+    if linked := OPENMP.search(made):
+        return f"linked {linked[0].decode()}, an OpenMP besides torch's: see CXX and LDFLAGS"
+    return ""
+
+
+def _flags(variable: str) -> list[str]:
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable}: {error}") from None
+
+
 def _compiler() -> list[str]:
-    found = shlex.split(os.environ.get("CXX", "")) or [c for c in ("g++", "c++", "clang++") if shutil.which(c)][:1]
+    found = _flags("CXX") or [c for c in ("g++", "c++", "clang++") if shutil.which(c)][:1]
     if not found:
         raise BuildError("no C++ compiler found")
     return found
@@ -92,7 +114,7 @@ def _compiler() -> list[str]:
 def _run(command: list[str]) -> None:
     print(shlex.join(command), flush=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]}: {error.strerror}") from None
     print(done.stdout, end="", flush=True)

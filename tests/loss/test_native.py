@@ -168,7 +168,7 @@ def test_a_missing_library_is_said_once(monkeypatch, make_problem):
 def test_library_that_is_damaged_or_of_another_version(monkeypatch, tmp_path, library):
     damaged = tmp_path / "tile.so"
     monkeypatch.setattr(tile_native, "LIBRARY", damaged)
-    assert "was not built" in tile_native._load()[1]
+    assert "there is no tile.so, which an install of uncork builds" in tile_native._load()[1]
     damaged.write_bytes(b"not a library")
     assert "cannot be used" in tile_native._load()[1]
     monkeypatch.undo()

@@ -28,6 +28,14 @@ extern "C" void* aligned_alloc(size_t alignment, size_t size) {
 
 namespace {
 
+// What GOMP_parallel does, in threads that the sanitizers know.
+void in_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, data);
+  body(data);
+  for (std::thread& other : others) other.join();
+}
+
 uint64_t current_case = 0;
 
 template <class T>
@@ -149,6 +157,7 @@ Result<T> run(const Problem<T>& p, int32_t threads, Random random) {
   tile.tokens = p.tokens, tile.components = p.components, tile.vocab = p.vocab, tile.stride = p.stride;
   tile.scores = scores->get(), tile.bias = exact(p.bias)->get(), tile.operations = operations.data();
   tile.num_operations = static_cast<int32_t>(operations.size()), tile.is_double = sizeof(T) == 8, tile.threads = threads;
+  tile.parallel = in_threads;
   tile.index = index.get(), tile.kept = kept.get(), tile.hit = exact(p.hit)->get(), tile.spread = p.spread;
   tile.probabilities = exact(p.probabilities)->get(), tile.word_weight = exact(p.word_weight)->get();
   tile.log_prior = exact(p.log_prior)->get(), tile.by_cross_entropy = exact(p.by_cross_entropy)->get();
@@ -295,6 +304,8 @@ void check_refusals() {
   if (uncork_run(&tile, UNCORK_STATISTICS) != 2) fail("an operation that does not exist was not refused");
   operations[0] = {UNCORK_UNIFORM, 0, 1, {table, table, table}, nullptr};
   if (uncork_run(&tile, UNCORK_STATISTICS) != 2) fail("no pieces were not refused");
+  tile.num_operations = 0, tile.threads = 2;
+  if (uncork_run(&tile, UNCORK_STATISTICS) != 2) fail("threads from nowhere were not refused");
 }
 
 // Wherever an allocation fails, the call ends with 1.
@@ -308,7 +319,7 @@ void check_memory() {
   UncorkTile tile{};
   tile.tokens = kTokens, tile.vocab = tile.stride = kVocab, tile.components = tile.num_operations = 1;
   tile.scores = scores.data(), tile.operations = &operation, tile.index = index.data(), tile.hit = ones.data();
-  tile.by_cross_entropy = ones.data(), tile.scale = scale.data();
+  tile.by_cross_entropy = ones.data(), tile.scale = scale.data(), tile.parallel = in_threads;
   for (tile.threads = 1; tile.threads <= 3; ++tile.threads) {
     int failures = 0, code = 1;
     for (; code; ++failures) {

@@ -1,11 +1,13 @@
 """The tile on a CPU: C++ with OpenMP (see `native/`), called through ctypes on the tensors' memory.
 
-The library is built when the package is installed, if there is a C++ compiler; it shares torch's OpenMP runtime, which
-is loaded before it. It is supported on Linux; where it is missing, impl="torch" serves.
+The library is built when the package is installed, if there is a C++ compiler. It is linked with no OpenMP and takes
+its threads from the runtime that torch computes with. It is supported on Linux; where it is missing, impl="torch"
+serves.
 """
 
 import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +22,7 @@ from uncork.loss.target import IndexTarget, ProbabilityTarget
 from uncork.loss.tile import TileResult, Upstream
 
 LIBRARY = Path(__file__).with_name("_tile_native.so")
-_VERSION = 1
+_VERSION = 2
 _KINDS: dict[type[Operation], int] = {Affine: 0, Tanh: 1, Sigmoid: 2, Softplus: 3, PiecewiseLinear: 4}
 _SIZES: dict[type[Operation], int] = {Affine: 2, Tanh: 2, Sigmoid: 3, Softplus: 2}
 _SORTED = 5
@@ -36,7 +38,8 @@ def _after_fork() -> None:
 
 
 # OpenMP's threads do not live on in a forked child: there the tile works alone.
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Operation(ctypes.Structure):
@@ -56,6 +59,7 @@ class _Tile(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("operations", ctypes.POINTER(_Operation)),
         *((name, ctypes.c_int32) for name in ("num_operations", "is_double", "threads")),
+        ("parallel", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("index", "kept", "hit", "probabilities", "word_weight")),
         ("spread", ctypes.c_double),
         ("log_prior", ctypes.c_void_p),
@@ -64,10 +68,34 @@ class _Tile(ctypes.Structure):
     )
 
 
+def _find_parallel(torch_module: str) -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that torch computes with; 0 where there is none.
+
+    That runtime goes by many names (libgomp.so.1, libgomp-a34b3233.so.1, libomp.so, libiomp5.so) and places, and the
+    process may hold others. So it is found as the linker found it for torch: first among the symbols of the whole
+    process, to which LD_PRELOAD and torch itself add theirs, then in what torch's module was linked with. Nothing is
+    loaded that was not there.
+    """
+    for name in (None, torch_module):
+        try:
+            library = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+_PARALLEL = _find_parallel(str(torch._C.__file__)) if sys.platform == "linux" else 0
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why it is not there."""
+    if sys.platform != "linux":
+        return None, f"it is made for Linux, and this is {sys.platform}"
     if not LIBRARY.exists():
-        return None, "it was not built when uncork was installed (that takes a C++17 compiler and libgomp, on Linux)"
+        return None, f"there is no {LIBRARY.name}, which an install of uncork builds where it finds a C++17 compiler"
+    if not _PARALLEL:
+        return None, "it takes its threads from torch's OpenMP, and this torch has none (libgomp, libomp or libiomp5)"
     try:
         library = ctypes.CDLL(str(LIBRARY))
         version = library.uncork_version()
@@ -223,6 +251,7 @@ class Tiles:
             num_operations=len(self.operations),
             is_double=call.dtype == torch.float64,
             threads=1 if _forked else torch.get_num_threads(),
+            parallel=_PARALLEL,
             log_prior=point(prior),
             **{name: _address(tensor) for name, tensor in result._asdict().items() if isinstance(tensor, Tensor)},
         )

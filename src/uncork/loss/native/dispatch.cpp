@@ -62,6 +62,7 @@ static const Instructions*& chosen() {
 
 static bool served(const UncorkTile& tile, int32_t mode) {
   if (mode < UNCORK_STATISTICS || mode > UNCORK_LOG_PROB || tile.num_operations > 16) return false;
+  if (tile.threads < 1 || (tile.threads > 1 && !tile.parallel)) return false;
   for (int32_t i = 0; i < tile.num_operations; ++i) {
     const UncorkOperation& operation = tile.operations[i];
     if (operation.kind < UNCORK_AFFINE || operation.kind > UNCORK_SORTED) return false;

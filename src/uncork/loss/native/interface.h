@@ -7,7 +7,7 @@
 #include <cstdint>
 
 // Raised whenever a struct or the meaning of a field changes.
-#define UNCORK_VERSION 1
+#define UNCORK_VERSION 2
 
 extern "C" {
 
@@ -38,6 +38,8 @@ struct UncorkTile {
   int32_t num_operations;
   int32_t is_double;
   int32_t threads;
+  // GOMP_parallel of the OpenMP runtime to take threads from (GCC's, LLVM's and Intel's have it); null with one thread.
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
   // The target: t_v = hit [v = index] + spread weight_v of an index, ((1 - spread V) q_v + spread) weight_v of given q.
   const int64_t* index;       // (N,) or null
@@ -66,7 +68,7 @@ struct UncorkTile {
 // What a call does with the scores. Statistics leave them; log-probabilities replace a token's first row.
 enum UncorkMode : int32_t { UNCORK_STATISTICS = 0, UNCORK_GRADIENT = 1, UNCORK_LOG_PROB = 2 };
 
-// 0, 1 where memory ran out, 2 for an argument that the tile has no kernel for.
+// 0, 1 where memory ran out, 2 for an argument that the tile has no kernel for, or threads from nowhere.
 int32_t uncork_run(const UncorkTile* tile, int32_t mode);
 
 // The instruction set that uncork_run uses: "avx512", "avx2" or "base". uncork_select forces one, for tests; 0 if this

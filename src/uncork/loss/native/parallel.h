@@ -1,18 +1,19 @@
-// Threads from torch's own OpenMP, whatever the compiler: GCC's runtime is called by name, since `#pragma omp parallel` of
-// another compiler would bring that compiler's runtime along, and the two would fight for the cores.
+// Threads from torch's own OpenMP, whatever it is called and whichever compiler made the tile. Its entry for threads is
+// handed over with each call, and nothing is linked: a second runtime in the process would fight torch's for the cores.
 #pragma once
 
 #include <cstdint>
 
-extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+#include "interface.h"
 
 namespace {
 
-// Calls the body once in each of `threads` threads.
+// Calls the body once in each of the tile's threads; one thread needs no runtime.
 template <class Body>
-void in_parallel(int32_t threads, const Body& body) {
-  GOMP_parallel([](void* data) { (*static_cast<const Body*>(data))(); }, const_cast<Body*>(&body),
-                static_cast<unsigned>(threads), 0);
+void in_parallel(const UncorkTile& tile, const Body& body) {
+  if (tile.threads == 1) return body();
+  tile.parallel([](void* data) { (*static_cast<const Body*>(data))(); }, const_cast<Body*>(&body),
+                static_cast<unsigned>(tile.threads), 0);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ void run(const UncorkTile& tile, int32_t mode) {
   Array<double> partial(blocks * chain.num_sums);
   std::atomic<bool> failed{false};
   std::atomic<int64_t> next{0};
-  in_parallel(tile.threads, [&] {
+  in_parallel(tile, [&] {
     try {
       const Worker<T> worker(tile, chain);
       const Array<T> scratch(Dense<T>::scratch(tile.components));
