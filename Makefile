@@ -7,7 +7,18 @@ READY := .venv/.ready
 NATIVE := $(wildcard src/uncork/loss/native/*)
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help demo study test test-slow sanitize check format docs clean
+# Environments for test-floor and test-pythons, beside .venv: the oldest torch that uncork asks for, and every Python.
+PYTHON311 ?= python3.11
+PYTHON312 ?= python3.12
+PYTHON313 ?= python3.13
+FLOOR_VENV ?= .venv-floor
+VENV311 ?= .venv-3.11
+VENV312 ?= .venv-3.12
+VENV313 ?= .venv-3.13
+FLOOR := 'torch==2.6.*'
+CONSTRAINTS := build/constraints-without-torch.txt
+
+.PHONY: help demo study test test-slow test-floor test-pythons sanitize check format docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +27,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "uncork needs Python 3.11 or newer; say PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
+	@$(BIN)/python -c 'from uncork.loss.tile_native import missing as m; m and print("No native tile, so it goes slower on a CPU:", m)'
 	@touch $(READY)
 
 demo: $(READY) ## train six output layers on real text and compare them: ten minutes on 2 cores
@@ -28,6 +40,33 @@ study: $(READY) ## the language-model study, part by part; goes on where it was 
 
 test: $(READY) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
+
+# $(call is_python,PYTHON312,3.12): stops where that variable's interpreter is not there or of another version.
+define is_python
+	@$($(1)) -c 'import sys; sys.exit(sys.version_info[:2] != tuple(map(int, "$(2)".split("."))))' 2>/dev/null || \
+		{ echo "$(1): no Python $(2) at '$($(1))'; say $(1)=/path/to/python$(2)" >&2; exit 1; }
+endef
+
+# $(call test_in,FOLDER,PYTHON312,pip's arguments): an environment with that Python, made or brought up to date, and the
+# tests in it.
+define test_in
+	$($(2)) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check $(3) -e '.[lab,dev]'
+	OMP_NUM_THREADS=1 $(1)/bin/pytest -q -n 2
+endef
+
+test-floor: ## all tests but the slow ones, with the oldest torch (2.6) that uncork asks for; downloads gigabytes
+	$(call is_python,PYTHON311,3.11)
+	@mkdir -p build && grep -vE '^(torch|sympy)==' constraints.txt > $(CONSTRAINTS) # torch asks for a sympy of its own
+	$(call test_in,$(FLOOR_VENV),PYTHON311,-c $(CONSTRAINTS) $(FLOOR))
+
+test-pythons: ## all tests but the slow ones, with Python 3.11, 3.12 and 3.13; downloads gigabytes
+	$(call is_python,PYTHON311,3.11)
+	$(call is_python,PYTHON312,3.12)
+	$(call is_python,PYTHON313,3.13)
+	$(call test_in,$(VENV311),PYTHON311,-c constraints.txt)
+	$(call test_in,$(VENV312),PYTHON312,-c constraints.txt)
+	$(call test_in,$(VENV313),PYTHON313,-c constraints.txt)
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/pytest -q -m slow
@@ -53,4 +92,4 @@ format: $(READY) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff check --fix .
 
 clean: ## remove what the build made (not runs/)
-	rm -rf .venv build dist src/*.egg-info src/uncork/loss/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist src/*.egg-info src/uncork/loss/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

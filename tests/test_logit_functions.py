@@ -278,7 +278,8 @@ def test_layout_autocast_and_shape_do_not_matter(name):
     expected = function(x)
     assert torch.equal(function(x.t()).t(), expected)
     assert torch.equal(function.derivative(x.t()).t(), function.derivative(x))
-    assert torch.equal(function.inverse(expected.t()).t().nan_to_num(), function.inverse(expected).nan_to_num())
+    inverse = function.inverse(expected)  # to rounding: the atanh of torch 2.6 is another one in a vector's last lanes
+    torch.testing.assert_close(function.inverse(expected.t()).t(), inverse, equal_nan=True)
     assert function(torch.empty(0, 3)).shape == (0, 3)
     assert function(torch.tensor(1.5)).shape == ()
     with torch.autocast("cpu", torch.bfloat16):

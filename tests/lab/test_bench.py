@@ -34,6 +34,8 @@ from uncork.lab.errors import LabError
 
 TINY = Setup(Shape(10, 4, 50), threads=1)
 RUNNABLE = [name for name in CONTENDERS if name not in ("compile", "torch-best")] + ["torch-4", "naive-mos-2", "mos-3"]
+HAS_TORCHS_OWN = hasattr(torch.nn, "LinearCrossEntropyOptions")  # since torch 2.13
+RUNNABLE = [name for name in RUNNABLE if HAS_TORCHS_OWN or not name.startswith("torch-")]
 needs_peak = pytest.mark.skipif(not memory.measurable(), reason="needs Linux's /proc/self/clear_refs")
 
 
@@ -73,8 +75,16 @@ def test_products_are_the_gradients_of_half_the_sum_of_squares():
 def test_plain_softmaxes_agree(name):
     if name == "compile" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
+    if name.startswith("torch-") and not HAS_TORCHS_OWN:
+        pytest.skip("torch has no linear_cross_entropy of its own")
     expected = build_step("eager", Inputs(TINY)).run()
     torch.testing.assert_close(build_step(name, Inputs(TINY)).run(), expected)
+
+
+def test_torchs_own_op_is_left_out_where_torch_has_none(monkeypatch):
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    with pytest.raises(Unavailable, match=r"torch has F\.linear_cross_entropy since 2\.13, this is 2\."):
+        build_step("torch-auto", Inputs(TINY))
 
 
 def test_naive_plif_is_plif_up_to_a_constant():

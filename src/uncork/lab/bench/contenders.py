@@ -165,6 +165,8 @@ def _compile(inputs: Inputs) -> Step:
 
 
 def _torch_chunked(inputs: Inputs, chunk: str) -> Step:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unavailable(f"torch has F.linear_cross_entropy since 2.13, this is {torch.__version__}")
     options = torch.nn.LinearCrossEntropyOptions()
     if chunk != "auto":
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=int(chunk))
