@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncork.heads.layers import ContextMixtureHead, Head, LinearHead, MixtureHead
+from uncork.heads.base import Head
+from uncork.heads.layers import ContextMixtureHead, LinearHead, MixtureHead
 from uncork.logit_functions import (
     PLIF,
     Compose,

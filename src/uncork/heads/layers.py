@@ -1,177 +1,30 @@
-"""Output layers: drop-in for the nn.Linear before a softmax, each with its fused loss.
+"""The output layers: one softmax, a mixture of softmaxes, a mixture of contexts.
 
 `head(input)` gives softmax-ready logits, so F.cross_entropy, sampling and metrics work unchanged; `head.loss` is the
 same cross-entropy without the (N, V) matrix. Legend for shapes: N tokens, D features, V vocabulary, K components.
 """
 
-import math
-from abc import ABC, abstractmethod
-from typing import Any, cast
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.functional import mixture_log_softmax
-from uncork.logit_functions import Identity, LogitFunction
+from uncork.heads.base import Head, Projection
+from uncork.heads.hooks import check_plain
 from uncork.logit_functions.base import positive_int
 from uncork.loss import (
     TokenStatistics,
-    implementation,
-    inference,
     linear_cross_entropy,
     mixture_cross_entropy,
     mixture_token_statistics,
     token_statistics,
 )
-from uncork.loss.call import Call, build_call, check_function
-from uncork.loss.chunked import default_chunk_size
-from uncork.loss.reference import apply_function
-
-
-def _logits(function: nn.Module | None, scores: Tensor) -> Tensor:
-    """f(scores); the identity costs nothing and keeps half precision."""
-    return scores if function is None or isinstance(function, Identity) else apply_function(function, scores)
-
-
-class Head(nn.Module, ABC):
-    """What every output layer offers. The projection is `weight` (V, features) and `bias` (V,) or None, as nn.Linear's.
-
-    Args:
-        in_features: D of the input. vocab_size: V. projected: features of the projection (D, or the latent's).
-        bias: whether the projection has one. logit_function: an increasing elementwise module, or None.
-    """
-
-    def __init__(
-        self, in_features: int, vocab_size: int, projected: int, bias: bool, logit_function: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.in_features = positive_int("in_features", in_features)
-        self.vocab_size = positive_int("vocab_size", vocab_size)
-        check_function(logit_function)
-        self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
-        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
-        self.logit_function = logit_function
-        reach = 1 / math.sqrt(projected)  # nn.Linear's start
-        nn.init.uniform_(self.weight, -reach, reach)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -reach, reach)
-
-    def _adopt(self, linear: nn.Linear) -> None:
-        """Takes over the parameters of an nn.Linear themselves, so that tied weights stay tied."""
-        self.weight = cast(nn.Parameter, linear.weight)
-        self.bias = cast("nn.Parameter | None", linear.bias)
-        self.to(linear.weight.device, linear.weight.dtype)  # the rest follows
-
-    def _operands(self) -> dict[str, Any]:
-        return {"linear_bias": self.bias, "logit_function": self.logit_function}
-
-    @abstractmethod
-    def forward(self, input: Tensor) -> Tensor:
-        """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity."""
-
-    @abstractmethod
-    def scores(self, input: Tensor) -> Tensor:
-        """W h + b before the function: (..., V), of a mixture (..., K, V)."""
-
-    @abstractmethod
-    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """F.cross_entropy(head(input).flatten(0, -2), target.flatten(), ...), fused.
-
-        Args:
-            input: (..., D). target: (...) indices or (..., V) probabilities.
-            options: keyword arguments of `uncork.linear_cross_entropy` (of `uncork.mixture_cross_entropy`): weight,
-                token_weight, reduction, ignore_index, label_smoothing, impl, chunk_size, and z_loss but for a mixture.
-
-        Forward hooks on the head or its function do not run here, since neither is called.
-        """
-
-    @abstractmethod
-    def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
-        """Log-probability of the target, logsumexp, entropy and argmax of each token, without the (N, V) matrix."""
-
-    def implementation(self) -> str:
-        """What computes its loss where its weights are, with `impl=None`: "torch", or "native (avx512)"."""
-        return implementation(self._fused(self.weight.new_empty(0, self.in_features)))
-
-    def log_prob(self, input: Tensor) -> Tensor:
-        """Log-probabilities (..., V), float32 or better."""
-        if (call := self._inference(input)) is not None:
-            return inference.log_prob(call).view(*input.shape[:-1], self.vocab_size)
-        return self._log_prob(input)
-
-    def _log_prob(self, input: Tensor) -> Tensor:
-        logits = self(input)
-        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-    def predict(self, input: Tensor) -> Tensor:
-        """The likeliest word of each token, (...) int64, chunk by chunk; ranked as `topk` does."""
-        if (call := self._inference(input)) is not None:
-            return inference.argmax(call).view(input.shape[:-1])
-        return torch.cat([self._ranked(rows).argmax(-1) for rows in self._chunks(input)]).view(input.shape[:-1])
-
-    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k likeliest words: (log_prob, ids), each (..., k), likeliest first.
-
-        Chunk by chunk; where a gradient is asked, the graphs of all chunks stay until it is taken.
-        Ranking uses the scores (but for mixtures), which an increasing function cannot reorder but may tie.
-        """
-        if not 1 <= k <= self.vocab_size:
-            raise ValueError(f"k: expected a whole number in [1, {self.vocab_size}], got {k}")
-        if (call := self._inference(input)) is not None:
-            log_prob, ids = inference.topk(call, k)
-            return log_prob.view(*input.shape[:-1], k), ids.view(*input.shape[:-1], k)
-        parts = [self._topk(rows, k) for rows in self._chunks(input)]
-        log_prob, ids = (torch.cat(column).view(*input.shape[:-1], k) for column in zip(*parts, strict=True))
-        return log_prob, ids
-
-    @abstractmethod
-    def _fused(self, input: Tensor) -> Call:
-        """What the fused loss would compute from."""
-
-    def _inference(self, input: Tensor) -> Call | None:
-        """The call, where the native tile serves it and nobody asks for a gradient, or has changed what is computed."""
-        own = type(self) in (LinearHead, MixtureHead, ContextMixtureHead)
-        hooks = self.logit_function is not None and (
-            self.logit_function._forward_hooks or self.logit_function._forward_pre_hooks
-        )
-        if not own or hooks or inference.asked_for_gradients(input, *self.parameters()):
-            return None
-        call = self._fused(input)
-        return call if inference.serves(call) else None
-
-    def _chunks(self, input: Tensor) -> tuple[Tensor, ...]:
-        rows: Tensor = input.reshape(-1, input.shape[-1])
-        components = getattr(self, "num_components", 1)
-        return rows.split(max(1, default_chunk_size(*self.weight.shape) // components))
-
-    def _ranked(self, rows: Tensor) -> Tensor:
-        """What orders the words as their probabilities do, (C, V)."""
-        return self._log_prob(rows)
-
-    def _topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        log_prob = self._log_prob(rows)
-        values, ids = log_prob.topk(k, dim=-1)
-        return values, ids
-
-    @abstractmethod
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments but the function, as plain JSON."""
-
-    def spec(self) -> dict[str, Any]:
-        """What `head_from_spec` rebuilds the head from, as plain JSON; parameters travel in the state_dict.
-
-        Raises:
-            TypeError: if the function is no LogitFunction and so has no spec.
-        """
-        function = self.logit_function
-        if function is not None and not isinstance(function, LogitFunction):
-            raise TypeError(f"logit_function: expected a LogitFunction or None, got {type(function).__name__}")
-        described = None if function is None else function.spec()
-        return {"name": type(self).__name__, "options": self.options(), "logit_function": described}
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+from uncork.loss.call import Call, build_call
+from uncork.loss.exclusion import take
 
 
 class _OneSoftmax(Head):
@@ -181,31 +34,38 @@ class _OneSoftmax(Head):
     def context(self, input: Tensor) -> Tensor:
         """What is projected onto the words: (..., projected features)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _logits(self.logit_function, self.scores(input))
+    def _logits(self, input: Tensor, projection: Projection) -> Tensor:
+        return self._apply_function(self._scores(input, projection))
 
-    def scores(self, input: Tensor) -> Tensor:
-        return F.linear(self.context(input), self.weight, self.bias)
+    def _scores(self, input: Tensor, projection: Projection) -> Tensor:
+        return F.linear(self.context(input), *projection)
 
-    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return linear_cross_entropy(self.context(input), self.weight, target, **self._operands(), **options)
+    def _loss(self, input: Tensor, projection: Projection, *, target: Tensor, options: dict[str, Any]) -> Tensor:
+        weight, operands = projection.weight, self._operands(projection)
+        return linear_cross_entropy(self.context(input), weight, target, **operands, **options)
 
-    def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
-        return token_statistics(self.context(input), self.weight, target, **self._operands(), **options)
+    def _statistics(
+        self, input: Tensor, projection: Projection, *, target: Tensor | None, options: dict[str, Any]
+    ) -> TokenStatistics:
+        weight, operands = projection.weight, self._operands(projection)
+        return token_statistics(self.context(input), weight, target, **operands, **options)
 
-    def _fused(self, input: Tensor) -> Call:
-        return build_call(self.context(input), self.weight, None, **self._operands())[0]
+    def _fused(self, input: Tensor, projection: Projection) -> Call:
+        weight, operands = projection.weight, self._operands(projection)
+        return build_call(self.context(input), weight, None, **operands)[0]
 
-    def _ranked(self, rows: Tensor) -> Tensor:
-        return self.scores(rows)
+    def _ranked(self, rows: Tensor, projection: Projection) -> Tensor:
+        return self._scores(rows, projection)
 
-    def _topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores = self.scores(rows)
-        best, ids = scores.topk(k, dim=-1)
-        logits = _logits(self.logit_function, scores)
+    def _topk_rows(
+        self, rows: Tensor, projection: Projection, best: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        scores = self._scores(rows, projection)
+        ids = best(scores)
+        logits = self._apply_function(scores)
         wide = torch.promote_types(logits.dtype, torch.float32)
         normaliser = torch.logsumexp(logits.to(wide), -1, keepdim=True)
-        return _logits(self.logit_function, best).to(wide) - normaliser, ids
+        return self._apply_function(take(scores, ids)).to(wide) - normaliser, ids
 
 
 class LinearHead(_OneSoftmax):
@@ -226,14 +86,25 @@ class LinearHead(_OneSoftmax):
     Without f the rank of the log-probabilities is at most D + 1 (D + 2 with a bias). Ganea et al. 2019.
     """
 
+    family = "LinearHead"
+
     def __init__(
         self, in_features: int, vocab_size: int, *, bias: bool = True, logit_function: nn.Module | None = None
     ) -> None:
         super().__init__(in_features, vocab_size, positive_int("in_features", in_features), bias, logit_function)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, logit_function: nn.Module | None = None) -> "LinearHead":
-        """The head with the parameters of an nn.Linear (the same objects: tied weights stay tied)."""
+    def from_linear(cls, linear: nn.Linear, *, logit_function: nn.Module | None = None) -> Self:
+        """The head with the parameters of an nn.Linear (the same objects: tied weights stay tied).
+
+        Args:
+            linear: an nn.Linear itself, whose output is W h + b and nothing else. logit_function: as above.
+
+        Raises:
+            TypeError: a subclass (an adapter, a quantised layer) or a weight of another kind.
+            ValueError: hooks, pruning, parametrisations. The message names what was found and says what to do.
+        """
+        check_plain(linear)
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, logit_function=logit_function)
         head._adopt(linear)
         return head
@@ -270,8 +141,16 @@ class _LatentHead(Head):
         self.prior = nn.Linear(in_features, self.num_components, bias=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, num_components: int, **options: Any) -> "_LatentHead":
-        """The mixture over the parameters of an nn.Linear (the same objects: tied weights stay tied)."""
+    def from_linear(cls, linear: nn.Linear, *, num_components: int, **options: Any) -> Self:
+        """The mixture over the parameters of an nn.Linear (the same objects: tied weights stay tied).
+
+        Its latents and prior start at random, so its logits are not the layer's.
+
+        Args:
+            linear: as in `LinearHead.from_linear`, with the same errors. num_components: K.
+            options: latent_activation and logit_function of the class.
+        """
+        check_plain(linear)
         for name in ("latent_features", "bias"):
             if name in options:
                 raise TypeError(f"{name}: given by the linear layer; build a {cls.__name__} to choose it")
@@ -327,39 +206,47 @@ class MixtureHead(_LatentHead):
     Yang et al. 2018, arXiv 1711.03953; of sigsoftmax: Kanai et al. 2018, arXiv 1805.10829.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return mixture_log_softmax(_logits(self.logit_function, self.scores(input)), self.prior(input))
+    family = "MixtureHead"
 
-    def scores(self, input: Tensor) -> Tensor:
-        return F.linear(self.latents(input), self.weight, self.bias)
+    def _logits(self, input: Tensor, projection: Projection) -> Tensor:
+        return mixture_log_softmax(self._apply_function(self._scores(input, projection)), self.prior(input))
 
-    def _log_prob(self, input: Tensor) -> Tensor:
-        log_prob: Tensor = self(input)
-        return log_prob
+    def _scores(self, input: Tensor, projection: Projection) -> Tensor:
+        return F.linear(self.latents(input), *projection)
 
-    def _fused(self, input: Tensor) -> Call:
-        operands = self._operands() | {"prior_logits": self.prior(input)}
-        return build_call(self.latents(input), self.weight, None, **operands)[0]
+    def _log_prob(self, input: Tensor, projection: Projection) -> Tensor:
+        return self._logits(input, projection)
+
+    def _fused(self, input: Tensor, projection: Projection) -> Call:
+        weight, operands = projection.weight, self._operands(projection)
+        return build_call(self.latents(input), weight, None, prior_logits=self.prior(input), **operands)[0]
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return mixture_cross_entropy(
-            self.latents(input),
-            self.weight,
-            self.prior(input),
-            target,
-            **self._operands(),
-            **options,
-        )
+        """F.cross_entropy(head(input).flatten(0, -2), target.flatten(), ...), fused.
 
-    def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
-        return mixture_token_statistics(
-            self.latents(input),
-            self.weight,
-            self.prior(input),
-            target,
-            **self._operands(),
-            **options,
-        )
+        Args:
+            input: (..., D). target: (...) indices or (..., V) probabilities.
+            options: keyword arguments of `uncork.mixture_cross_entropy`: weight, token_weight, reduction, ignore_index,
+                label_smoothing, impl, chunk_size, memory_budget.
+
+        Raises:
+            TypeError: for z_loss, and as every head.
+        """
+        if "z_loss" in options:
+            raise TypeError(
+                "z_loss: a mixture has none, since its logits are log-probabilities, whose logsumexp is 0; leave it out"
+            )
+        return super().loss(input, target, **options)
+
+    def _loss(self, input: Tensor, projection: Projection, *, target: Tensor, options: dict[str, Any]) -> Tensor:
+        weight, operands = projection.weight, self._operands(projection)
+        return mixture_cross_entropy(self.latents(input), weight, self.prior(input), target, **operands, **options)
+
+    def _statistics(
+        self, input: Tensor, projection: Projection, *, target: Tensor | None, options: dict[str, Any]
+    ) -> TokenStatistics:
+        weight, operands = projection.weight, self._operands(projection)
+        return mixture_token_statistics(self.latents(input), weight, self.prior(input), target, **operands, **options)
 
 
 class ContextMixtureHead(_LatentHead, _OneSoftmax):
@@ -374,6 +261,8 @@ class ContextMixtureHead(_LatentHead, _OneSoftmax):
 
     Yang et al. 2018, arXiv 1711.03953.
     """
+
+    family = "ContextMixtureHead"
 
     def context(self, input: Tensor) -> Tensor:
         """sum_k pi_k h_k: (..., latent_features)."""

@@ -47,6 +47,8 @@ class LogitFunction(nn.Module, ABC):
     unbounded: ClassVar[bool] = True
     nonlinear: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    start_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that say where the parameters start or whether they train, and do not decide f given their values."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,6 +155,11 @@ class LogitFunction(nn.Module, ABC):
         """Name, version and hyper-parameters as plain JSON; parameters travel in the state_dict."""
         return {"name": type(self).__name__, "version": self.version, "options": self.options()}
 
+    def definition(self) -> Spec:
+        """What decides f beside the values of its parameters: `spec()` without the start options."""
+        spec = self.spec()
+        return {**spec, "options": {k: v for k, v in spec["options"].items() if k not in self.start_options}}
+
     @staticmethod
     def from_spec(spec: Spec) -> "LogitFunction":
         """The function that `spec()` described, at its start; load a state_dict for its parameters.
@@ -218,7 +225,8 @@ class Compose(LogitFunction):
 
     def transform(self, scores: Tensor) -> Tensor:
         for function in self._parts():
-            scores = function.transform(scores)
+            hooked = function._forward_hooks or function._forward_pre_hooks
+            scores = function(scores) if hooked else function.transform(scores)
         return scores
 
     def derivative(self, scores: Tensor) -> Tensor:
@@ -243,6 +251,10 @@ class Compose(LogitFunction):
 
     def options(self) -> dict[str, Any]:
         return {"functions": [f.spec() for f in self._parts()]}
+
+    def definition(self) -> Spec:
+        """Its parts' definitions, in order."""
+        return {**self.spec(), "options": {"functions": [f.definition() for f in self._parts()]}}
 
     @classmethod
     def _from_options(cls, options: dict[str, Any]) -> "LogitFunction":

@@ -44,6 +44,8 @@ class MonotoneNetwork(LogitFunction):
     Daniels & Velikova 2010; Ganea et al. 2019, arXiv 1902.08077. The seed's activation and start are not published.
     """
 
+    start_options = frozenset({"init", "spread", "frozen"})
+
     def __init__(
         self,
         num_units: int = 100,

@@ -62,6 +62,8 @@ class PLIF(LogitFunction):
     Ganea, Gelly, Becigneul, Severyn 2019, arXiv 1902.08077 (P = 100,000, T = 20, random start).
     """
 
+    start_options = frozenset({"init", "spread", "frozen"})
+
     def __init__(
         self,
         num_pieces: int = 100,

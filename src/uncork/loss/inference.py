@@ -8,6 +8,7 @@ from torch import Tensor
 from uncork.loss import tile_native
 from uncork.loss.call import Call
 from uncork.loss.chunked import Walk
+from uncork.loss.exclusion import Exclusion, best, take
 from uncork.loss.reference import apply_function
 from uncork.loss.target import IndexTarget
 from uncork.loss.tile_torch import function_parameters
@@ -46,7 +47,7 @@ def log_prob(call: Call) -> Tensor:
 
 
 @torch.no_grad()
-def topk(call: Call, k: int) -> tuple[Tensor, Tensor]:
+def topk(call: Call, k: int, exclusion: Exclusion | None = None) -> tuple[Tensor, Tensor]:
     """(log_prob, ids), (N, k) each. The scores are ranked, which the function cannot reorder; a mixture's words."""
     bias = call.bias
     first = IndexTarget.build(call.input.new_zeros(call.tokens, dtype=torch.int64), -1, None, 0.0, 1, call.input)
@@ -57,18 +58,23 @@ def topk(call: Call, k: int) -> tuple[Tensor, Tensor]:
     ids = call.input.new_empty(call.tokens, k, dtype=torch.int64)
     for span in walk.spans():
         if call.prior_logits is not None:
-            values[span], ids[span] = walk.log_prob(span).topk(k, dim=-1)
+            log_prob = walk.log_prob(span)
+            ids[span] = best(log_prob, k, exclusion, span)
+            values[span] = take(log_prob, ids[span])
             continue
         scores = walk.scores(walk.rows(span))
         if bias is not None:
             scores += bias
-        best, ids[span] = scores.topk(k, dim=-1)
+        ids[span] = best(scores, k, exclusion, span)
+        highest = take(scores, ids[span])
         first.index[span] = ids[span][:, 0]
-        logits = apply_function(call.function, best)
+        logits = apply_function(call.function, highest)
         # From the likeliest word on, whose cross-entropy keeps its digits where it is small.
         surprise = walk.tiles.statistics(scores, span).cross_entropy
         assert surprise is not None
         values[span] = logits - logits[:, :1] - surprise[:, None]
+        if exclusion is not None:  # nothing but impossible words may be left: -inf less -inf
+            values[span].masked_fill_(highest == -torch.inf, -torch.inf)
     return values, ids
 
 

@@ -26,22 +26,26 @@ def statistics(call: Call) -> Statistics:
         logits = apply_function(call.function, scores)
         if call.prior_logits is not None:
             logits = mixture_log_softmax(logits, call.prior_logits.to(call.dtype))
-        if call.prior_logits is None:
-            top = highest(logits)
-            shifted = logits - top
-            shifted_lse = torch.logsumexp(shifted, -1)
-            lse = shifted_lse + top.squeeze(-1)
-        else:  # log-probabilities are normalised already; what is left is rounding
-            shifted, lse = logits, torch.zeros_like(logits[:, 0])
-            shifted_lse = lse
-        ce = None if call.target is None else call.target.cross_entropy(shifted, shifted_lse)
-        if not call.details:
-            return Statistics(ce, lse, None, None)
-        log_prob = shifted - shifted_lse[:, None]
-        prob = log_prob.exp()
-        entropy = -torch.where(prob == 0, 0, prob * log_prob.masked_fill(prob == 0, 0)).sum(-1)
-        ranked = logits if call.prior_logits is not None else scores
-        return Statistics(ce, lse, entropy, ranked.argmax(-1))
+        return statistics_of_logits(call, logits, logits if call.prior_logits is not None else scores)
+
+
+def statistics_of_logits(call: Call, logits: Tensor, ranked: Tensor) -> Statistics:
+    """Per-token statistics of logits (N, V); the argmax is that of `ranked`."""
+    if call.prior_logits is None:
+        top = highest(logits)
+        shifted = logits - top
+        shifted_lse = torch.logsumexp(shifted, -1)
+        lse = shifted_lse + top.squeeze(-1)
+    else:  # log-probabilities are normalised already; what is left is rounding
+        shifted, lse = logits, torch.zeros_like(logits[:, 0])
+        shifted_lse = lse
+    ce = None if call.target is None else call.target.cross_entropy(shifted, shifted_lse)
+    if not call.details:
+        return Statistics(ce, lse, None, None)
+    log_prob = shifted - shifted_lse[:, None]
+    prob = log_prob.exp()
+    entropy = -torch.where(prob == 0, 0, prob * log_prob.masked_fill(prob == 0, 0)).sum(-1)
+    return Statistics(ce, lse, entropy, ranked.argmax(-1))
 
 
 def weighted_sum(call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:

@@ -1,0 +1,372 @@
+"""What every output layer offers, and how its answers go through its own call, behind whatever hooks are on it.
+
+Legend for shapes: N tokens, D features, V vocabulary, K components, C tokens of a chunk.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from uncork.heads import hooks
+from uncork.heads.state import SaysWhatItIs
+from uncork.logit_functions import Identity, LogitFunction
+from uncork.logit_functions.base import positive_int
+from uncork.loss import TokenStatistics, from_logits, implementation, inference
+from uncork.loss.call import Call, autocast_dtype
+from uncork.loss.chunked import default_chunk_size
+from uncork.loss.exclusion import Exclusion, best, take
+from uncork.loss.reference import apply_function
+
+
+class Projection(NamedTuple):
+    """A head's weight (V, features) and bias, read once a call: a parametrisation computes them at every look."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+T = TypeVar("T")
+Answer = Callable[[Tensor, Projection], T]
+
+
+class Head(SaysWhatItIs, ABC):
+    """What every output layer offers. The projection is `weight` (V, features) and `bias` (V,) or None, as nn.Linear's.
+
+    `loss`, `statistics`, `log_prob`, `predict`, `topk` and `scores` go through `head(input)`'s own call: forward
+    pre-hooks, parametrisations, pruning, weight_norm and wrappers that shard the head (FSDP2) work for all of them.
+    Where a forward or backward hook of yours (on the head, on its function, or a global one), or a subclass that
+    overrides `forward`, sees the logits, every answer is made from `head(input)`, with its (N, V) matrix, the same with
+    and without gradients; an `impl` that cannot do so raises.
+
+    The state_dict says what the tensors do not: the function with its fixed factors and the kind of mixture, in a uint8
+    tensor `head_spec`. It is absent without function and mixture, where states are nn.Linear's. Loading a state of
+    another function or factor, or an nn.Linear's into a head that would change its logits, raises a RuntimeError that
+    says what to do, with strict=False too; into a head that keeps them (a function at its start as the identity) an
+    nn.Linear's loads with strict=False.
+
+    Args:
+        in_features: D of the input. vocab_size: V. projected: features of the projection (D, or the latent's).
+        bias: whether the projection has one. logit_function: an increasing elementwise module, or None.
+    """
+
+    def __init__(
+        self, in_features: int, vocab_size: int, projected: int, bias: bool, logit_function: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.in_features = positive_int("in_features", in_features)
+        self.vocab_size = positive_int("vocab_size", vocab_size)
+        self._projected = projected
+        self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
+        self.logit_function = logit_function
+        reach = 1 / math.sqrt(projected)  # nn.Linear's start
+        nn.init.uniform_(self.weight, -reach, reach)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -reach, reach)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Of one dimension are the pieces that FSDP1 puts there; they are looked at when they are used.
+        if name == "weight" and isinstance(value, Tensor) and value.dim() == 2:
+            self._check_weight(value)
+        super().__setattr__(name, value)
+
+    def _check_weight(self, weight: Tensor) -> None:
+        expected = (self.vocab_size, self._projected)
+        if tuple(weight.shape) != expected:
+            raise ValueError(
+                f"weight: expected shape {expected} (vocab_size, features of the projection), got "
+                f"{tuple(weight.shape)}; a tied embedding needs the head's vocab_size and features, and a head that "
+                "FSDP1 wraps by itself is called through the wrapper's module: fully_shard shards it in place"
+            )
+
+    @property
+    def out_features(self) -> int:
+        """`vocab_size`, under nn.Linear's name."""
+        return self.vocab_size
+
+    def _adopt(self, linear: nn.Linear) -> None:
+        """Takes over the parameters of an nn.Linear themselves, so that tied weights stay tied."""
+        self.weight = cast(nn.Parameter, linear.weight)
+        self.bias = cast("nn.Parameter | None", linear.bias)
+        self.to(linear.weight.device, linear.weight.dtype)  # the rest follows
+
+    def forward(self, input: Tensor, answer: Answer[Any] | None = None) -> Any:
+        """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity.
+
+        Args:
+            input: (..., D), of the weight's dtype and device (under autocast any floating dtype).
+            answer: what the other methods ask for in place of the logits; private.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        projection = self._projection(input)
+        return self._logits(input, projection) if answer is None else answer(input, projection)
+
+    def _projection(self, input: Tensor) -> Projection:
+        """Weight and bias, checked against the input."""
+        weight, bias = self.weight, self.bias
+        self._check_weight(weight)
+        if bias is not None and tuple(bias.shape) != (self.vocab_size,):
+            raise ValueError(f"bias: expected shape ({self.vocab_size},), got {tuple(bias.shape)}")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input: expected shape (..., {self.in_features}) for in_features={self.in_features}, "
+                f"got {tuple(input.shape)}"
+            )
+        if not input.is_floating_point():
+            raise TypeError(f"input: expected a floating dtype, got {input.dtype}")
+        if input.device != weight.device:
+            raise ValueError(f"input: expected device {weight.device} as the head's weight, got {input.device}")
+        if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
+            raise ValueError(f"input: expected dtype {weight.dtype} as the head's weight, got {input.dtype}")
+        return Projection(weight, bias)
+
+    def _seen_by(self) -> str:
+        return hooks.seen_by(self, Head.forward)
+
+    def _whole(self, input: Tensor, reason: str) -> Tensor:
+        """head(input), where somebody else had a hand in it."""
+        logits = self(input)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.vocab_size,):
+            got = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"head(input): expected floating logits (..., {self.vocab_size}), got {got}: {reason}")
+        return logits
+
+    @abstractmethod
+    def _logits(self, input: Tensor, projection: Projection) -> Tensor:
+        """What `head(input)` is."""
+
+    @abstractmethod
+    def _scores(self, input: Tensor, projection: Projection) -> Tensor:
+        """What `scores` is."""
+
+    @abstractmethod
+    def _loss(self, input: Tensor, projection: Projection, *, target: Tensor, options: dict[str, Any]) -> Tensor:
+        """What `loss` is, fused."""
+
+    @abstractmethod
+    def _statistics(
+        self, input: Tensor, projection: Projection, *, target: Tensor | None, options: dict[str, Any]
+    ) -> TokenStatistics:
+        """What `statistics` is, fused."""
+
+    @abstractmethod
+    def _fused(self, input: Tensor, projection: Projection) -> Call:
+        """What the fused loss would compute from."""
+
+    def _operands(self, projection: Projection) -> dict[str, Any]:
+        return {"linear_bias": projection.bias, "logit_function": self.logit_function}
+
+    def _apply_function(self, scores: Tensor) -> Tensor:
+        """f(scores); the identity costs nothing and keeps half precision."""
+        function = self.logit_function
+        if function is None or (isinstance(function, Identity) and not hooks.function_changed_by(function)):
+            return scores
+        return apply_function(function, scores)
+
+    def scores(self, input: Tensor) -> Tensor:
+        """W h + b before the function: (..., V), of a mixture (..., K, V). No forward hook changes them."""
+        reason = self._seen_by()
+        if not reason:
+            return self(input, self._scores)
+        if type(self).forward is not Head.forward or "forward" in vars(self):
+            return Head.forward(self, input, self._scores)
+        found: list[Tensor] = []
+
+        def logits_and_keep(input: Tensor, projection: Projection) -> Tensor:
+            found.append(self._scores(input, projection))
+            return self._logits(input, projection)
+
+        self(input, logits_and_keep)
+        return found[0]
+
+    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """F.cross_entropy(head(input).flatten(0, -2), target.flatten(), ...), fused.
+
+        Args:
+            input: (..., D). target: (...) indices or (..., V) probabilities.
+            options: keyword arguments of `uncork.linear_cross_entropy`: weight, token_weight, reduction, ignore_index,
+                label_smoothing, impl, chunk_size, memory_budget, and z_loss but for a mixture.
+
+        Returns:
+            float32 or float64; a scalar, or (...) for reduction="none".
+
+        Raises:
+            TypeError, ValueError, IndexError: naming the argument, what was expected and what came.
+
+        >>> from uncork import build_head
+        >>> head = build_head("softmax", 8, 100)
+        >>> input, target = torch.zeros(4, 8), torch.arange(4)
+        >>> expected = nn.functional.cross_entropy(head(input), target)
+        >>> torch.allclose(head.loss(input, target), expected)
+        True
+        """
+        if reason := self._seen_by():
+            return from_logits.cross_entropy(self._whole(input, reason), target, reason=reason, **options)
+        return self(input, partial(self._loss, target=target, options=options))
+
+    def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
+        """Log-probability of the target, logsumexp, entropy and argmax of each token, without the (N, V) matrix.
+
+        Args:
+            input: (..., D). target: (...) indices, (..., V) probabilities, or None.
+            options: impl, chunk_size, memory_budget of `uncork.token_statistics`, which says what is returned.
+        """
+        if reason := self._seen_by():
+            return from_logits.token_statistics(self._whole(input, reason), target, reason=reason, **options)
+        return self(input, partial(self._statistics, target=target, options=options))
+
+    def implementation(self) -> str:
+        """What computes its loss where its weights are, with `impl=None`: "torch", or "native (avx512)".
+
+        "reference (...)" says in the brackets why the loss is made from `head(input)`. To find out, the head is called
+        with no tokens.
+        """
+        if reason := self._seen_by():
+            return f"reference ({reason})"
+        with torch.no_grad():
+            nothing = torch.empty(0, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
+            return str(self(nothing, lambda input, projection: implementation(self._fused(input, projection))))
+
+    def log_prob(self, input: Tensor) -> Tensor:
+        """Log-probabilities (..., V), float32 or better: ``head(input).float().log_softmax(-1)``.
+
+        Args:
+            input: (..., D).
+        """
+        if reason := self._seen_by():
+            return _log_softmax(self._whole(input, reason))
+        return self(input, self._log_prob_chunked)
+
+    def _log_prob_chunked(self, input: Tensor, projection: Projection) -> Tensor:
+        if (call := self._inference(input, projection)) is not None:
+            return inference.log_prob(call).view(*input.shape[:-1], self.vocab_size)
+        return self._log_prob(input, projection)
+
+    def _log_prob(self, input: Tensor, projection: Projection) -> Tensor:
+        return _log_softmax(self._logits(input, projection))
+
+    def predict(self, input: Tensor) -> Tensor:
+        """The likeliest word of each token, (...) int64, chunk by chunk; ranked as `topk` does.
+
+        Args:
+            input: (..., D).
+        """
+        if reason := self._seen_by():
+            return self._whole(input, reason).argmax(-1)
+        return self(input, self._predict)
+
+    def _predict(self, input: Tensor, projection: Projection) -> Tensor:
+        if (call := self._inference(input, projection)) is not None:
+            return inference.argmax(call).view(input.shape[:-1])
+        ids = [self._ranked(rows, projection).argmax(-1) for rows in self._chunks(input, projection)]
+        return torch.cat(ids).view(input.shape[:-1])
+
+    def topk(self, input: Tensor, k: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k likeliest words: (log_prob, ids), each (..., k), likeliest first.
+
+        Chunk by chunk; where a gradient is asked, the graphs of all chunks stay until it is taken.
+        Ranking uses the scores (but for mixtures), which an increasing function cannot reorder but may tie.
+
+        Args:
+            input: (..., D). k: between 1 and the number of words that are left.
+            exclude: words that must not appear: integer ids (..., m), a row for each token (repeat an id to fill it
+                up), or a boolean mask (V,) or (..., V). The log-probabilities stay those of the whole distribution.
+
+        Returns:
+            log_prob of float32 or better, ids of int64. Where fewer than k words are left, which only a CPU is asked
+            beforehand, other devices give the id -1 and -inf.
+
+        Raises:
+            ValueError: k is out of range, or above what `exclude` leaves of a token's words.
+            TypeError, IndexError: `exclude` is no mask and no ids in [0, V) (checked on the CPU).
+
+        >>> from uncork import LinearHead
+        >>> head = LinearHead(1, 3, bias=False)
+        >>> head.weight = nn.Parameter(torch.tensor([[1.0], [3.0], [2.0]]))
+        >>> head.topk(torch.ones(1), 2)[1], head.topk(torch.ones(1), 2, exclude=torch.tensor([1]))[1]
+        (tensor([1, 2]), tensor([2, 0]))
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.vocab_size:
+            raise ValueError(f"k: expected a whole number in [1, {self.vocab_size}], got {k}")
+        if reason := self._seen_by():
+            logits = self._whole(input, reason)
+            leading, rows = logits.shape[:-1], logits.reshape(-1, self.vocab_size)
+            ids = best(rows, k, self._exclusion(exclude, logits, k), slice(0, rows.shape[0]))
+            return take(_log_softmax(rows), ids).view(*leading, k), ids.view(*leading, k)
+        return self(input, partial(self._topk, k=k, exclude=exclude))
+
+    def _topk(self, input: Tensor, projection: Projection, *, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        exclusion, shape = self._exclusion(exclude, input, k), (*input.shape[:-1], k)
+        if (call := self._inference(input, projection)) is not None:
+            log_prob, ids = inference.topk(call, k, exclusion)
+            return log_prob.view(shape), ids.view(shape)
+        parts, start = [], 0
+        for rows in self._chunks(input, projection):
+            span = slice(start, start + rows.shape[0])
+            parts.append(self._topk_rows(rows, projection, partial(best, k=k, exclusion=exclusion, span=span)))
+            start = span.stop
+        log_prob, ids = (torch.cat(column).view(shape) for column in zip(*parts, strict=True))
+        return log_prob, ids
+
+    def _exclusion(self, exclude: Tensor | None, input: Tensor, k: int) -> Exclusion | None:
+        if exclude is None:
+            return None
+        return Exclusion.build(exclude, tuple(input.shape[:-1]), self.vocab_size, input.device, k)
+
+    def _inference(self, input: Tensor, projection: Projection) -> Call | None:
+        """The call, where the native tile serves it and nobody asks for a gradient."""
+        if inference.asked_for_gradients(input, *projection, *self.parameters()):
+            return None
+        call = self._fused(input, projection)
+        return call if inference.serves(call) else None
+
+    def _chunks(self, input: Tensor, projection: Projection) -> tuple[Tensor, ...]:
+        rows: Tensor = input.reshape(-1, input.shape[-1])
+        components = getattr(self, "num_components", 1)
+        return rows.split(max(1, default_chunk_size(*projection.weight.shape) // components))
+
+    def _ranked(self, rows: Tensor, projection: Projection) -> Tensor:
+        """What orders the words as their probabilities do, (C, V)."""
+        return self._log_prob(rows, projection)
+
+    def _topk_rows(
+        self, rows: Tensor, projection: Projection, best: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        log_prob = self._log_prob(rows, projection)
+        ids = best(log_prob)
+        return take(log_prob, ids), ids
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments but the function, as plain JSON."""
+
+    def spec(self) -> dict[str, Any]:
+        """What `head_from_spec` rebuilds the head from, as plain JSON; parameters travel in the state_dict.
+
+        Raises:
+            TypeError: if the function is no LogitFunction and so has no spec.
+        """
+        function = self.logit_function
+        if function is not None and not isinstance(function, LogitFunction):
+            raise TypeError(f"logit_function: expected a LogitFunction or None, got {type(function).__name__}")
+        described = None if function is None else function.spec()
+        # Parametrisations (by way of ABCMeta) and fully_shard put a class of torch's before the head's own.
+        own = (c for c in type(self).__mro__ if c.__module__.partition(".")[0] not in ("torch", "abc"))
+        name = next(own).__name__
+        return {"name": name, "options": self.options(), "logit_function": described}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,149 @@
+"""Who else sees or changes what a module computes: hooks, replaced forwards, parametrisations, subclasses."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+
+# Hooks of these look at what comes out (to shard, to sync, to count) and leave it as it is.
+_ONLY_LOOK = (
+    "torch.distributed.fsdp",
+    "torch.distributed._composable",
+    "torch.distributed._tools",
+    "torch.nn.parallel",
+    "torch.profiler",
+    "torch.utils.module_tracker",
+    "torch.utils.flop_counter",
+)
+_AFTER = ("forward hook", "backward hook", "backward pre-hook")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _local(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for kind, hooks in (
+        ("forward hook", module._forward_hooks),
+        ("backward hook", module._backward_hooks),
+        ("backward pre-hook", module._backward_pre_hooks),
+        ("forward pre-hook", module._forward_pre_hooks),
+    ):
+        for hook in hooks.values():
+            yield kind, hook
+
+
+def _global() -> Iterator[tuple[str, Any]]:
+    for kind, hooks in (
+        ("forward hook", torch_module._global_forward_hooks),
+        ("backward hook", torch_module._global_backward_hooks),
+        ("backward pre-hook", torch_module._global_backward_pre_hooks),
+        ("forward pre-hook", torch_module._global_forward_pre_hooks),
+    ):
+        for hook in hooks.values():
+            yield f"global {kind}", hook
+
+
+def _function(hook: Any) -> Any:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
+
+
+def _only_looks(hook: Any) -> bool:
+    function = _function(hook)
+    origin = getattr(function, "__module__", None) or type(function).__module__
+    return any(origin == name or origin.startswith(f"{name}.") for name in _ONLY_LOOK)
+
+
+def _named(kind: str, hook: Any) -> str:
+    function = _function(hook)
+    return f"a {kind} ({getattr(function, '__qualname__', None) or type(function).__qualname__})"
+
+
+def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
+    """Who besides the head makes or changes its logits, in words; empty if nobody, so that the fused paths may serve.
+
+    Args:
+        head: with a `logit_function`. forward: the library's own, which a subclass may have overridden.
+    """
+    if type(head).forward is not forward:
+        return f"{type(head).__name__} overrides forward"
+    if "forward" in vars(head):
+        return "the head's forward was replaced"
+    function = cast("nn.Module | None", head.logit_function)
+    for kind, hook in _local(head):
+        if kind in _AFTER and not _only_looks(hook):
+            return f"{_named(kind, hook)} on the head sees the logits"
+    for kind, hook in _global():
+        # The function is not called where it is fused: what would run before it has to be seen to as well.
+        if (kind.removeprefix("global ") in _AFTER or function is not None) and not _only_looks(hook):
+            return f"{_named(kind, hook)} sees the logits"
+    return "" if function is None else function_changed_by(function)
+
+
+def function_changed_by(function: nn.Module) -> str:
+    """Who sees what goes through a logit function's call, in words; a fused path computes it without calling it."""
+    for module in function.modules():
+        if "forward" in vars(module):
+            return f"the forward of {type(module).__name__} in logit_function was replaced"
+        for kind, hook in _local(module):
+            return f"{_named(kind, hook)} stands on {type(module).__name__} in logit_function"
+    return ""
+
+
+def check_plain(linear: object) -> nn.Linear:
+    """The argument, if it is an nn.Linear whose output is weight and bias alone; an error that says what to do if not.
+
+    Raises:
+        TypeError: no module, another class (adapters and quantised layers are subclasses), a weight of another kind.
+        ValueError: parametrisations, hooks, pruning, a replaced forward.
+    """
+    if not isinstance(linear, nn.Module):
+        raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+    name = type(linear).__name__
+    if parametrize.is_parametrized(linear):
+        which = ", ".join(linear.parametrizations)  # type: ignore[arg-type]
+        raise ValueError(
+            f"linear: expected a plain nn.Linear, got one whose {which} is parametrized: make it plain first "
+            f'(torch.nn.utils.parametrize.remove_parametrizations(linear, "{which.split(", ")[0]}")), or parametrize '
+            "the head itself"
+        )
+    if isinstance(linear, nn.LazyLinear):
+        raise TypeError("linear: expected an nn.Linear, got LazyLinear, whose shape is not known: call it once first")
+    if type(linear) is not nn.Linear:
+        raise TypeError(
+            f"linear: expected an nn.Linear itself, got {type(linear).__module__}.{name}, whose output may be more "
+            "than its weight and bias: merge the adapter (or dequantise, or unwrap) first, or copy the effective "
+            "weight into a new nn.Linear"
+        )
+    if "forward" in vars(linear):
+        raise ValueError(
+            "linear: expected a plain nn.Linear, got one whose forward was replaced: take that back first, or copy the "
+            "effective weight into a new nn.Linear"
+        )
+    for kind, hook in _local(linear):
+        raise ValueError(
+            f"linear: expected a plain nn.Linear, got one with {_named(kind, hook)}, which the head would not run: "
+            "remove it first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove ...), or copy the "
+            "effective weight into a new nn.Linear; hooks may be registered on the head"
+        )
+    _check_parameters(linear)
+    return linear
+
+
+def _check_parameters(linear: nn.Linear) -> None:
+    for name in ("weight", "bias"):
+        value: Any = getattr(linear, name)
+        if value is None and name == "bias":
+            continue
+        plain = name in linear._parameters and (
+            type(value) is nn.Parameter or isinstance(value, torch._subclasses.FakeTensor)
+        )
+        dtype = value.dtype if isinstance(value, Tensor) else None
+        if not plain or dtype not in _DTYPES:
+            raise TypeError(
+                f"linear.{name}: expected a plain floating nn.Parameter, got {type(value).__name__} of {dtype}: "
+                "dequantise (or gather) it into a new nn.Linear first"
+            )
