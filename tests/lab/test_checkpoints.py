@@ -66,6 +66,19 @@ def test_weights_of_another_model_are_refused(tmp_path):
         ckpt.load_model(make_model("plif", num_pieces=7), checkpoint)
 
 
+@pytest.mark.parametrize("options", [{"head": "plif", "num_pieces": 9}, {"head": "softcap", "cap": 15.0}])
+def test_runs_of_0_1_0_load_as_the_head_that_they_describe(tmp_path, options):
+    """They hold the tensors alone; which function these are of stands in the description."""
+    model, other = make_model(**options), make_model(**options, seed=1)
+    tensors = ckpt.model_tensors(model)
+    assert tensors.pop("model.head.head_spec") is not None
+    checkpoint = stored(tmp_path, tensors, {"description": {"head": model.head.spec()}})
+    ckpt.load_model(other, checkpoint)
+    assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(LabError, match=r"another model or head: .*(num_pieces=9|cap=15\.0)"):
+        ckpt.load_model(make_model(**{**options, "cap" if "cap" in options else "bound": 7.0}), checkpoint)
+
+
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_an_optimiser_goes_on_to_the_bit(tmp_path, kind):
     training = TrainingPreset(optimizer=kind, lr=0.1, weight_decay=0.01)

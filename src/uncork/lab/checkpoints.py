@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import uncork
+from uncork.heads.state import KEY as HEAD_SPEC
 from uncork.lab.corpora import Corpus
 from uncork.lab.errors import LabError
 from uncork.lab.files import plain, read_json, write_json
@@ -144,18 +145,29 @@ def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
     given = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
     tied = model.tied_keys()
     wanted = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-    wrong = sorted(wanted.keys() ^ given.keys())
+    said = f"head.{HEAD_SPEC}"
+    if said not in given and isinstance(model.head, uncork.heads.Head):
+        # Of 0.1.0, where the description alone says which head it is of.
+        described = checkpoint.state.get("description", {}).get("head")
+        with torch.device("meta"):
+            head = model.head if described is None else uncork.head_from_spec(described)
+        given = uncork.heads.convert_state_0_1(given, head, "head.")
+    wrong = sorted((wanted.keys() ^ given.keys()) - {said})
     if wrong:
         raise LabError(
             f"{checkpoint.path}: is of another model or head, only one of the two has {', '.join(wrong[:3])}"
         )
     for key, tensor in wanted.items():
-        if tensor.shape != given[key].shape:
+        if tensor.shape != given[key].shape and key != said:
             raise LabError(
                 f"{checkpoint.path}: is of another model or head, {key} is {tuple(given[key].shape)} there, "
                 f"{tuple(tensor.shape)} here"
             )
-    model.load_state_dict({**given, **{key: given[source] for key, source in tied.items()}})
+    try:
+        model.load_state_dict({**given, **{key: given[source] for key, source in tied.items()}})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise LabError(f"{checkpoint.path}: is of another model or head: {reason}") from error
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
