@@ -5,31 +5,35 @@ resolved, ends with one JSON line, and turns a mistake into one clear line and a
 """
 
 import dataclasses
-import io
 import json
+import platform
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-try:
-    import tyro
-except ModuleNotFoundError as error:
-    raise SystemExit("uncork: the command line needs the laboratory: pip install 'uncork[lab]'") from error
+from uncork.lab.errors import LabError, in_one_line
+from uncork.lab.interrupts import Interrupted, handled, interrupt
+from uncork.lab.terminal import NobodyReads, complain, cores, progress_line, ready_streams, say
 
-from uncork.lab.bench.settings import Bench
-from uncork.lab.settings import Compare, Evaluate, Experiment, Generate, Train
-from uncork.lab.study.settings import Study
-from uncork.lab.synthetic.settings import Synthetic
-from uncork.lab.terminal import NobodyReads, cores, progress_line, say
+try:
+    from uncork.lab.bench.settings import Bench
+    from uncork.lab.command_line import flag, parse, with_flags
+    from uncork.lab.settings import Compare, Evaluate, Experiment, Generate, Presets, Train
+    from uncork.lab.study.settings import Study
+    from uncork.lab.synthetic.settings import Synthetic
+except ModuleNotFoundError as error:
+    complain(f"uncork: the command line {in_one_line(error)}")
+    raise SystemExit(2) from None
 
 
 def _announce(command: Any) -> None:
     say(f"uncork {type(command).__name__.lower()}")
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
-        if value is not None and value != ():
+        if value not in (None, (), ""):
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             say(f"  {field.name.replace('_', '-'):18} {shown}")
 
@@ -47,13 +51,14 @@ def _command_line() -> str:
     return shlex.join(["uncork", *sys.argv[1:]])
 
 
-def _require_positive(command: Any, *names: str) -> None:
-    from uncork.lab.errors import LabError
+_MOST = {"seeds": 100, "workers": 1024, "threads": 1024, "contexts": 10**9, "max_tokens": 10**6}
 
+
+def _require_counts(command: Any, *names: str) -> None:
     for name in names:
         value = getattr(command, name)
-        if value is not None and value < 1:
-            raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+        if value is not None and not 1 <= value <= _MOST[name]:
+            raise LabError(f"{flag(name)}: expected at least 1 and at most {_MOST[name]}, got {value}")
 
 
 _NEXT = (
@@ -69,14 +74,13 @@ def compare(command: Compare) -> dict[str, Any]:
     from rich.console import Console
 
     from uncork.lab.compare import Event, TimeLeft, check_stored, make_tasks, run_all, started_runs
-    from uncork.lab.errors import LabError
     from uncork.lab.files import write_json
     from uncork.lab.findings import caveats, headline
     from uncork.lab.report import write_report
     from uncork.lab.runs import RunStore
     from uncork.lab.summary import print_table, runs_table, summarise
 
-    _require_positive(command, "seeds", "workers", "contexts", "threads")
+    _require_counts(command, "seeds", "workers", "contexts", "threads")
     base = command.base()
     _announce_preset(command, base)
     tasks = make_tasks(command.heads, range(command.seeds), base)
@@ -116,7 +120,10 @@ def compare(command: Compare) -> dict[str, Any]:
     report = write_report(command.out_dir, runs, title=title, command=_command_line(), notes=notes)
     summary = summarise(runs)
     say()
-    print_table(summary, Console())
+    console = Console()
+    with console.capture() as table:
+        print_table(summary, console)
+    say(table.get().rstrip("\n"))
     for sentence in (headline(summary), *caveats(summary, runs_table(runs))):
         say(f"- {sentence}")
     kinds = sorted({str(run.result.get("loss")) for run in runs if run.result})
@@ -129,18 +136,14 @@ def train(command: Train) -> dict[str, Any]:
     """Trains one run; returns its result."""
     import torch
 
-    from uncork.lab.checkpoints import check_head
-    from uncork.lab.compare import parse_head
-    from uncork.lab.errors import LabError
+    from uncork.lab.compare import with_head
     from uncork.lab.report import write_report
     from uncork.lab.runs import RunStore
     from uncork.lab.training import train as train_run
 
-    _require_positive(command, "threads")
-    name, options, settings = parse_head(command.head)
-    config = dataclasses.replace(command.base(), head=name, head_options=options, seed=command.seed, **settings)
+    _require_counts(command, "threads")
+    config = with_head(command.base(), command.head, command.seed)
     _announce_preset(command, config)
-    check_head(config)
     corpus = config.load_corpus(data_dir=command.data_dir)
     out_dir = command.out_dir.absolute()
     run = RunStore(out_dir.parent).run(out_dir.name, config.resolved().to_dict())
@@ -155,15 +158,32 @@ def train(command: Train) -> dict[str, Any]:
         on_progress=lambda p: say(progress_line(out_dir.name, p, p.seconds_left)),
         tensorboard=command.tensorboard,
     )
-    report = write_report(out_dir, [run], title=f"{name} on {corpus.name}", command=_command_line(), notes=[])
+    report = write_report(out_dir, [run], title=f"{config.head} on {corpus.name}", command=_command_line(), notes=[])
     test = result["test"]
     say(f"\ntest perplexity {test['perplexity']:.2f} per word, by the {result['loss']} loss. The report: {report}")
     return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
 
 
+def presets(command: Presets) -> dict[str, Any]:
+    """Prints the presets, or the settings of one; returns them."""
+    from uncork.lab.preset_settings import known_settings
+    from uncork.lab.presets import PRESETS
+
+    if not command.name:
+        for name, preset in PRESETS.items():
+            say(f"  {name:18} {preset.description}")
+        return {"command": "presets", "presets": list(PRESETS)}
+    flags = {field.name for field in dataclasses.fields(Train)}
+    settings = known_settings(command.name)
+    for key, setting in settings.items():
+        value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, separators=(",", ":"))
+        say(f"{flag(key)} {setting.value}" if key in flags else f"--set {key}={value}")
+        say(f"    {setting.about}")
+    return {"command": "presets", "name": command.name, "settings": {k: s.value for k, s in settings.items()}}
+
+
 def _require_run(path: Path) -> None:
     """Say so where a comparison's folder is given for that of one of its runs."""
-    from uncork.lab.errors import LabError
 
     inside = sorted(config.parent.name for config in path.glob("runs/[!.]*/config.json"))
     if inside:
@@ -186,6 +206,9 @@ def generate(command: Generate) -> dict[str, Any]:
     from uncork.lab.checkpoints import load_trained
     from uncork.lab.generation import generate as sample
 
+    _require_counts(command, "max_tokens")
+    if not 0 <= command.seed < 2**63:
+        raise LabError(f"--seed must be an integer from 0 to 2^63 - 1, got {command.seed}")
     _require_run(command.run)
     trained = load_trained(command.run)
     text = sample(
@@ -227,7 +250,7 @@ def study(command: Study) -> dict[str, Any]:
     return experiment.run(command)
 
 
-_ABOUT = "Output layers that break the softmax bottleneck, compared on real text."
+_ABOUT = "Output layers that break the softmax bottleneck, compared on real text. `uncork --version` says what runs."
 _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Compare: compare,
     Train: train,
@@ -236,38 +259,62 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Bench: bench,
     Synthetic: synthetic,
     Study: study,
+    Presets: presets,
 }
+
+
+def version() -> str:
+    """What a report of a mistake should begin with."""
+    import torch
+
+    import uncork
+
+    return f"uncork {uncork.__version__} (torch {torch.__version__}, Python {platform.python_version()})"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, runs, and returns the exit code.
 
-    0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C; 141 when nobody reads the output any more.
+    0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that was
+    closed; 141 when nobody reads the output any more.
     """
-    from uncork.lab.errors import LabError
-
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        {kind.__name__.lower(): kind for kind in _COMMANDS}, prog="uncork", description=_ABOUT, args=arguments
-    )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± or ε shows ?
+    arguments = sys.argv[1:] if arguments is None else arguments
+    ready_streams()
+    command: Any = None
     try:
-        _announce(command)
-        outcome = _COMMANDS[type(command)](command)
-        say(json.dumps(outcome, default=str))
-    except (LabError, OSError) as error:  # matplotlib's and the terminal's errors are OSErrors
-        print(f"uncork: {error}", file=sys.stderr)
-        return 2
+        with handled(interrupt):
+            if arguments == ["--version"]:
+                say(version())
+                return 0
+            command = parse({kind.__name__.lower(): kind for kind in _COMMANDS}, arguments, _ABOUT)
+            if command is None:
+                return 0
+            _announce(command)
+            outcome = _COMMANDS[type(command)](command)
+            say(json.dumps(outcome, default=str))
+            return 2 if outcome.get("failed") else 0
     except NobodyReads:
         return 141
-    except KeyboardInterrupt:
-        again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
-        kept = f"; the same command{again} goes on from what is kept" * isinstance(
-            command, Experiment | Synthetic | Study
-        )
-        print(f"\nuncork: interrupted{kept}", file=sys.stderr)
-        return 130
-    return 2 if outcome.get("failed") else 0
+    except KeyboardInterrupt as error:
+        signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        complain(f"\nuncork: {_stopped(command, signum)}")
+        return 128 + signum
+    except Exception as error:
+        said = in_one_line(error)
+        if said is None:
+            raise
+        if command is None:  # the words could not be understood: which ones, `parse` says
+            complain(f"uncork {said}" if arguments and said.startswith(f"{arguments[0]}:") else f"uncork: {said}")
+        else:
+            complain(f"uncork: {with_flags(said, command)}")
+        return 2
+
+
+def _stopped(command: Any, signum: int) -> str:
+    how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
+    again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
+    goes_on = isinstance(command, Experiment | Synthetic | Study)
+    return how + f"; the same command{again} goes on from what is kept" * goes_on
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from uncork.lab.analysis import analyse
 from uncork.lab.checkpoints import check_head, load_trained
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.evaluation import evaluate
 from uncork.lab.files import read_json, write_json
-from uncork.lab.interrupts import end_with_parent
+from uncork.lab.interrupts import become_worker
 from uncork.lab.runs import Run, RunStore
 from uncork.lab.train_config import TrainConfig
 from uncork.lab.training import Progress, train
@@ -77,6 +76,23 @@ def parse_head(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return name, options, settings
 
 
+def with_head(base: TrainConfig, text: str, seed: int) -> TrainConfig:
+    """The config with this head, as the command line writes it, and this seed.
+
+    Raises:
+        LabError: a head that cannot be read or built, a bad seed.
+    """
+    name, options, settings = parse_head(text)
+    base = dataclasses.replace(base, seed=seed)
+    try:
+        config = dataclasses.replace(base, head=name, head_options=options, **settings)
+    except LabError as error:
+        said = str(error)
+        raise LabError(said if said.startswith("head ") else f"head {text}: {said}") from None
+    check_head(config)
+    return config
+
+
 def parse_value(text: str) -> Any:
     """A JSON value, or the text itself where it is none."""
     try:
@@ -98,9 +114,7 @@ def make_tasks(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) ->
     tasks: list[Task] = []
     for seed in seeds:
         for label in heads:
-            name, options, settings = parse_head(label)
-            config = dataclasses.replace(base, head=name, head_options=options, seed=seed, **settings)
-            check_head(config)
+            config = with_head(base, label, seed)
             folder = re.sub(r"[^A-Za-z0-9._-]+", "_", label)
             task = Task(label, f"{folder}-seed{seed}", config)
             for other in tasks:
@@ -255,9 +269,7 @@ def _how_it_ended(exitcode: int) -> str:
 
 def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads: int, events: Any) -> None:
     """A worker process: one run, so that its peak memory is its own."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    end_with_parent()
+    become_worker()
 
     def tell(kind: str, progress: Progress | None = None, message: str = "") -> None:
         try:
@@ -272,17 +284,11 @@ def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads:
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):
             tell("interrupted")
-    except LabError as error:
-        tell("failed", message=str(error))
     except Exception as error:
-        traceback.print_exc()  # a mistake of ours, whose place the one line does not tell
-        tell("failed", message=f"{type(error).__name__}: {error}")
-
-
-def _as_interrupt(signum: int, frame: FrameType | None) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    assert callable(handler)
-    handler(signal.SIGINT, frame)
+        said = in_one_line(error)
+        if said is None:
+            traceback.print_exc()  # a mistake of ours, whose place the one line does not tell
+        tell("failed", message=said or f"{type(error).__name__}: {error}")
 
 
 class TimeLeft:

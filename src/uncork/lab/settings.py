@@ -1,6 +1,7 @@
 """What the commands that train and read runs are asked to do: their flags, and the TrainConfig that they come to."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,31 +54,47 @@ class Experiment:
     threads: int | None = None
     """CPU threads a run. None: all cores, shared among the workers."""
     set: tuple[str, ...] = ()
-    """Any other setting of the training, as clip=0.25 or training_options.asgd=trigger or model_options.dropout=0.1."""
+    """Any other setting: clip=0.25 training_options.schedule=constant model_options.input_dropout=0.1; `uncork presets
+    NAME` lists them."""
 
     def base(self) -> Any:
         """The TrainConfig of these flags, with no head yet."""
+        from uncork.lab.command_line import close_to
         from uncork.lab.compare import parse_value
+        from uncork.lab.preset_settings import known_settings
         from uncork.lab.train_config import TrainConfig
 
         known = {field.name for field in dataclasses.fields(TrainConfig)}
+        settable = known_settings(self.preset)
         values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known and k != "head"}
         if self.corpus not in ("sotu", "ptb", "wikitext-2") and Path(self.corpus).exists():
             values["corpus"] = str(Path(self.corpus).absolute())  # so that the run can be evaluated from anywhere
         if self.min_count is None:
             values["min_count"] = 1 if self.corpus in ("ptb", "wikitext-2") else 2
+        given: dict[str, str] = {}
         for item in self.set:
             key, equals, text = item.partition("=")
             field, _, option = key.partition(".")
-            if field in ("head", "head_options", "seed"):
-                raise LabError(f"set: the head, its options and the seed have flags of their own, got {item!r}")
-            if not equals or field not in known or (bool(option) != field.endswith("_options")):
-                raise LabError(f"set: expected key=value with a setting of the training as key, got {item!r}")
+            if field in ("head", "head_options", "seed", "preset", "corpus", "tokenization"):
+                raise LabError(f"--set {key}: the head with its options, and the {field}, have flags of their own")
+            if not equals:
+                raise LabError(f"--set: expected key=value, got {item!r}")
+            if key not in settable:
+                there = ", ".join(name for name in settable if not hasattr(self, name))
+                raise LabError(
+                    f"--set {key}: {self.preset} has no such setting{close_to(key, settable)} (there are {there}; "
+                    f"uncork presets {self.preset} explains them)"
+                )
+            given[option or field] = f"--set {key}"
             if option:
                 values.setdefault(field, {})[option] = parse_value(text)
             else:
                 values[field] = parse_value(text)
-        return TrainConfig(**values)
+        try:
+            return TrainConfig(**values)
+        except LabError as error:
+            name = next((n for n in given if re.match(rf"{n}\b", str(error).removeprefix("each of "))), None)
+            raise LabError(f"{given[name]}: {error}" if name else str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +132,14 @@ class Train(Experiment):
     """Go on from the last checkpoint in --out-dir, to the same numbers as without the interruption."""
     tensorboard: bool = False
     """Write TensorBoard events too (pip install tensorboard)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Presets:
+    """List the presets, or every setting of one with its value and what it means."""
+
+    name: tyro.conf.Positional[str] = ""
+    """The preset whose settings are listed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What the command line prints, and how it survives that nobody reads it; what this process may use and does."""
 
+import errno
+import io
 import math
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:  # the help must not wait for torch
     from uncork.lab.trainer import Progress
@@ -15,15 +17,43 @@ class NobodyReads(KeyboardInterrupt):
     """The output was piped into something that has ended (`| head`): as Ctrl-C, so that training saves a checkpoint."""
 
 
+def ready_streams() -> None:
+    """Make printing safe: a stream that the caller closed (`>&-`) leads nowhere, a letter it cannot show becomes ?.
+
+    A file opened later would otherwise get a closed stream's number, and what a library below prints there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def say(text: str = "") -> None:
-    """Print a line at once. Raises NobodyReads into a closed pipe, OSError where the disk is full."""
+    """Print a line at once. Raises NobodyReads into a closed pipe or terminal, OSError where the disk is full."""
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
-        if isinstance(error, BrokenPipeError):
+        _mute(sys.stdout)
+        if error.errno in (errno.EPIPE, errno.EIO):
             raise NobodyReads from None
         raise
+
+
+def complain(text: str) -> None:
+    """Print one line to stderr, if it can be."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _mute(sys.stderr)
+
+
+def _mute(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python complains at its end
 
 
 def clock(seconds: float | None) -> str:

@@ -108,8 +108,8 @@ class TrainConfig:
         self.resolved_preset()
 
     def _check_choices(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise LabError(f"seed must be an integer, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise LabError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
         if self.precision not in ("no", "bf16"):
             raise LabError(f"precision must be 'no' or 'bf16', got {self.precision!r}")
         if self.head not in uncork.HEAD_NAMES:

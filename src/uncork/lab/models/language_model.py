@@ -168,6 +168,8 @@ def require_size(name: str, value: object) -> None:
     """Raise LabError unless the value is an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise LabError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value >= 2**63:
+        raise LabError(f"{name} must be below 2^63, got {value}")
 
 
 def require_dropout(name: str, value: object) -> None:

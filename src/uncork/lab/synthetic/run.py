@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -18,7 +17,7 @@ import torch
 from uncork.lab.bench.tables import current_commit
 from uncork.lab.errors import LabError
 from uncork.lab.files import read_json, write_json
-from uncork.lab.interrupts import end_with_parent
+from uncork.lab.interrupts import STOPS, become_worker, handled
 from uncork.lab.synthetic.cells import Cell, run_cell
 from uncork.lab.synthetic.fitting import Fitting, fit
 from uncork.lab.terminal import clock, say
@@ -186,7 +185,9 @@ def _outcomes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict[
     # Spawned, since a fork would copy locks of torch's threads in whatever state they are.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_in_worker)
     try:
-        with _deaf():  # which the workers inherit: the parent ends them itself
+        with handled(
+            signal.SIG_IGN, [s for s in STOPS if s != signal.SIGTERM]
+        ):  # which the workers inherit: the parent ends them itself
             running = {pool.submit(_attempt, cell): cell for cell in cells}
         while running:
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -202,19 +203,7 @@ def _outcomes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, dict[
             child.terminate()
 
 
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Ctrl-C does nothing within, nor in the processes that are started within."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _in_worker() -> None:
-    end_with_parent()
+    become_worker()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a cell has nothing to save, and the pool swallows exceptions
     torch.set_num_threads(1)

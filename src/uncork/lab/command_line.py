@@ -1,0 +1,161 @@
+"""From the words of a command line to a command: help that can be copied, and a mistake as one plain line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from uncork.lab.errors import LabError
+from uncork.lab.terminal import say
+
+
+def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> Any:
+    """The command that the arguments name, one of `kinds`; None where they asked for the help, which is printed.
+
+    Raises:
+        LabError: arguments that cannot be understood.
+    """
+    out, err = _Captured(sys.stdout), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return tyro.extras.subcommand_cli_from_dict(
+                dict(kinds), prog="uncork", description=about, args=list(arguments)
+            )
+    except SystemExit as end:
+        if end.code:
+            raise LabError(_mistake(kinds, arguments, err.getvalue())) from None
+    say(out.getvalue().rstrip("\n"))
+    for line in _long_defaults(kinds.get(next(iter(arguments), ""))):
+        say(line)
+    return None
+
+
+def flag(name: str) -> str:
+    """A field as the command line calls it.
+
+    >>> flag("data_dir")
+    '--data-dir'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def with_flags(message: str, command: Any) -> str:
+    """The message of an error with the command's flags in it, where it names its fields.
+
+    A name is taken for a field at the beginning, and elsewhere where it has an underscore and stands alone.
+    """
+    positional = {f.name for f in dataclasses.fields(command) if _is_positional(type(command), f.name)}
+    names = [f.name for f in dataclasses.fields(command) if f.name not in positional]
+    start = re.match(r"[\w-]+(?: and [\w-]+)*(?=:| must | needs )", message)
+    if start:
+        words = start[0].split(" and ")
+        if all(word.replace("-", "_") in names for word in words):
+            message = " and ".join(map(flag, words)) + message[start.end() :]
+    for name in names:
+        if "_" in name:
+            message = re.sub(rf"(?<![^\s(]){name}(?=[\s,;)]|: |\.?$)", flag(name), message)
+    return message
+
+
+def close_to(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing where no known word is near."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+class _Captured(io.StringIO):
+    """Takes what is printed, and looks to tyro like the stream that it will be printed to: its colours, its boxes."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> Any:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None)
+
+
+def _long_defaults(kind: type | None) -> list[str]:
+    """Defaults that the help's box breaks over lines, each on one line that can be copied."""
+    fields = dataclasses.fields(kind) if kind is not None else ()
+    return [
+        f"The default of {flag(f.name)}, to copy:\n{flag(f.name)} {' '.join(map(str, f.default))}"
+        for f in fields
+        if isinstance(f.default, tuple) and sum(len(str(item)) + 1 for item in f.default) > 40
+    ]
+
+
+def _mistake(kinds: Mapping[str, type], arguments: Sequence[str], said: str) -> str:
+    """One line on what is wrong with the arguments; `said` is tyro's box."""
+    first = next(iter(arguments), None)
+    commands = f"(there are {', '.join(kinds)}; uncork --help explains them)"
+    if first is None:
+        return f"expected a command {commands}"
+    if first not in kinds:
+        what = "option" if first.startswith("-") else "command"
+        return f"unrecognized {what} {first}{close_to(first, kinds)} {commands}"
+    plain = " ".join(re.sub("[│╭╮╰╯─|]", " ", said).split())
+    return f"{first}: {_wrong(kinds[first], arguments[1:], plain)} (uncork {first} --help lists the options)"
+
+
+def _wrong(kind: type, arguments: Sequence[str], said: str) -> str:
+    fields = {flag(f.name): f for f in dataclasses.fields(kind) if not _is_positional(kind, f.name)}
+    given = [a.partition("=")[0].replace("_", "-") for a in arguments if re.match(r"--?[A-Za-z]", a)]
+    for name in given:
+        if name not in fields and name.replace("--no-", "--", 1) not in fields:
+            return f"unrecognized option {name}{close_to(name, fields)}"
+    named = re.search(r"(?:Error parsing|for argument) '?(--[a-z-]+)", said)
+    if named and named[1] in fields:
+        hint = typing.get_type_hints(kind, include_extras=True)[fields[named[1]].name]
+        return f"{named[1]}: expected {_expected(hint)}, got {_value(named[1], arguments)}"
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in given:
+            return f"{name} is required"
+    for field in dataclasses.fields(kind):
+        if _is_positional(kind, field.name) and field.default is dataclasses.MISSING and "Missing" in said:
+            return f"{field.name.upper()} is required"
+    stray = re.search(r"Unrecognized options: (\S+)", said)
+    return f"unexpected argument {stray[1]}" if stray else said.partition(" For full helptext")[0]
+
+
+def _is_positional(kind: type, name: str) -> bool:
+    return tyro.conf.Positional in getattr(typing.get_type_hints(kind, include_extras=True)[name], "__metadata__", ())
+
+
+def _value(name: str, arguments: Sequence[str]) -> str:
+    """What was given to the flag, last, as the user wrote it."""
+    value = "nothing"
+    for place, argument in enumerate(arguments):
+        head, equals, text = argument.partition("=")
+        if head.replace("_", "-") == name:
+            words = [text] if equals else []
+            for word in arguments[place + 1 :]:
+                if word.startswith("--"):
+                    break
+                words.append(word)
+            value = repr(" ".join(words)) if words else "nothing"
+    return value
+
+
+def _expected(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_expected(part) for part in inner if part is not types.NoneType) + " or None"
+    if origin is tuple:
+        return f"{_expected(inner[0])}, or several"
+    return {int: "a whole number", float: "a number", bool: "no value", str: "a text", Path: "a path"}[hint]

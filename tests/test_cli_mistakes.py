@@ -1,0 +1,243 @@
+"""Whatever is given to a flag: it is accepted, or one plain line names the flag, and the exit code is 2."""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import uncork
+from uncork import cli
+from uncork.lab.command_line import parse
+from uncork.lab.compare import with_head
+from uncork.lab.preset_settings import known_settings
+from uncork.lab.presets import PRESETS
+from uncork.lab.train_config import TrainConfig
+
+COMMANDS = {kind.__name__.lower(): kind for kind in cli._COMMANDS}
+NUMBERS = ("-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 19, "9" * 40)
+TEXTS = ("", " ", "x", "-", "=", ":", ",", "é", "a" * 300)
+PATHS = ("", "missing/below", "file", "folder", "locked", "a" * 300)
+SMALL = ["--set", "model_options.embedding_size=6", "model_options.hidden_sizes=[8]", "max_steps=2"]
+STARTS = {
+    "train": ["--out-dir", "out", "--corpus", "text.txt", "--in-features", "4", "--batch-size", "4", "--bptt", "8",
+              "--epochs", "1", "--threads", "1", *SMALL],
+    "compare": ["--out-dir", "out", "--corpus", "text.txt", "--heads", "softmax", "--seeds", "1"],
+    "study": ["--out-dir", "out", "--work-dir", "work"],
+    "synthetic": ["--out-dir", "out", "--quick"],
+}  # fmt: skip
+FLAGS = [(name, field.name) for name, kind in COMMANDS.items() for field in dataclasses.fields(kind)]
+
+
+class WorkBegins(KeyboardInterrupt):
+    """What takes long would start here."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a text and a run on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("the cat sat on the mat\na dog saw a cat\n" * 60)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setenv("UNCORK_CACHE", str(folder / "cache"))
+        assert cli.main(["train", *STARTS["train"]]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch):
+    """A working folder where nothing that takes long begins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNCORK_CACHE", str(trained / "cache"))
+    (tmp_path / "text.txt").write_bytes((trained / "text.txt").read_bytes())
+    (tmp_path / "file").write_text("a file\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "locked").mkdir(mode=0o500)
+
+    def begin(*args, **options):
+        raise WorkBegins
+
+    for name in ("lab.compare.run_all", "lab.study.experiment.run_cells", "lab.synthetic.experiment.run_cells",
+                 "lab.bench.run.run", "lab.training.train"):  # fmt: skip
+        monkeypatch.setattr(f"uncork.{name}", begin)
+    return tmp_path
+
+
+def values_of(hint):
+    inner = typing.get_args(hint)
+    if hint is bool:
+        return ("yes", "0")
+    if Path in (hint, *inner):
+        return PATHS
+    if int in (hint, *inner) or float in (hint, *inner):
+        return (*NUMBERS, *TEXTS)
+    return (*TEXTS, *NUMBERS)
+
+
+@pytest.mark.parametrize(("name", "field"), FLAGS)
+def test_whatever_a_flag_is_given_it_is_one_line(name, field, place, trained, capsys):
+    kind = COMMANDS[name]
+    hint = typing.get_type_hints(kind)[field]
+    positional = "Positional" in str(typing.get_type_hints(kind, include_extras=True)[field])
+    run = [str(trained / "out")] if name in ("evaluate", "generate") else []
+    for value in values_of(hint):
+        given = [value] if positional else [f"{cli.flag(field)}={value}"]
+        code = cli.main([name, *([] if positional else run), *STARTS.get(name, []), *given])
+        error = capsys.readouterr().err
+        assert code in (0, 2, 130), (value, error)
+        if code == 2:
+            assert error.startswith("uncork"), (value, error)
+            assert error.count("\n") == 1, (value, error)
+            assert "Traceback" not in error
+            assert not re.search(r"\b[a-z]+_[a-z_]*[a-z] must\b", error.replace("--set", "")), error
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--bptt=" + 40 * "9", "--batch-size=" + 40 * "9", "--eval-every=" + 40 * "9", "--lr=1e300", "--epochs=1e-300",
+     "--epochs=1e300", "--function-lr-scale=1e308", "--patience=" + 40 * "9", "--max-train-tokens=" + 40 * "9",
+     "--in-features=" + 19 * "9", "--head=mos:num_components=1000000000000"],
+)  # fmt: skip
+def test_a_number_that_only_training_meets_is_one_line(given, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("UNCORK_CACHE", str(trained / "cache"))
+    code = cli.main(["train", *STARTS["train"], "--out-dir", str(tmp_path / "run"), given])
+    error = capsys.readouterr().err
+    assert code in (0, 2)
+    assert error.count("\n") == (code == 2), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "uncork: expected a command (there are compare, train,"),
+        (["trai"], "uncork: unrecognized command trai; did you mean train?"),
+        (["--lr", "3"], "uncork: unrecognized option --lr"),
+        (["train"], "uncork train: --out-dir is required (uncork train --help lists the options)"),
+        (["train", "--lrr", "3"], "uncork train: unrecognized option --lrr; did you mean --lr?"),
+        (["train", "--out-dir", "x", "--lr", "abc"], "uncork train: --lr: expected a number or None, got 'abc'"),
+        (["train", "--out-dir", "x", "--lr"], "uncork train: --lr: expected a number or None, got nothing"),
+        (["train", "--out-dir", "x", "--precision", "z"], "--precision: expected one of no, bf16, got 'z'"),
+        (["train", "--out-dir", "x", "--resume", "yes"], "uncork train: unexpected argument yes"),
+        (["synthetic", "--beta", "1", "q"], "--beta: expected a number, or several, got '1 q'"),
+        (["evaluate"], "uncork evaluate: RUN is required"),
+        (["evaluate", "a", "b"], "uncork evaluate: unexpected argument b"),
+        (["train", "--out-dir", "x", "--in-features", "0"], "uncork: --in-features must be"),
+        (["train", "--out-dir", "x", "--seed", "1" + 20 * "0"], "uncork: --seed must be an integer from 0 to 2^63 - 1"),
+        (["train", "--out-dir", "x", "--set", "clip=-1"], "uncork: --set clip: clip must be"),
+        (["train", "--out-dir", "x", "--head", "plif:lr=0"], "uncork: head plif:lr=0: lr must be above 0"),
+        (["train", "--out-dir", "x", "--head", "plif:num_pieces=1e12"], "uncork: "),
+        (
+            ["train", "--out-dir", "x", "--set", "model_options.dropout=0.1"],
+            "uncork: --set model_options.dropout: lstm-laptop has no such setting; did you mean model_options.input",
+        ),
+    ],
+)
+def test_a_mistake_names_what_the_user_wrote(arguments, said, place, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_the_help_work(name, place, capsys):
+    """key=value and name:option=value in the docstrings are parsed with the default preset."""
+    assert cli.main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    text = " ".join(re.sub("[│]", " ", shown).split())
+    if issubclass(COMMANDS[name], cli.Experiment):
+        settings = re.findall(
+            r"(?<![\w:,.=])[a-z_]+(?:\.[a-z_]+)?=[^\s,;:]+", text.partition("Any other setting")[2].partition(" --")[0]
+        )
+        assert settings
+        COMMANDS[name](Path("x"), set=tuple(settings)).base()
+    for head in re.findall(rf"\b(?:{'|'.join(uncork.HEAD_NAMES)}):[a-z_]+=[^\s)]*[^\s.,;)]", text):
+        with_head(TrainConfig(), head, 0)
+
+
+def test_the_commands_of_readme_and_docs_are_understood():
+    root = Path(__file__).parents[1]
+    seen = 0
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for line in re.findall(r"^(uncork [^`\n]*)$", page.read_text(), re.M):
+            words = shlex.split(line, comments=True)[1:]
+            command = parse(COMMANDS, words, "")
+            if isinstance(command, cli.Experiment):
+                with_head(command.base(), getattr(command, "head", "softmax"), 0)
+            for head in getattr(command, "heads", ()) if isinstance(command, cli.Compare) else ():
+                with_head(command.base(), head, 0)
+            seen += 1
+    assert seen > 20
+
+
+def test_the_long_default_is_copied_as_it_is(capsys, place):
+    assert cli.main(["compare", "--help"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--heads"))
+    assert tuple(line.split()[1:]) == cli.Compare(Path("x")).heads
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_setting_that_is_listed_is_taken(preset, capsys):
+    assert cli.main(["presets", preset]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    given = [line.removeprefix("--set ") for line in lines if line.startswith("--set")]
+    assert len(given) > 15
+    config = cli.Train(Path("x"), preset=preset, set=tuple(given)).base()
+    assert config.resolved_preset().model == PRESETS[preset].model
+    assert config.resolved_preset().training == PRESETS[preset].training
+    assert all(setting.about for setting in known_settings(preset).values())
+
+
+BLOCKED = """
+import importlib.abc, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+from uncork import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("module", ["tyro", "accelerate", "matplotlib", "pandas", "tokenizers"])
+def test_without_a_package_of_the_laboratory_it_is_one_line(module, place):
+    command = [sys.executable, "-c", BLOCKED, module, "train", *STARTS["train"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "needs the laboratory: pip install 'uncork[lab]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("compare --help | head -1", 141),
+        ("presets lstm-small | head -1", 141),
+        ("presets > /dev/full", 2),
+        ("compare --help > /dev/full", 2),
+        ("presets >&-", 0),
+        ("presets >&- 2>&-", 0),
+        ("nosuch 2>&-", 2),
+        ("nosuch 2>/dev/full", 2),
+        ("--version", 0),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_streams_that_are_closed_or_full(line, code):
+    script = f"set -o pipefail; {sys.executable} -m uncork {line}"
+    # Ended quickly, `head` is gone before the command prints; so it is started by a shell that waits for nothing.
+    script = script.replace("head -1", "true")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode == code, done.stderr
+    if line == "--version":
+        assert done.stdout.startswith(f"uncork {uncork.__version__} (torch {__import__('torch').__version__}, Python ")
