@@ -225,6 +225,45 @@ def test_an_unfinished_run_is_not_overwritten_and_resume_ends_it(text, tmp_path,
     assert "log_every" in capsys.readouterr().err
 
 
+def test_resume_of_nothing_is_an_error(text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    command = ["train", "--corpus", text, "--out-dir", out, *SMALL]
+    assert run(*command, "--resume") == 2
+    assert "holds no run, so there is nothing to resume" in capsys.readouterr().err
+    assert not out.exists()
+    with monkeypatch.context() as patched:  # before the first checkpoint
+        patched.setattr("uncork.lab.training.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*command) == 130
+    assert "no checkpoint was written yet" in capsys.readouterr().err
+    assert run(*command, "--resume") == 0
+    assert "holds no checkpoint yet: training starts at the beginning" in capsys.readouterr().out
+    assert run(*command) == 0
+    assert "was trained before, with the same settings on the same text: nothing is trained" in capsys.readouterr().out
+    text.write_text(text.read_text().replace("mat", "hat"))
+    assert run(*command) == 2
+    assert "the text behind --corpus has changed" in capsys.readouterr().err
+
+
+def test_other_epochs_than_were_asked_for_are_said(text, tmp_path, capsys):
+    small = [*SMALL]
+    small[small.index("--epochs") + 1] = "0.3"
+    assert run("train", "--corpus", text, "--out-dir", tmp_path / "run", *small) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "epochs were trained, 0.3 were asked for" in line]
+    assert len(said) == 1
+
+
+def test_unknown_words_are_said_and_refused(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 0
+    capsys.readouterr()
+    assert run("evaluate", out) == 0
+    assert "% of the words are unknown to the model" in capsys.readouterr().out
+    other = tmp_path / "other.txt"
+    other.write_text("völlig andere wörter\n" * 5)
+    assert run("evaluate", out, "--text", other) == 2
+    assert "100 % of its words are unknown to this model" in capsys.readouterr().err
+
+
 def test_a_loss_of_nan_is_reported(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", "--corpus", text, "--out-dir", out, "--lr", "1e30", "--head", "softmax", *SMALL) == 2

@@ -85,7 +85,7 @@ def compare(command: Compare) -> dict[str, Any]:
     _announce_preset(command, base)
     tasks = make_tasks(command.heads, range(command.seeds), base)
     store = RunStore(command.out_dir / "runs")
-    check_stored(store.root, tasks)
+    check_stored(store.root, tasks, data_dir=command.data_dir)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
     features = tasks[0].config.resolved().in_features
@@ -138,16 +138,24 @@ def train(command: Train) -> dict[str, Any]:
 
     from uncork.lab.compare import with_head
     from uncork.lab.report import write_report
+    from uncork.lab.run_result import epochs_told
     from uncork.lab.runs import RunStore
+    from uncork.lab.training import text_record
     from uncork.lab.training import train as train_run
 
     _require_counts(command, "threads")
     config = with_head(command.base(), command.head, command.seed)
     _announce_preset(command, config)
-    corpus = config.load_corpus(data_dir=command.data_dir)
     out_dir = command.out_dir.absolute()
-    run = RunStore(out_dir.parent).run(out_dir.name, config.resolved().to_dict())
-    if not command.resume and run.result is None and run.load_checkpoint() is not None:
+    if command.resume and not (out_dir / "config.json").exists():
+        raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
+    corpus = config.load_corpus(data_dir=command.data_dir)
+    run = RunStore(out_dir.parent).run(out_dir.name, config.stored(text_record(corpus)))
+    if run.result is not None:
+        say(f"{out_dir} was trained before, with the same settings on the same text: nothing is trained")
+    elif command.resume and run.last_step() is None:
+        say(f"{out_dir} holds no checkpoint yet: training starts at the beginning")
+    elif not command.resume and run.last_step() is not None:
         raise LabError(f"{out_dir} holds an unfinished run: --resume goes on with it; or choose another --out-dir")
     torch.set_num_threads(command.threads or cores())
     result = train_run(
@@ -160,6 +168,8 @@ def train(command: Train) -> dict[str, Any]:
     )
     report = write_report(out_dir, [run], title=f"{config.head} on {corpus.name}", command=_command_line(), notes=[])
     test = result["test"]
+    if epochs := epochs_told(result, config):
+        say(epochs)
     say(f"\ntest perplexity {test['perplexity']:.2f} per word, by the {result['loss']} loss. The report: {report}")
     return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
 
@@ -196,7 +206,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
 
     _require_run(command.run)
     found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
-    say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token")
+    unknown = "" if found.unknown is None else f"; {100 * found.unknown:.1f} % of the words are unknown to the model"
+    say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token{unknown}")
     where = command.split if command.text is None else str(command.text)
     return {"command": "evaluate", "run": str(command.run), "on": where, **found.to_dict()}
 
@@ -311,10 +322,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stopped(command: Any, signum: int) -> str:
+    """How the command ended, and how to go on; of a training, only with what is there."""
     how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
-    again = " with --resume added" if isinstance(command, Train) and not command.resume else ""
-    goes_on = isinstance(command, Experiment | Synthetic | Study)
-    return how + f"; the same command{again} goes on from what is kept" * goes_on
+    if isinstance(command, Train):
+        if not list((command.out_dir / "checkpoints").glob("last-*")):
+            return f"{how}; no checkpoint was written yet"
+        again = "" if command.resume else " with --resume added"
+        return f"{how}; the same command{again} goes on from what is kept"
+    return how + "; the same command goes on from what is kept" * isinstance(command, Experiment | Synthetic | Study)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out to the bit, and a trained model is rebuilt from its folder alone."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,12 +10,15 @@ import torch
 import uncork
 from uncork.lab import checkpoints as ckpt
 from uncork.lab.checkpoints import build_untrained, load_trained
+from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
+from uncork.lab.evaluation import evaluate
 from uncork.lab.models import AWDLSTMConfig, build_model
 from uncork.lab.optimisation import build_optimizer
 from uncork.lab.presets import TrainingPreset
 from uncork.lab.runs import RunStore
-from uncork.lab.training import train
+from uncork.lab.settings import Compare
+from uncork.lab.training import text_record, train
 
 V, D = 50, 6
 TIED = AWDLSTMConfig(embedding_size=D, hidden_sizes=(D,), tie_weights=True)
@@ -124,8 +128,24 @@ def test_the_start_depends_on_the_seed_and_the_backbone_not_on_the_head(tiny_cor
         start(head="mos", head_options={"num_components": 0})
 
 
+def test_every_head_of_a_comparison_starts_near_the_unigram(tiny_corpus, tiny_config):
+    """Else what a head gains were in part that it learns the unigram sooner."""
+    tokens = tiny_corpus.splits["test"]
+    prior = tiny_corpus.counts.double().clamp(min=0.5)
+    unigram = -(prior / prior.sum()).log()[tokens[1:]].mean().item()
+    heads = {field.name: field.default for field in dataclasses.fields(Compare)}["heads"]
+    starts = {}
+    for text in heads:
+        name, options, settings = parse_head(text)
+        model = build_untrained(tiny_config(head=name, head_options=options, **settings), tiny_corpus)
+        starts[text] = evaluate(model, tokens, batch_size=8, bptt=10).cross_entropy
+    without = starts.pop("softmax:bias_prior=false,output_lr_scale=1")
+    assert all(start == pytest.approx(unigram, abs=0.03) for start in starts.values()), (unigram, starts)
+    assert without > unigram + 0.05
+
+
 def trained_run(folder, corpus, config, name="one"):
-    run = RunStore(folder).run(name, config.resolved().to_dict())
+    run = RunStore(folder).run(name, config.stored(text_record(corpus)))
     train(config, corpus, run)
     return run
 

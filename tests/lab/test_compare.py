@@ -4,12 +4,14 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from uncork.lab.compare import check_stored, is_done, make_tasks, run_all
+from uncork.lab.compare import Event, Texts, check_stored, is_done, make_tasks, run_all
 from uncork.lab.errors import LabError
 from uncork.lab.files import read_json, write_json
+from uncork.lab.presets import PRESETS
 from uncork.lab.runs import Run, RunStore
 from uncork.lab.train_config import TrainConfig
 
@@ -25,6 +27,10 @@ def base(tmp_path, monkeypatch):
         corpus=str(path), in_features=4, batch_size=4, bptt=8, epochs=100, max_steps=600, log_every=20, eval_every=200,
         model_options=small,
     )  # fmt: skip
+
+
+def stored_config(task):
+    return task.config.stored(Texts(None).of(task.config))
 
 
 def quick(base):
@@ -87,7 +93,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_gives_the_same_numbers(bas
 
 def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_again(base, tmp_path, monkeypatch):
     tasks = make_tasks(["softmax"], [0], quick(base))
-    stored = RunStore(tmp_path).run(tasks[0].name, tasks[0].stored())
+    stored = RunStore(tmp_path).run(tasks[0].name, stored_config(tasks[0]))
     assert not is_done(stored, 20)
     stored.finish({"test": {}})
     assert not is_done(stored, 20)
@@ -97,6 +103,11 @@ def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_
     write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}})
     assert is_done(stored, 20)
     assert not is_done(stored, 30)
+    # The text of the test is shorter than what was asked for.
+    write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}, "contexts_asked": 1000})
+    assert is_done(stored, 1000)
+    assert not is_done(stored, 20)
+    write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}})
     monkeypatch.setattr("uncork.lab.compare._start", lambda *_: pytest.fail("a process was started"))
     assert run(tmp_path, tasks) == {}
 
@@ -116,7 +127,38 @@ def test_other_settings_in_the_same_folder_are_refused_before_anything_is_writte
     tasks = make_tasks(["softmax"], [0], base)
     check_stored(tmp_path, tasks)
     assert not list(tmp_path.glob("softmax*"))
-    RunStore(tmp_path).run(tasks[0].name, tasks[0].stored())
+    RunStore(tmp_path).run(tasks[0].name, stored_config(tasks[0]))
     check_stored(tmp_path, tasks)
-    with pytest.raises(LabError, match="max_steps is 600 there, 20 here"):
+    with pytest.raises(LabError, match="max_steps was 600, is 20"):
         check_stored(tmp_path, make_tasks(["softmax"], [0], quick(base)))
+
+
+def test_a_text_that_changed_is_refused_and_no_run_of_before_is_taken_for_one_on_it(base, tmp_path):
+    """One table then compared heads trained on two texts, with exit code 0."""
+    tasks = make_tasks(["softmax"], [0], quick(base))
+    assert run(tmp_path / "runs", tasks) == {}
+    events: list[Event] = []
+    assert run(tmp_path / "runs", tasks, events.append) == {}
+    assert [event.message for event in events] == ["before, with the same settings on the same text"]
+    path = Path(base.corpus)
+    path.write_text(path.read_text().replace("the 0 cat", "the 0 dog"))
+    with pytest.raises(LabError, match=r"softmax-seed0: .*the text behind --corpus has changed"):
+        check_stored(tmp_path / "runs", tasks)
+    failed = run(tmp_path / "runs", tasks)  # where it changes after the check
+    assert "the text behind --corpus has changed" in failed["softmax-seed0"]
+
+
+def test_a_preset_that_changed_is_refused(base, tmp_path, monkeypatch):
+    tasks = make_tasks(["softmax"], [0], quick(base))
+    RunStore(tmp_path).run(tasks[0].name, stored_config(tasks[0]))
+    preset = PRESETS["lstm-laptop"]
+    slower = dataclasses.replace(preset.training, lr=0.001)
+    monkeypatch.setitem(PRESETS, "lstm-laptop", dataclasses.replace(preset, training=slower))
+    with pytest.raises(LabError, match=r"preset lstm-laptop: training\.lr was 0\.003, is 0\.001"):
+        check_stored(tmp_path, tasks)
+
+
+def test_a_variable_that_changes_numbers_is_refused_before_a_worker_starts(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(LabError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"):
+        run(tmp_path, make_tasks(["softmax"], [0], quick(base)))

@@ -9,10 +9,11 @@ import torch
 
 import uncork
 from uncork.lab.errors import LabError
-from uncork.lab.evaluation import Evaluation, evaluate, evaluate_run
+from uncork.lab.evaluation import Evaluation, evaluate, evaluate_run, unknown_share
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
 from uncork.lab.runs import RunStore
-from uncork.lab.training import train
+from uncork.lab.tokenization import BPETokenizer, WordTokenizer
+from uncork.lab.training import text_record, train
 
 V, D = 50, 4
 LSTM = AWDLSTMConfig(embedding_size=6, hidden_sizes=(8,), out_features=D, output_dropout=0.5)
@@ -86,7 +87,7 @@ def test_perplexity_is_per_word_and_bits_are_per_byte():
     nats = found.cross_entropy
     assert found.perplexity == pytest.approx(math.exp(nats * 103 / 50))
     assert found.bits_per_byte == pytest.approx(nats * 103 / 412 / math.log(2))
-    assert set(found.to_dict()) == {"cross_entropy", "perplexity", "bits_per_byte", "tokens"}
+    assert set(found.to_dict()) == {"cross_entropy", "perplexity", "bits_per_byte", "tokens", "unknown"}
     assert Evaluation.of(1e6, 10).perplexity == math.inf
     assert math.isnan(Evaluation.of(math.nan, 10).cross_entropy)
 
@@ -104,7 +105,7 @@ def finished(tmp_path_factory, tiny_corpus, tiny_folder):
     config = TrainConfig(
         corpus=str(tiny_folder), model_options=options, in_features=4, epochs=1, batch_size=8, bptt=10, log_every=5
     )
-    run = RunStore(tmp_path_factory.mktemp("runs")).run("one", config.resolved().to_dict())
+    run = RunStore(tmp_path_factory.mktemp("runs")).run("one", config.stored(text_record(tiny_corpus)))
     return run, train(config, tiny_corpus, run)
 
 
@@ -149,3 +150,31 @@ def test_evaluate_run_on_a_corpus_that_changed(finished, tiny_cache):
     other = dataclasses.replace(load_trained(run.path), fingerprint="another")
     with pytest.raises(LabError, match="is not the text that this run was trained on"):
         evaluate_run(run.path, trained=other, cache_dir=tiny_cache)
+
+
+def test_a_text_of_unknown_words_is_not_evaluated(finished, tiny_folder, tmp_path):
+    """It has a low "perplexity per word": the model finds it easy to say that it does not know them."""
+    run, _ = finished
+    text = tmp_path / "text.txt"
+    text.write_text("völlig andere wörter\n" * 9)
+    with pytest.raises(LabError, match=r"text\.txt: 100 % of its words are unknown to this model \(at most 50 %"):
+        evaluate_run(run.path, text=text)
+    text.write_text("waa wörter wab wac\n" * 9)
+    found = evaluate_run(run.path, text=text)
+    assert found.unknown == found.to_dict()["unknown"] == 0.25
+    test = evaluate_run(run.path, text=tiny_folder / "test.txt")
+    assert test.unknown == finished[1]["test"]["unknown"] == 0.0
+
+
+def test_the_share_of_unknown_words():
+    word = WordTokenizer(["<unk>", "<eos>", "the", "war"], "raw")
+    assert unknown_share(torch.tensor([1, 1]), word) == 0.0
+    assert unknown_share(torch.tensor([0, 1, 0, 1]), word) == 1.0
+    bytes_known = BPETokenizer.train(["low lower lowest"] * 9, "raw", vocab_size=260)
+    assert unknown_share(torch.tensor([0, 1]), bytes_known) is None
+
+
+def test_a_variable_that_changes_numbers_is_refused_in_evaluation_too(finished, tiny_folder, monkeypatch):
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    with pytest.raises(LabError, match="ONEDNN_DEFAULT_FPMATH_MODE=BF16"):
+        evaluate_run(finished[0].path, text=tiny_folder / "test.txt")

@@ -74,7 +74,7 @@ def test_an_output_layer_with_its_own_rate_is_clipped_with_the_rest():
     for scale in (1.0, 4.0):
         torch.manual_seed(0)
         model = nn.ModuleDict({"body": nn.Linear(3, 4), "head": uncork.build_head("plif", 4, 50)})
-        optimizer = build_optimizer(model, ADAM, output_lr_scale=scale)
+        optimizer = build_optimizer(model, dataclasses.replace(ADAM, output_lr_scale=scale))
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         norms = clip_gradients(optimizer, 1.0, 2.0)

@@ -15,15 +15,15 @@ from uncork.lab import trainer as trainer_module
 from uncork.lab.errors import LabError
 from uncork.lab.evaluation import evaluate
 from uncork.lab.runs import RunStore
-from uncork.lab.training import train
+from uncork.lab.training import text_record, train
 
 TIMES = {"tokens_per_second", "seconds", "train_seconds", "peak_memory_bytes"}
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
 PENALTIES = {"activation_penalty": 2.0, "temporal_penalty": 1.0}
 
 
-def new_run(folder, config, name="run"):
-    return RunStore(folder).run(name, config.resolved().to_dict())
+def new_run(folder, config, corpus, name="run"):
+    return RunStore(folder).run(name, config.stored(text_record(corpus)))
 
 
 def timeless(row):
@@ -76,7 +76,10 @@ CASES = {
 def test_an_interrupted_run_ends_in_the_same_bits(case, tmp_path, tiny_corpus, tiny_config, interrupt_at):
     backbone, fields = CASES[case]
     config = tiny_config(backbone, **fields)
-    straight, broken = new_run(tmp_path, config, "straight"), new_run(tmp_path, config, "broken")
+    straight, broken = (
+        new_run(tmp_path, config, tiny_corpus, "straight"),
+        new_run(tmp_path, config, tiny_corpus, "broken"),
+    )
     train(config, tiny_corpus, straight)
     interrupt_at({0, 1, 4, 7, 12, 20, 21})
     sessions = train_to_the_end(config, tiny_corpus, broken)
@@ -88,7 +91,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(case, tmp_path, tiny_corpus, t
 
 def test_ctrl_c_in_validation_and_between_rows(tmp_path, tiny_corpus, tiny_config, monkeypatch):
     config = tiny_config(eval_every=5, max_steps=12)
-    straight, broken = new_run(tmp_path, config, "straight"), new_run(tmp_path, config, "broken")
+    straight, broken = (
+        new_run(tmp_path, config, tiny_corpus, "straight"),
+        new_run(tmp_path, config, tiny_corpus, "broken"),
+    )
     train(config, tiny_corpus, straight)
     calls = itertools.count()
 
@@ -106,7 +112,7 @@ def test_ctrl_c_in_validation_and_between_rows(tmp_path, tiny_corpus, tiny_confi
 
 def test_ctrl_c_leaves_a_checkpoint_of_that_step(tmp_path, tiny_corpus, tiny_config, interrupt_at):
     config = tiny_config()
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     interrupt_at({4})
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -118,7 +124,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_that_step(tmp_path, tiny_corpus, tiny_con
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing_half_done(tmp_path, tiny_corpus, tiny_config, monkeypatch):
     config = tiny_config(checkpoint_every=0.0)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
 
     def twice(*args):
         if len(run.metrics()) == 1:
@@ -137,10 +143,11 @@ import json, sys
 from pathlib import Path
 from uncork.lab.runs import RunStore
 from uncork.lab.train_config import TrainConfig
-from uncork.lab.training import train
+from uncork.lab.training import text_record, train
 root, cache, config = Path(sys.argv[1]), Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
-run = RunStore(root).run("killed", config.resolved().to_dict())
-train(config, config.load_corpus(cache_dir=cache), run, on_progress=lambda p: print(p.step, flush=True))
+corpus = config.load_corpus(cache_dir=cache)
+run = RunStore(root).run("killed", config.stored(text_record(corpus)))
+train(config, corpus, run, on_progress=lambda p: print(p.step, flush=True))
 """
 
 
@@ -157,7 +164,7 @@ def kill_when(command, step):
 
 
 def check_killing(tmp_path, cache, config, corpus, steps):
-    straight, killed = new_run(tmp_path, config, "straight"), new_run(tmp_path, config, "killed")
+    straight, killed = new_run(tmp_path, config, corpus, "straight"), new_run(tmp_path, config, corpus, "killed")
     train(config, corpus, straight)
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(cache), json.dumps(config.to_dict())]
     assert [kill_when(command, step) for step in steps] == [True] * len(steps)
@@ -182,7 +189,7 @@ def test_kill_9_again_and_again(tmp_path, tiny_cache, tiny_corpus, tiny_config):
 def test_rows_behind_the_checkpoint_are_written_once(tmp_path, tiny_corpus, tiny_config, interrupt_at):
     """A crash leaves rows of steps that the last checkpoint does not know of."""
     config = tiny_config(max_steps=12, eval_every=5)
-    straight, run = new_run(tmp_path, config, "straight"), new_run(tmp_path, config)
+    straight, run = new_run(tmp_path, config, tiny_corpus, "straight"), new_run(tmp_path, config, tiny_corpus)
     train(config, tiny_corpus, straight)
     interrupt_at({4})
     with pytest.raises(KeyboardInterrupt):
@@ -204,7 +211,7 @@ def test_rows_behind_the_checkpoint_are_written_once(tmp_path, tiny_corpus, tiny
 
 def test_resume_false_starts_afresh(tmp_path, tiny_corpus, tiny_config, interrupt_at):
     config = tiny_config(max_steps=9)
-    straight, run = new_run(tmp_path, config, "straight"), new_run(tmp_path, config)
+    straight, run = new_run(tmp_path, config, tiny_corpus, "straight"), new_run(tmp_path, config, tiny_corpus)
     train(config, tiny_corpus, straight)
     interrupt_at({5})
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +224,7 @@ def test_resume_false_starts_afresh(tmp_path, tiny_corpus, tiny_config, interrup
 
 def test_the_last_checkpoint_of_another_training_is_refused(tmp_path, tiny_corpus, tiny_config, interrupt_at):
     config = tiny_config(max_steps=9)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     interrupt_at({4})
     with pytest.raises(KeyboardInterrupt):
         train(config, tiny_corpus, run)
@@ -233,10 +240,10 @@ import json, signal, sys
 from pathlib import Path
 from uncork.lab.runs import RunStore
 from uncork.lab.train_config import TrainConfig
-from uncork.lab.training import train
+from uncork.lab.training import text_record, train
 root, cache, config = Path(sys.argv[1]), Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
-run = RunStore(root).run("two", config.resolved().to_dict())
 corpus = config.load_corpus(cache_dir=cache)
+run = RunStore(root).run("two", config.stored(text_record(corpus)))
 sessions = [10, 25, None] if sys.argv[4] == "interrupted" else [None]
 for stop in sessions:
     def press(progress):
@@ -254,7 +261,7 @@ for stop in sessions:
 def test_two_processes_do_what_one_does(tmp_path, tiny_cache, tiny_corpus, tiny_config, head):
     options = {"input_dropout": 0.0, "weight_drop": 0.0, "output_dropout": 0.0, **PENALTIES}
     config = tiny_config(head=head, log_every=5, eval_every=10, model_options=options)
-    one = new_run(tmp_path, config, "one")
+    one = new_run(tmp_path, config, tiny_corpus, "one")
     train(config, tiny_corpus, one)
     runs = []
     for how in ("straight", "interrupted"):
@@ -267,7 +274,7 @@ def test_two_processes_do_what_one_does(tmp_path, tiny_cache, tiny_corpus, tiny_
             [*launch, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-        runs.append(new_run(tmp_path / how, config, "two"))
+        runs.append(new_run(tmp_path / how, config, tiny_corpus, "two"))
     for row, expected in zip(runs[0].metrics(), one.metrics(), strict=True):
         for key, value in timeless(expected).items():
             assert row[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)

@@ -66,7 +66,7 @@ def test_a_whole_float_is_the_same_setting_as_the_integer_but_true_is_not_one(tm
     store = RunStore(tmp_path)
     store.run("a", {"lr": 20, "betas": [1, 0.5], "nan": math.nan, "flag": True})
     store.run("a", {"lr": 20.0, "betas": (1.0, 0.5), "nan": math.nan, "flag": True})
-    with pytest.raises(LabError, match="flag is true there, 1 here"):
+    with pytest.raises(LabError, match="flag was true, is 1"):
         store.run("a", {"lr": 20, "betas": [1, 0.5], "nan": math.nan, "flag": 1})
 
 
@@ -76,11 +76,37 @@ def test_another_config_is_refused_with_all_that_differs(tmp_path):
     with pytest.raises(LabError) as caught:
         store.run("a", {"lr": 0.2, "model": {"layers": 3, "width": 8}, "new": None, "same": 1})
     assert str(caught.value) == (
-        f"{tmp_path / 'a'}: this run was made with other settings: lr is 0.1 there, 0.2 here; "
-        'model.layers is 2 there, 3 here; old is "x" there, absent here; new is absent there, null here. '
+        f"{tmp_path / 'a'}: this run was made with other settings: lr was 0.1, is 0.2; "
+        'model.layers was 2, is 3; old was "x", is absent; new was absent, is null. '
         "Use another --out-dir, or remove this folder to start afresh"
     )
     assert Run.open(tmp_path / "a").config["lr"] == 0.1
+
+
+def recorded(fields, text="aa", **asked):
+    """A config with a record, as `TrainConfig.stored` makes it."""
+    return {**fields, "record": {"rules": 1, "settings": {"lr": 0.1}, "text": {"sha256": text}, "asked": asked}}
+
+
+def test_a_run_is_known_by_its_record(tmp_path):
+    store = RunStore(tmp_path)
+    run = store.run("a", recorded({"preset": "old", "lr": 0.1}))
+    with pytest.raises(LabError, match=r"other settings: the text behind --corpus has changed\. Use another --out-dir"):
+        store.run("a", recorded({"preset": "old", "lr": 0.1}, text="bb"))
+    assert Run.open(run.path).config["preset"] == "old"
+    # Other names for the same values become the run's, so that tables call all of a comparison's runs alike.
+    store.run("a", recorded({"preset": "new", "lr": 0.1}))
+    assert Run.open(run.path).config["preset"] == "new"
+
+
+def test_a_run_without_a_record_says_which_version_made_it(tmp_path):
+    store = RunStore(tmp_path)
+    run = store.run("a", CONFIG)
+    with pytest.raises(LabError, match="was made by an earlier version of uncork, which did not keep all that decides"):
+        store.run("a", recorded(CONFIG))
+    run.finish({"versions": {"uncork": "0.1.0"}})
+    with pytest.raises(LabError, match=r"was made by uncork 0\.1\.0, which did not keep"):
+        store.run("a", recorded(CONFIG))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "a\n", "café", "a\\b", "a:b"])
@@ -115,7 +141,7 @@ def test_many_threads_create_one_run_and_agree_on_its_config(tmp_path):
     for thread in threads:
         thread.join()
     assert opened == [Run.open(tmp_path / "a").config["seed"]]
-    assert [f"seed is {opened[0]} there" in message for message in refused] == [True] * 7
+    assert [f"seed was {opened[0]}, is " in message for message in refused] == [True] * 7
     assert leftovers(tmp_path) == []
 
 

@@ -14,23 +14,37 @@ from scipy import stats
 
 from uncork import cli
 from uncork.lab.errors import LabError
+from uncork.lab.presets import PRESETS
+from uncork.lab.run_key import differences, key_of
 from uncork.lab.study import experiment, figures, plan, tables
-from uncork.lab.study.plan import CONFIRMED, FRESH_SEEDS, PARTS, TRIALS, TUNE_SEED, Part, chosen, config_of, narrowed
+from uncork.lab.study.plan import (
+    CONFIRMED,
+    FRESH_SEEDS,
+    PARTS,
+    TRIALS,
+    TUNE_SEED,
+    Part,
+    chosen,
+    config_of,
+    narrowed,
+    row_key,
+)
 from uncork.lab.study.run import Cell, run_cells
 from uncork.lab.study.settings import Study
-from uncork.lab.study.store import RowStore, key_of, rounded
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.study.store import RowStore, outdated, rounded
+from uncork.lab.train_config import TrainConfig, text_record
 
 
 @pytest.fixture
-def cells(tiny_config):
+def cells(tiny_config, tiny_corpus):
     """Two heads with two seeds, and a third whose test is not to be read."""
+    text = text_record(tiny_corpus)["sha256"]
     made = [
-        Cell("tiny d=4", head, tiny_config(head=head, seed=seed, epochs=1, eval_every=10))
+        Cell("tiny d=4", head, tiny_config(head=head, seed=seed, epochs=1, eval_every=10), text=text)
         for seed in (1, 2)
         for head in ("softmax", "plif")
     ]
-    return [*made, Cell("tiny d=4", "temperature", tiny_config(head="temperature", epochs=1), test=False)]
+    return [*made, Cell("tiny d=4", "temperature", tiny_config(head="temperature", epochs=1), False, text)]
 
 
 def run(cells, folder, **options):
@@ -112,19 +126,49 @@ def test_rounding_keeps_six_digits():
     }  # fmt: skip
 
 
-def test_a_key_holds_all_that_numbers_depend_on(tiny_config):
-    config = tiny_config()
-    assert key_of(config) == key_of(config.resolved()) == key_of(replace(config, checkpoint_every=5.0))
-    for change in ({"seed": 7}, {"lr": 0.5}, {"head": "plif"}, {"epochs": 3}, {"output_lr_scale": 4.0}):
-        assert key_of(replace(config, **change)) != key_of(config)
-
-
 def test_rows_that_are_kept_are_found_under_their_keys():
-    """A setting that is added without a place in TrainConfig.ADDED would run the whole study again."""
+    """A setting that is added without a place in run_key.LATER, or another value of a preset or a head, would run the
+    whole study again."""
     rows = RowStore(Path(__file__).parents[2] / "results" / "lm").rows()
     assert len(rows) > 200
-    for key, row in rows.items():
-        assert key_of(TrainConfig.from_dict(row["config"])) == key
+    assert all(key_of(row["record"]) == key for key, row in rows.items())
+    found = {cell.key for part in PARTS.values() for cell in part.tuned_cells(rows)} & rows.keys()
+    assert len(found) > 200
+    for name in ("pilot", "double", "wikitext"):  # which are whole
+        assert len(PARTS[name].kept_cells(rows)) == PARTS[name].size
+    for key in found:  # what was asked for is what is recorded
+        row = rows[key]
+        assert differences(row["record"], TrainConfig(**row["config"]).record(row["record"]["text"])) == []
+
+
+def test_the_kept_parts_keep_what_the_presets_had_then(monkeypatch):
+    """New defaults of the presets are not theirs."""
+    part = PARTS["again"]
+    keys = [cell.key for cell in part.cells({})]
+    preset = PRESETS["lstm-small"]
+    training = replace(preset.training, bias_prior=True, output_lr_scale=8.0, decay="matrices")
+    monkeypatch.setitem(PRESETS, "lstm-small", replace(preset, training=training))
+    assert [cell.key for cell in part.cells({})] == keys
+
+
+def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_path, monkeypatch, capsys):
+    store, _ = run(cells[:2], tmp_path)
+    rows = store.rows()
+    preset = PRESETS["lstm-laptop"]
+    monkeypatch.setitem(PRESETS, "lstm-laptop", replace(preset, training=replace(preset.training, warmup=0.5)))
+    again = [replace(cell) for cell in cells[:2]]
+    assert not {cell.key for cell in again} & rows.keys()
+    said = "2 kept runs do not count: preset lstm-laptop: training.warmup was 0.02, is 0.5"
+    assert outdated([(cell.config, cell.text) for cell in again], rows) == [said]
+    capsys.readouterr()
+    run(again, tmp_path)
+    assert said in capsys.readouterr().out
+    assert len(store.rows()) == 4
+    assert outdated([(cells[0].config, "another")], store.rows()) == [
+        "1 kept runs do not count: the text behind --corpus has changed"
+    ]
+    with pytest.raises(LabError, match="is not the one that this study is of"):
+        run([replace(cells[0], text="another")], tmp_path)
 
 
 def test_all_heads_are_tuned_with_equal_effort_on_another_seed():
@@ -145,7 +189,7 @@ def _tuned(losses):
             for corpus in PARTS["tune"].corpora:
                 for d in PARTS["tune"].in_features:
                     config = config_of(trial, (corpus, d), TUNE_SEED, PARTS["tune"].settings)
-                    rows[key_of(config)] = {"result": {"valid": {"cross_entropy": loss}}}
+                    rows[row_key(config)] = {"result": {"valid": {"cross_entropy": loss}}}
     return rows
 
 
@@ -170,7 +214,7 @@ def test_what_is_kept_is_reported_where_other_places_are_not_tuned_yet():
     assert part.kept_cells(rows) == []  # a row without the test's numbers is not what this part wants
     rows[first.key] = {"analysis": {}}
     for trial in TRIALS["softmax"]:
-        del rows[key_of(config_of(trial, ("sotu", 64), TUNE_SEED, PARTS["tune"].settings))]
+        del rows[row_key(config_of(trial, ("sotu", 64), TUNE_SEED, PARTS["tune"].settings))]
     assert part.kept_cells(rows) == [first]
     with pytest.raises(LabError, match="sotu d=64"):
         part.cells(rows)
@@ -284,6 +328,7 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     base = {k: v for k, v in cells[0].config.to_dict().items() if k not in ("head", "head_options", "seed")}
     monkeypatch.setattr(plan, "BASE", {})
     monkeypatch.setattr(plan, "CORPORA", {"tiny": base})
+    monkeypatch.setattr(plan, "TEXTS", {(base["corpus"], None): cells[0].text})
     part = Part("tiny", heads={"softmax": "softmax", "plif": "plif"}, corpora=("tiny",), in_features=(4,), seeds=(1, 2))
     assert [cell.key for cell in part.cells({})] == [cell.key for cell in cells[:4]]
     folder = tmp_path / "out"

@@ -15,6 +15,8 @@ import torch
 
 from uncork import cli
 from uncork.lab.errors import LabError
+from uncork.lab.run_key import differences, key_of
+from uncork.lab.synthetic import cells as cells_module
 from uncork.lab.synthetic import run as run_module
 from uncork.lab.synthetic.cells import Cell, run_cell
 from uncork.lab.synthetic.experiment import cells_of, part_of
@@ -69,7 +71,9 @@ def test_every_setting_makes_another_key():
             "seed": 1, "fitting": replace(SHORT, tolerance=0.5),
         }.items()
     ]  # fmt: skip
-    assert len({cell.key for cell in [CELL, *others]}) == 1 + len(dataclasses.fields(Cell))
+    cells = [CELL, *others]
+    assert len({cell.name for cell in cells}) == len({key_of(cell.record()) for cell in cells}) == len(cells)
+    assert len(cells) == 1 + len(dataclasses.fields(Cell))
 
 
 @pytest.mark.parametrize(("features", "words"), [(5, 100), (20, 1000), (50, 2000)])
@@ -133,6 +137,48 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     again = run_cells(cells, store, workers=1)
     assert ran == cells[2:]
     assert again[:2] == first
+
+
+def test_a_cell_by_other_rules_is_run_again_and_said_once(tmp_path, monkeypatch, capsys):
+    """A default of a head, or a text, that changed made no difference to the names of the files."""
+    cells = [replace(CELL, seed=seed) for seed in range(2)]
+    run_cells(cells, CellStore(tmp_path), workers=1)
+
+    def said():
+        run_cells(cells, CellStore(tmp_path), workers=1)
+        return [line for line in capsys.readouterr().out.splitlines() if "do not count" in line]
+
+    assert said() == []
+    monkeypatch.setattr(cells_module, "RULES", 2)
+    assert said() == ["2 cells of before do not count: the version of the rules was 1, is 2"]
+    assert said() == []
+    for path in tmp_path.iterdir():
+        found = json.loads(path.read_text())
+        found["record"]["head"]["logit_function"]["options"]["bound"] = 10.0
+        path.write_text(json.dumps(found))
+    changed = "head plif:num_pieces=20: logit_function.PLIF.bound was 10, is 20"
+    assert said() == [f"2 cells of before do not count: {changed}"]
+    for path in tmp_path.iterdir():
+        found = json.loads(path.read_text())
+        del found["record"]
+        path.write_text(json.dumps(found))
+    (line,) = said()
+    assert line.startswith("2 cells of before do not count: an earlier version made them")
+
+
+def test_cells_of_real_text_are_known_by_it(monkeypatch):
+    cell = replace(CELL, target="sotu")
+    monkeypatch.setattr(cells_module, "_sotu_digest", lambda: "aa")
+    was = cell.record()
+    monkeypatch.setattr(cells_module, "_sotu_digest", lambda: "bb")
+    assert differences(was, cell.record()) == ["the text behind the targets has changed"]
+    assert "text" not in CELL.record()
+
+
+def test_a_variable_that_changes_numbers_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    with pytest.raises(LabError, match="ONEDNN_DEFAULT_FPMATH_MODE=BF16"):
+        run_cells([CELL], CellStore(tmp_path), workers=1)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"cell": 1, "row": {}}'])

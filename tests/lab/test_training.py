@@ -1,28 +1,31 @@
 """Training: rows, results, divergence, early stop, averaging, TensorBoard."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
 
+from uncork.lab import training
 from uncork.lab.analysis import SLOPE_GRID
 from uncork.lab.checkpoints import load_trained
 from uncork.lab.errors import LabError
 from uncork.lab.evaluation import evaluate
+from uncork.lab.run_result import epochs_told
 from uncork.lab.runs import RunStore
-from uncork.lab.training import Progress, TrainingDiverged, train
+from uncork.lab.training import Progress, TrainingDiverged, text_record, train
 
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
 
 
-def new_run(folder, config, name="run"):
-    return RunStore(folder).run(name, config.resolved().to_dict())
+def new_run(folder, config, corpus, name="run"):
+    return RunStore(folder).run(name, config.stored(text_record(corpus)))
 
 
 def test_metrics_and_result_hold_what_the_report_reads(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(head="plif", head_options={"num_pieces": 9}, clip=0.05)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     seen: list[Progress] = []
     result = train(config, tiny_corpus, run, on_progress=seen.append)
     assert result == run.result
@@ -52,7 +55,7 @@ def test_training_learns(tmp_path, tiny_corpus, tiny_config):
     """The words of the text have 4 successors each: a bigram's worth must be learned, not just the unigram."""
     options = {"input_dropout": 0.0, "weight_drop": 0.0, "output_dropout": 0.0, "hidden_sizes": [32]}
     config = tiny_config(in_features=8, epochs=20, lr=0.02, model_options=options)
-    assert train(config, tiny_corpus, new_run(tmp_path, config))["test"]["perplexity"] < 15
+    assert train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus))["test"]["perplexity"] < 15
 
 
 def test_the_row_is_the_mean_over_its_tokens(tmp_path, tiny_corpus, tiny_config):
@@ -61,7 +64,7 @@ def test_the_row_is_the_mean_over_its_tokens(tmp_path, tiny_corpus, tiny_config)
     runs = []
     for every in (1, 100):
         config = tiny_config(epochs=1, log_every=every, training_options=options)
-        run = new_run(tmp_path, config, f"every{every}")
+        run = new_run(tmp_path, config, tiny_corpus, f"every{every}")
         train(config, tiny_corpus, run)
         runs.append([row for row in run.metrics() if row["kind"] == "train"])
     single, (whole,) = runs
@@ -74,15 +77,15 @@ def test_the_row_is_the_mean_over_its_tokens(tmp_path, tiny_corpus, tiny_config)
 
 def test_a_finished_run_returns_at_once(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(max_steps=3)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     result = train(config, tiny_corpus, run)
-    assert train(config, None, run) == result
+    assert train(config, tiny_corpus, run) == result
 
 
 @pytest.mark.parametrize("fields", [{}, {"eval_every": 1}, {"head": "plif", "log_every": 1, "checkpoint_every": 0.0}])
 def test_divergence_is_told_and_nothing_bad_is_saved(tmp_path, tiny_corpus, tiny_config, fields):
     config = tiny_config(lr=1e25, training_options=SGD, clip=0, epochs=3, **fields)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     with pytest.raises(
         TrainingDiverged, match=r"diverged: .* not finite at step \d+ \(epoch 0\.\d+\).*lower lr"
     ) as told:
@@ -98,7 +101,7 @@ def test_divergence_is_told_and_nothing_bad_is_saved(tmp_path, tiny_corpus, tiny
 
 def test_patience_stops_early_and_the_best_weights_count(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(lr=0.5, epochs=30, eval_every=3, patience=3)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     result = train(config, tiny_corpus, run)
     valid = [row for row in run.metrics() if row["kind"] == "valid"]
     best = min(valid, key=lambda row: row["cross_entropy"])
@@ -114,7 +117,7 @@ def test_patience_stops_early_and_the_best_weights_count(tmp_path, tiny_corpus, 
 def test_validation_tells_the_slopes_of_a_function_that_is_trained(tmp_path, tiny_corpus, tiny_config):
     for head in ("plif", "softcap", "plif-frozen", "temperature"):
         config = tiny_config(head=head, epochs=1, lr=0.05)
-        run = new_run(tmp_path / head, config)
+        run = new_run(tmp_path / head, config, tiny_corpus)
         train(config, tiny_corpus, run)
         valid = [row for row in run.metrics() if row["kind"] == "valid"]
         if head in ("softcap", "plif-frozen"):
@@ -130,7 +133,7 @@ def test_the_output_layer_has_its_own_rate(tmp_path, tiny_corpus, tiny_config):
     heads = []
     for scale, steps in ((0.0, 1), (0.0, 9), (1.0, 9)):
         config = tiny_config(head="plif", output_lr_scale=scale, max_steps=steps)
-        run = new_run(tmp_path, config, f"run-{scale}-{steps}")
+        run = new_run(tmp_path, config, tiny_corpus, f"run-{scale}-{steps}")
         train(config, tiny_corpus, run)
         heads.append(load_trained(run.path).model.head.state_dict())
     one, still, moved = heads
@@ -142,7 +145,7 @@ def test_the_output_layer_has_its_own_rate(tmp_path, tiny_corpus, tiny_config):
 
 def test_averaged_weights_are_what_is_validated(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(lr=5.0, epochs=3, training_options={**SGD, "asgd": 1})
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     train(config, tiny_corpus, run)
     best, last = run.load_checkpoint("best"), run.load_checkpoint("last")
     assert last.state["state"]["averaged"] == last.step
@@ -154,7 +157,7 @@ def test_averaged_weights_are_what_is_validated(tmp_path, tiny_corpus, tiny_conf
 
 def test_one_training_at_a_time(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(max_steps=3)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     with run.lock(), pytest.raises(LabError, match="another process"):
         train(config, tiny_corpus, run)
 
@@ -162,7 +165,7 @@ def test_one_training_at_a_time(tmp_path, tiny_corpus, tiny_config):
 def test_training_leaves_the_callers_random_numbers_and_threads_alone(tmp_path, tiny_corpus, tiny_config):
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     config = tiny_config(max_steps=3)
-    train(config, tiny_corpus, new_run(tmp_path, config))
+    train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
 
@@ -171,7 +174,7 @@ def test_tensorboard_on_request(tmp_path, tiny_corpus, tiny_config, interrupt_at
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_config(max_steps=12, eval_every=6)
-    run = new_run(tmp_path, config)
+    run = new_run(tmp_path, config, tiny_corpus)
     interrupt_at({7})
     with pytest.raises(KeyboardInterrupt):
         train(config, tiny_corpus, run, tensorboard=True)
@@ -183,7 +186,7 @@ def test_tensorboard_on_request(tmp_path, tiny_corpus, tiny_config, interrupt_at
         assert [event.step for event in scalars] == [row["step"] for row in rows]
         assert [event.value for event in scalars] == pytest.approx([row["cross_entropy"] for row in rows], rel=1e-6)
     other = tiny_config(max_steps=3)
-    quiet = new_run(tmp_path, other, "quiet")
+    quiet = new_run(tmp_path, other, tiny_corpus, "quiet")
     train(other, tiny_corpus, quiet)
     assert not (quiet.path / "tensorboard").exists()
 
@@ -191,4 +194,110 @@ def test_tensorboard_on_request(tmp_path, tiny_corpus, tiny_config, interrupt_at
 def test_too_small_a_text(tmp_path, tiny_corpus, tiny_config):
     config = tiny_config(batch_size=5000)
     with pytest.raises(LabError, match="too few for 5000 streams"):
-        train(config, tiny_corpus, new_run(tmp_path, config))
+        train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus))
+
+
+def test_a_finished_run_on_another_text_is_not_returned(tmp_path, tiny_corpus, tiny_config):
+    config = tiny_config(max_steps=3)
+    run = new_run(tmp_path, config, tiny_corpus)
+    result = train(config, tiny_corpus, run)
+    assert train(config, tiny_corpus, run) == result
+    ids = tiny_corpus.splits["valid"].clone()
+    ids[3] = (ids[3] + 1) % tiny_corpus.vocab_size
+    changed = dataclasses.replace(tiny_corpus, splits={**tiny_corpus.splits, "valid": ids})
+    with pytest.raises(LabError, match="the text behind --corpus has changed"):
+        train(config, changed, run)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_CPU", "true"),
+        ("ACCELERATE_MIXED_PRECISION", "no"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO"),
+        ("ACCELERATE_DYNAMO_MODE", "reduce-overhead"),
+        ("ACCELERATE_LOG_LEVEL", "debug"),
+        ("FSDP_OFFLOAD_PARAMS", "true"),
+        ("NVIDIA_TF32_OVERRIDE", "0"),
+    ],
+)
+def test_a_variable_that_is_let_through_changes_no_bit(tmp_path, tiny_corpus, tiny_config, monkeypatch, name, value):
+    config = tiny_config(head="plif", max_steps=4, log_every=1)
+    results = []
+    for folder in ("without", "with"):
+        run = new_run(tmp_path, config, tiny_corpus, folder)
+        result = train(config, tiny_corpus, run)
+        losses = [(row["cross_entropy"], row.get("grad_norm")) for row in run.metrics()]
+        results.append((result["valid"], result["test"], losses))
+        monkeypatch.setenv(name, value)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"),
+        ("ACCELERATE_TORCH_DEVICE", "meta"),
+        ("ACCELERATE_DOWNCAST_BF16", "1"),
+        ("NVIDIA_TF32_OVERRIDE", "1"),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1"),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"),
+        ("DNNL_DEFAULT_FPMATH_MODE", "ANY"),
+    ],
+)
+def test_a_variable_that_would_change_numbers_is_refused_by_name(
+    tmp_path, tiny_corpus, tiny_config, monkeypatch, name, value
+):
+    config = tiny_config(max_steps=2)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LabError, match=f"environment variable {name}={value}") as caught:
+        train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus))
+    assert "\n" not in str(caught.value)
+
+
+def test_accelerate_is_told_what_its_variables_say_otherwise(monkeypatch, tiny_config):
+    """What is passed explicitly holds, also for a variable that `refuse_variables` does not know."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    accelerator = training._accelerator(tiny_config(), cpu=True)
+    assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.state.dynamo_plugin.backend == "NO"
+
+
+def test_a_divergence_says_only_what_is_kept(tmp_path, tiny_corpus, tiny_config):
+    config = tiny_config(lr=1e25, training_options=SGD, clip=0)
+    with pytest.raises(TrainingDiverged, match=r"No checkpoint was written before\."):
+        train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus))
+    config = tiny_config(lr=50.0, training_options=SGD, clip=0, epochs=60, checkpoint_every=0.0, log_every=1)
+    run = new_run(tmp_path, config, tiny_corpus, "kept")
+    with pytest.raises(TrainingDiverged) as caught:
+        train(config, tiny_corpus, run)
+    assert f"The checkpoint of step {run.load_checkpoint().step} is kept" in str(caught.value)
+
+
+def test_the_epochs_that_were_asked_for_are_kept_beside_those_that_were_trained(tmp_path, tiny_corpus, tiny_config):
+    """A fraction of an epoch ends after whole steps: of 21 of 10 tokens, 0.3 epochs are 6."""
+    config = tiny_config(epochs=0.3)
+    result = train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus))
+    assert (result["epochs_asked"], result["steps"]) == (0.3, 6)
+    assert result["epochs"] == pytest.approx(60 / 209)
+    assert epochs_told(result, config) == (
+        "0.287 epochs were trained, 0.3 were asked for: a step takes 10 tokens of each stream, so training ends after "
+        "a whole number of them, 6 steps"
+    )
+    config = tiny_config(epochs=2, max_steps=7)
+    cut = train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus, "cut"))
+    assert epochs_told(cut, config).endswith("2 were asked for: max_steps ended it after 7 steps")
+    config = tiny_config(epochs=1)
+    whole = train(config, tiny_corpus, new_run(tmp_path, config, tiny_corpus, "whole"))
+    assert epochs_told(whole, config) is None
+    assert "out of patience" in epochs_told({**whole, "epochs": 0.5, "stopped": "early"}, config)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import uncork
 from uncork.heads.state import KEY as HEAD_SPEC
+from uncork.lab import run_key
 from uncork.lab.corpora import Corpus
 from uncork.lab.errors import LabError
 from uncork.lab.files import plain, read_json, write_json
@@ -77,25 +78,17 @@ def build_untrained(config: TrainConfig, corpus: Corpus) -> LanguageModel:
 
     Raises LabError for a head option that does not exist or does not fit.
     """
-    model_config = config.resolved_preset().model
-    prior = {"bias_init": corpus.counts} if config.bias_prior else {}
+    preset = config.resolved_preset()
+    prior = {"bias_init": corpus.counts} if preset.training.bias_prior else {}
     torch.manual_seed(derived_seed(config.seed, "head"))
-    head = _build_head(config, model_config.feature_size, corpus.vocab_size, **prior)
+    head = config.build_head(corpus.vocab_size, **prior)
     torch.manual_seed(derived_seed(config.seed, "backbone"))
-    return build_model(model_config, head, corpus.vocab_size)
+    return build_model(preset.model, head, corpus.vocab_size)
 
 
 def check_head(config: TrainConfig) -> None:
     """Raise LabError for a head option that does not exist or does not fit, before a run is made or trained."""
-    with torch.random.fork_rng(devices=[]):
-        _build_head(config, config.resolved_preset().model.feature_size, 4)
-
-
-def _build_head(config: TrainConfig, in_features: int, vocab_size: int, **prior: Any) -> Any:
-    try:
-        return uncork.build_head(config.head, in_features, vocab_size, **prior, **config.head_options)
-    except (TypeError, ValueError) as error:
-        raise LabError(f"head {config.head}: {error}") from error
+    config.head_record()
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -123,14 +116,12 @@ def check_description(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
     stored = checkpoint.state.get("description")
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise LabError(f"{checkpoint.path}: was not written by this version of uncork's training")
-    ours, theirs = dict(expected), dict(stored)
-    ours |= {"config": None, **{f"config.{k}": v for k, v in expected["config"].items()}}
-    theirs |= {"config": None, **{f"config.{k}": v for k, v in dict(stored.get("config") or {}).items()}}
+    ours, theirs = run_key.flat(expected), run_key.flat(stored)
     harmless = {f"config.{name}" for name in TrainConfig.HARMLESS}
-    different = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in harmless)
+    different = [k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k) and k not in harmless]
     if different:
-        shown = "; ".join(f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in different[:3])
-        raise LabError(f"{checkpoint.path}: is of another training: {shown}")
+        shown = [f"{name} was {theirs.get(name, 'absent')}, is {ours.get(name, 'absent')}" for name in different]
+        raise LabError(f"{checkpoint.path}: is of another training: {run_key.told(shown)}")
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:

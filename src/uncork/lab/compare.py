@@ -21,9 +21,11 @@ from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.evaluation import evaluate
 from uncork.lab.files import read_json, write_json
 from uncork.lab.interrupts import become_worker
+from uncork.lab.run_key import key_of
 from uncork.lab.runs import Run, RunStore
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.train_config import TrainConfig, text_record
 from uncork.lab.training import Progress, train
+from uncork.lab.variables import refuse_variables
 
 # What a head may set for itself beside its own options, since a fair comparison tunes it for each head.
 OWN_SETTINGS = (
@@ -39,9 +41,10 @@ class Task:
     name: str
     config: TrainConfig
 
-    def stored(self) -> dict[str, Any]:
-        """What config.json holds."""
-        return self.config.resolved().to_dict()
+    @property
+    def key(self) -> str:
+        """Another one for everything else that could be trained on the same text."""
+        return key_of(self.config.record())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,27 +121,44 @@ def make_tasks(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) ->
             folder = re.sub(r"[^A-Za-z0-9._-]+", "_", label)
             task = Task(label, f"{folder}-seed{seed}", config)
             for other in tasks:
-                if other.name == task.name or other.stored() == task.stored():
+                if other.name == task.name or other.key == task.key:
                     raise LabError(f"heads: {other.label} and {label} are the same run; name one of them")
             tasks.append(task)
     return tasks
 
 
-def check_stored(root: Path, tasks: Sequence[Task]) -> None:
-    """Raise LabError where a run of these tasks was made with other settings, before anything is written."""
+class Texts:
+    """What is known of the text of each config, read once for all that share it."""
+
+    def __init__(self, data_dir: Path | None) -> None:
+        self._data_dir = data_dir
+        self._records: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def of(self, config: TrainConfig) -> dict[str, Any]:
+        """What `text_record` says of it. Raises LabError where the text cannot be read."""
+        named = (config.corpus, config.tokenization, config.vocab_size, config.min_count, config.max_train_tokens)
+        if named not in self._records:
+            self._records[named] = text_record(config.load_corpus(data_dir=self._data_dir))
+        return self._records[named]
+
+
+def check_stored(root: Path, tasks: Sequence[Task], *, data_dir: Path | None = None) -> None:
+    """Raise LabError where a run of these tasks was made with other settings or on another text, before anything is
+    written."""
+    texts = Texts(data_dir)
     for task in tasks:
         if (root / task.name / "config.json").exists():
-            RunStore(root).run(task.name, task.stored())
+            Run.open(root / task.name).require(task.config.stored(texts.of(task.config)))
 
 
 def run_task(
     store: RunStore, task: Task, *, data_dir: Path | None, contexts: int, on_progress: Callable[[Progress], None]
 ) -> Run:
     """Trains one task to its end (or returns it as it is, if it ended before) and analyses its output layer."""
-    run = store.run(task.name, task.stored())
+    corpus = task.config.load_corpus(data_dir=data_dir)
+    run = store.run(task.name, task.config.stored(text_record(corpus)))
     if is_done(run, contexts):
         return run
-    corpus = task.config.load_corpus(data_dir=data_dir)
     train(task.config, corpus, run, on_progress=on_progress)
     trained = load_trained(run.path)
     preset = task.config.resolved_preset().training
@@ -153,7 +173,8 @@ def run_task(
     # As much of the training text as the test has, without dropout: what the model has learned by heart.
     seen = corpus.splits["train"][: len(corpus.splits["test"])]
     own = evaluate(trained.model, seen, batch_size=preset.eval_batch_size, bptt=preset.bptt)
-    write_json(run.path / "analysis.json", {**analysis, "train_cross_entropy": own.cross_entropy})
+    own_numbers = {"train_cross_entropy": own.cross_entropy, "contexts_asked": contexts}
+    write_json(run.path / "analysis.json", {**analysis, **own_numbers})
     return run
 
 
@@ -162,8 +183,10 @@ def is_done(run: Run, contexts: int) -> bool:
     if run.result is None:
         return False
     try:
-        return bool(read_json(run.path / "analysis.json")["rank"]["contexts"] == contexts)
-    except (LabError, KeyError, TypeError):
+        found = read_json(run.path / "analysis.json")
+        # A text that is shorter has fewer, and analysing it again gives no more.
+        return bool(found.get("contexts_asked", found["rank"]["contexts"]) == contexts)
+    except (LabError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -182,7 +205,9 @@ def run_all(
     A run that fails (a loss of nan, say, or a process that is killed) does not stop the others. Ctrl-C waits for the
     workers' checkpoints; a second one does not.
     """
-    waiting = list(tasks)
+    for task in tasks:
+        refuse_variables(task.config.precision)
+    waiting, texts = list(tasks), Texts(data_dir)
     active: dict[connection.Connection, tuple[Task, Any]] = {}
     failed: dict[str, str] = {}
     told: set[str] = set()
@@ -200,8 +225,8 @@ def run_all(
         while waiting or active:
             while waiting and len(active) < workers:
                 task = waiting.pop(0)
-                if _done_before(root, task, contexts):
-                    tell(Event(task.name, "done"))
+                if _done_before(root, task, contexts, texts):
+                    tell(Event(task.name, "done", message="before, with the same settings on the same text"))
                     continue
                 events, process = _start(root, task, data_dir, contexts, threads)
                 active[events] = task, process
@@ -221,10 +246,12 @@ def run_all(
     return failed
 
 
-def _done_before(root: Path, task: Task, contexts: int) -> bool:
+def _done_before(root: Path, task: Task, contexts: int, texts: Texts) -> bool:
     """Whether there is nothing to start a process for. What is wrong with a run, its own process says."""
     with suppress(LabError):
-        return is_done(RunStore(root).run(task.name, task.stored()), contexts)
+        run = Run.open(root / task.name)
+        run.require(task.config.stored(texts.of(task.config)))
+        return is_done(run, contexts)
     return False
 
 

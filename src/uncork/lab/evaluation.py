@@ -20,6 +20,12 @@ from uncork.lab.errors import LabError
 from uncork.lab.files import os_errors
 from uncork.lab.models import LanguageModel
 from uncork.lab.sources import SPLITS, decode_utf8
+from uncork.lab.tokenization import Tokenizer
+from uncork.lab.variables import refuse_variables
+
+MOST_UNKNOWN = 0.5
+"""A text of which more than this share of the words is unknown to the model is not evaluated: what it finds easy is to
+say that it does not know them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Evaluation:
         perplexity: per word of the corpus's own tokenisation: exp(cross_entropy * tokens per word).
         bits_per_byte: of the normalised text, None where its bytes are not known.
         nll: (N - 1,) float32 on the CPU, nats of each predicted token in the order of the text, if asked for.
+        unknown: share of the text's words that are <unk> to the model, in [0, 1]; None where no word is, or it was not
+            counted.
     """
 
     cross_entropy: float
@@ -39,10 +47,17 @@ class Evaluation:
     perplexity: float
     bits_per_byte: float | None
     nll: Tensor | None = None
+    unknown: float | None = None
 
     @classmethod
     def of(
-        cls, cross_entropy: float, length: int, *, words: int | None = None, bytes: int | None = None
+        cls,
+        cross_entropy: float,
+        length: int,
+        *,
+        words: int | None = None,
+        bytes: int | None = None,
+        unknown: float | None = None,
     ) -> "Evaluation":
         """The evaluation of a text of `length` tokens, the first included, which stand for `words` and `bytes`.
 
@@ -58,7 +73,7 @@ class Evaluation:
         # math.exp raises where floating point has inf.
         perplexity = math.exp(nats_per_word) if nats_per_word < 709 else math.inf
         bits_per_byte = None if bytes is None else cross_entropy * length / (bytes * math.log(2))
-        return cls(cross_entropy, length - 1, perplexity, bits_per_byte)
+        return cls(cross_entropy, length - 1, perplexity, bits_per_byte, unknown=unknown)
 
     def to_dict(self) -> dict[str, float | int | None]:
         """What result.json holds of it."""
@@ -67,6 +82,7 @@ class Evaluation:
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
+            "unknown": self.unknown,
         }
 
 
@@ -79,6 +95,7 @@ def evaluate(
     bptt: int,
     words: int | None = None,
     bytes: int | None = None,
+    unknown: float | None = None,
     keep_nll: bool = False,
 ) -> Evaluation:
     """Predict each token of a text but the first from what stands before it, each exactly once, in evaluation mode.
@@ -92,6 +109,7 @@ def evaluate(
         batch_size: number of streams. bptt: tokens of each stream at a time.
         words: words of the text in the corpus's own tokenisation. None: as many as tokens.
         bytes: UTF-8 bytes of the normalised text, where known.
+        unknown: share of unknown words, where known, as `unknown_share` counts them.
         keep_nll: also keep each token's nats.
 
     Raises:
@@ -110,13 +128,26 @@ def evaluate(
             if keep_nll:
                 kept.append(nll.float().cpu())
     cross_entropy = total.item() / (len(tokens) - 1)
-    result = Evaluation.of(cross_entropy, len(tokens), words=words, bytes=bytes)
+    result = Evaluation.of(cross_entropy, len(tokens), words=words, bytes=bytes, unknown=unknown)
     if not keep_nll:
         return result
     # Row by row, the streams are the text in its order.
     all_targets = torch.cat([target for _, target in batches], dim=1).cpu()
     in_order = torch.cat(kept, dim=1)[all_targets != IGNORE_INDEX]
     return dataclasses.replace(result, nll=in_order)
+
+
+def unknown_share(tokens: Tensor, tokenizer: Tokenizer) -> float | None:
+    """The share of a text's words, ends of lines not counted, that are <unk>; None where the tokenizer has no <unk>.
+
+    >>> from uncork.lab.tokenization import WordTokenizer
+    >>> unknown_share(torch.tensor([0, 2, 1, 0, 3, 1]), WordTokenizer(["<unk>", "<eos>", "the", "war"], "raw"))
+    0.5
+    """
+    if tokenizer.unk_id is None:
+        return None
+    words = int((tokens != tokenizer.eos_id).sum())
+    return int((tokens == tokenizer.unk_id).sum()) / words if words else 0.0
 
 
 @contextmanager
@@ -151,9 +182,11 @@ def evaluate_run(
         keep_nll: also keep each token's nats.
 
     Raises:
-        LabError: no such run or split, no trained model in it, a damaged file, a corpus that has changed, or a text
-            that is missing, empty, binary, or a single token.
+        LabError: no such run or split, no trained model in it, a damaged file, a corpus that has changed; a text that
+            is missing, empty, binary, a single token, or more than `MOST_UNKNOWN` unknown words; an environment
+            variable that would change the numbers.
     """
+    refuse_variables()
     trained = load_trained(run_path) if trained is None else trained
     words: int
     bytes: int | None
@@ -162,6 +195,12 @@ def evaluate_run(
         with os_errors(path, "cannot be read"):
             data = path.read_bytes()
         tokens, words, bytes = encode_text(trained.tokenizer, decode_utf8(data, str(path)))
+        unknown = unknown_share(tokens, trained.tokenizer)
+        if unknown is not None and unknown > MOST_UNKNOWN:
+            raise LabError(
+                f"{path}: {100 * unknown:.0f} % of its words are unknown to this model (at most "
+                f"{100 * MOST_UNKNOWN:.0f} % may be): a perplexity of unknown words means nothing"
+            )
     else:
         if split not in SPLITS:
             raise LabError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -170,6 +209,7 @@ def evaluate_run(
             raise LabError(f"{run_path}: the corpus {corpus.name} is not the text that this run was trained on")
         tokens, words = corpus.splits[split], corpus.words[split]
         bytes = None if corpus.bytes is None else corpus.bytes[split]
+        unknown = unknown_share(tokens, corpus.tokenizer)
     return evaluate(
         trained.model,
         tokens,
@@ -177,5 +217,6 @@ def evaluate_run(
         bptt=trained.training.bptt,
         words=words,
         bytes=bytes,
+        unknown=unknown,
         keep_nll=keep_nll,
     )

@@ -1,13 +1,16 @@
 """Optimisers, the learning rate's course, clipping in two groups, and averaged SGD."""
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import uncork
+from uncork.lab.errors import LabError
 from uncork.lab.presets import TrainingPreset
 
 TRIGGER_CHECKS = 5
@@ -15,22 +18,29 @@ TRIGGER_CHECKS = 5
 
 
 def build_optimizer(
-    model: nn.Module, training: TrainingPreset, *, function_lr_scale: float = 1.0, output_lr_scale: float = 1.0
+    model: nn.Module, training: TrainingPreset, *, function_lr_scale: float = 1.0
 ) -> torch.optim.Optimizer:
     """AdamW or SGD as `training` says, over the groups of `uncork.parameter_groups`.
 
     Args:
         model: on its device already.
-        training: gives optimizer, lr and weight_decay.
+        training: gives optimizer, lr, output_lr_scale, weight_decay and what it applies to.
         function_lr_scale: factor on the learning rate for the logit functions' parameters.
-        output_lr_scale: the same for the output layer's weight and bias.
     """
+    decay: dict[str, Any] = {"decay": training.decay}
+    if "decay" not in inspect.signature(uncork.parameter_groups).parameters:
+        if training.decay != "all":
+            raise LabError(
+                f"decay={training.decay!r}: uncork.parameter_groups does not tell matrices from the rest yet"
+            )
+        decay = {}
     groups = uncork.parameter_groups(
         model,
         lr=training.lr,
         weight_decay=training.weight_decay,
         function_lr_scale=function_lr_scale,
-        output_lr_scale=output_lr_scale,
+        output_lr_scale=training.output_lr_scale,
+        **decay,
     )
     for group in groups:
         group["initial_lr"] = group["lr"]

@@ -31,7 +31,7 @@ class TrainingPreset:
     epochs: int = 10
     """Passes over the training text."""
     weight_decay: float = 0.0
-    """Weight decay of everything but the functions' parameters; with SGD it is an L2 penalty."""
+    """Weight decay of what `decay` says; with SGD it is an L2 penalty."""
     clip: float | None = 1.0
     """Largest norm of the gradient. None: no clipping."""
     asgd: Literal["never", "trigger"] | int = "never"
@@ -40,13 +40,21 @@ class TrainingPreset:
     """The learning rate after the warm-up: constant, or down to 0 along half a cosine."""
     warmup: float = 0.0
     """Share of all steps, in [0, 1), over which the learning rate rises linearly."""
+    bias_prior: bool = False
+    """Start the bias of the output layer at the log unigram of the training text."""
+    output_lr_scale: float = 1.0
+    """Factor on the learning rate for weight and bias of the output layer."""
+    decay: Literal["all", "matrices"] = "all"
+    """What weight decay applies to: everything but the functions, or of that the matrices alone (no biases, norms,
+    embeddings); see `uncork.parameter_groups`."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "bptt", "epochs"):
             require_size(name, getattr(self, name))
-        for name in ("lr", "weight_decay", "warmup"):
+        for name in ("lr", "weight_decay", "warmup", "output_lr_scale"):
             require_non_negative(name, getattr(self, name))
-        require_bool("variable_bptt", self.variable_bptt)
+        for name in ("variable_bptt", "bias_prior"):
+            require_bool(name, getattr(self, name))
         if self.lr == 0:
             raise LabError("lr must be above 0, got 0")
         if self.warmup >= 1:
@@ -55,7 +63,11 @@ class TrainingPreset:
             require_non_negative("clip", self.clip)
             if self.clip == 0:
                 raise LabError("clip must be above 0, or None for no clipping, got 0")
-        for name, choices in (("optimizer", ("adam", "sgd")), ("schedule", ("constant", "cosine"))):
+        for name, choices in (
+            ("optimizer", ("adam", "sgd")),
+            ("schedule", ("constant", "cosine")),
+            ("decay", ("all", "matrices")),
+        ):
             if getattr(self, name) not in choices:
                 raise LabError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         self._check_asgd()
@@ -134,6 +146,9 @@ _AWD_TRAINING_PTB = TrainingPreset(
     asgd=200,
     schedule="constant",
 )
+# What every preset but the published ones has in common: bias and learning rate of the output layer move a perplexity
+# further than most logit functions do, so that no head is to be compared without them.
+_OWN: dict[str, Any] = {"bias_prior": True, "output_lr_scale": 1.0}
 
 PRESETS: dict[str, Preset] = {
     "awd-lstm-ptb": Preset(
@@ -149,12 +164,12 @@ PRESETS: dict[str, Preset] = {
     "lstm-laptop": Preset(
         "One LSTM layer of 256 units with 32 features before the head: minutes an epoch on 2 CPU cores.",
         AWDLSTMConfig(embedding_size=256, hidden_sizes=(256,), out_features=32, input_dropout=0.2),
-        TrainingPreset(lr=3e-3, batch_size=32, bptt=48, epochs=4, warmup=0.02),
+        TrainingPreset(lr=3e-3, batch_size=32, bptt=48, epochs=4, warmup=0.02, **_OWN),
     ),
     "lstm-small": Preset(
         "One LSTM layer of 128 units with 16 features before the head: half a minute an epoch of Penn Treebank a core.",
         AWDLSTMConfig(embedding_size=128, hidden_sizes=(128,), out_features=16, input_dropout=0.2),
-        TrainingPreset(lr=8e-3, batch_size=16, bptt=48, epochs=4, warmup=0.02),
+        TrainingPreset(lr=8e-3, batch_size=16, bptt=48, epochs=4, warmup=0.02, **_OWN),
     ),
     "lstm-gpu": Preset(
         "Two LSTM layers of 1024 units with dropouts and 64 features before the head, trained by Adam; for a GPU.",
@@ -167,22 +182,24 @@ PRESETS: dict[str, Preset] = {
             input_dropout=0.4,
             hidden_dropout=0.3,
         ),
-        TrainingPreset(lr=2e-3, batch_size=64, bptt=70, variable_bptt=True, epochs=40, weight_decay=1e-4, warmup=0.02),
+        TrainingPreset(
+            lr=2e-3, batch_size=64, bptt=70, variable_bptt=True, epochs=40, weight_decay=1e-4, warmup=0.02, **_OWN
+        ),
     ),
     "transformer-laptop": Preset(
         "Four transformer blocks of width 192 with 32 features before the head, sized for a few CPU cores.",
         TransformerConfig(width=192, depth=4, num_heads=6, max_length=256, out_features=32, dropout=0.1),
-        TrainingPreset(lr=2e-3, batch_size=32, bptt=64, epochs=4, weight_decay=0.01, warmup=0.05),
+        TrainingPreset(lr=2e-3, batch_size=32, bptt=64, epochs=4, weight_decay=0.01, warmup=0.05, **_OWN),
     ),
     "transformer-small": Preset(
         "Two transformer blocks of width 128 with 16 features before the head: as quick as lstm-small.",
         TransformerConfig(width=128, depth=2, num_heads=4, max_length=64, out_features=16, dropout=0.1),
-        TrainingPreset(lr=4e-3, batch_size=32, bptt=48, epochs=4, weight_decay=0.01, warmup=0.05),
+        TrainingPreset(lr=4e-3, batch_size=32, bptt=48, epochs=4, weight_decay=0.01, warmup=0.05, **_OWN),
     ),
     "transformer-gpu": Preset(
         "Eight transformer blocks of width 512 with 64 features before the head; for a GPU.",
         TransformerConfig(width=512, depth=8, num_heads=8, max_length=512, out_features=64, dropout=0.2),
-        TrainingPreset(lr=1e-3, batch_size=64, bptt=256, epochs=40, weight_decay=0.1, warmup=0.05),
+        TrainingPreset(lr=1e-3, batch_size=64, bptt=256, epochs=40, weight_decay=0.1, warmup=0.05, **_OWN),
     ),
 }
 

@@ -3,6 +3,7 @@
 import platform
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def run_result(
     """The contents of result.json, in JSON's types.
 
     `peak_memory_of` says what `peak_memory_bytes` is: "gpu" is what this training allocated there at most, "process"
-    the most memory that the whole process ever held, earlier runs in it included.
+    the most memory that the whole process ever held, earlier runs in it included. `epochs` is what was trained, in
+    whole steps, and `epochs_asked` what was asked for.
     """
     embedding = model.backbone.embedding.weight
     head_parameters = sum(p.numel() for p in model.head.parameters() if p is not embedding)
@@ -48,6 +50,7 @@ def run_result(
         "steps": state.step,
         "tokens": state.tokens,
         "epochs": epochs,
+        "epochs_asked": config.epochs,
         "best_step": state.best_step,
         "train_seconds": state.seconds,
         "tokens_per_second": statistics.median(speeds),
@@ -61,6 +64,25 @@ def run_result(
         "threads": torch.get_num_threads(),
         "loss": model.head.implementation(),  # type: ignore[operator]
     }
+
+
+def epochs_told(result: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """One line where other epochs were trained than asked for, and why; None where they are the same.
+
+    Args:
+        result: of a run. config: of it.
+    """
+    asked, done = result.get("epochs_asked"), result["epochs"]
+    if asked is None or abs(done - asked) < 1e-9:
+        return None
+    steps, bptt = f"{result['steps']:,} steps", config.resolved().bptt
+    if result["stopped"] == "early":
+        why = f"validation was out of patience after {steps}"
+    elif config.max_steps is not None and result["steps"] >= config.max_steps:
+        why = f"max_steps ended it after {steps}"
+    else:
+        why = f"a step takes {bptt} tokens of each stream, so training ends after a whole number of them, {steps}"
+    return f"{done:.3g} epochs were trained, {asked:.3g} were asked for: {why}"
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

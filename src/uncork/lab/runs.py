@@ -46,11 +46,13 @@ from uncork.lab.files import (
     remove_temporaries,
     write_json,
 )
+from uncork.lab.run_key import RECORD, differences, flat, told
 
 __all__ = ["Checkpoint", "Run", "RunStore", "atomic_write_bytes", "atomic_write_text", "read_json", "write_json"]
 
 log = logging.getLogger(__name__)
 
+_AFRESH = "Use another --out-dir, or remove this folder to start afresh"
 _CONFIG, _METRICS, _RESULT, _LOCK, _CHECKPOINTS = "config.json", "metrics.jsonl", "result.json", ".lock", "checkpoints"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _DIGEST_DIGITS = 16
@@ -89,6 +91,37 @@ class Run:
             hint = f"; the runs in it are: {inside}" if inside else ""
             raise LabError(f"{path}: is not a run, it has no {_CONFIG}{hint}")
         return cls(path, _read_object(path / _CONFIG))
+
+    def require(self, config: Mapping[str, object]) -> None:
+        """Raise LabError that lists what differs, unless the run was made with this config.
+
+        With a record of what decides its numbers (`run_key`) the records are compared, and a config that only calls
+        things otherwise (a preset of another name with the same values) becomes the run's. Without, all of the config
+        is, as JSON: a tuple equals a list, a path its text, 1 equals 1.0.
+        """
+        given = plain(config)
+        if RECORD not in given:
+            stored, new = flat(self.config), flat(given)
+            different = [
+                f"{name} was {stored.get(name, 'absent')}, is {new.get(name, 'absent')}"
+                for name in {**stored, **new}
+                if stored.get(name) != new.get(name)
+            ]
+        elif RECORD not in self.config:
+            raise LabError(
+                f"{self.path}: {self._made_by()}, which did not keep all that decides its numbers. {_AFRESH}"
+            )
+        else:
+            different = differences(self.config[RECORD], given[RECORD])
+        if different:
+            raise LabError(f"{self.path}: this run was made with other settings: {told(different)}. {_AFRESH}")
+        if flat(self.config) != flat(given):
+            write_json(self.path / _CONFIG, given)
+            self.config = given
+
+    def _made_by(self) -> str:
+        version = ((self.result or {}).get("versions") or {}).get("uncork")
+        return "this run was made by " + (f"uncork {version}" if version else "an earlier version of uncork")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -195,6 +228,10 @@ class Run:
             new = commit(path, write)
         self._prune(name, step, new, keep)
 
+    def last_step(self, name: str = "last") -> int | None:
+        """The step of the newest committed checkpoint of this name; None when there is none."""
+        return next((step for step, _ in self._checkpoints(name)), None)
+
     def load_checkpoint(self, name: str = "last") -> Checkpoint | None:
         """The newest intact checkpoint of this name, or None when none was ever committed.
 
@@ -265,9 +302,8 @@ class RunStore:
     def run(self, name: str, config: Mapping[str, object]) -> Run:
         """Open the run `name`, or create it with this config.
 
-        The configs are compared as JSON (a tuple equals a list, a path its text, 1 equals 1.0). Raises LabError that
-        lists what differs when the run was made with another one, and when `name` has other characters than letters,
-        digits, ".", "_" and "-" or begins with a dot.
+        Raises LabError as `Run.require`, and when `name` has other characters than letters, digits, ".", "_" and "-" or
+        begins with a dot.
         """
         _check_name(name, "run")
         path = self.root / name
@@ -275,12 +311,7 @@ class RunStore:
         if not (path / _CONFIG).exists():
             self._create(path, given)
         run = Run.open(path)
-        differences = _differences(run.config, given)
-        if differences:
-            raise LabError(
-                f"{path}: this run was made with other settings: {'; '.join(differences)}."
-                " Use another --out-dir, or remove this folder to start afresh"
-            )
+        run.require(given)
         return run
 
     def runs(self) -> list[Run]:
@@ -371,34 +402,3 @@ def _mend_last_line(path: Path, file: BinaryIO) -> None:
         file.truncate(len(head + newline))
     else:
         file.write(b"\n")
-
-
-_ABSENT = object()
-
-
-def _differences(stored: object, given: object, where: str = "") -> list[str]:
-    if isinstance(stored, dict) and isinstance(given, dict):
-        return [
-            difference
-            for key in {**stored, **given}
-            for difference in _differences(
-                stored.get(key, _ABSENT), given.get(key, _ABSENT), f"{where}.{key}" if where else key
-            )
-        ]
-    there, here = _shown(stored), _shown(given)
-    return [] if there == here else [f"{where} is {there} there, {here} here"]
-
-
-def _shown(value: object) -> str:
-    """JSON text in which 1.0 is 1: a default of 1 and a command line's 1.0 are the same setting."""
-    return "absent" if value is _ABSENT else json.dumps(_whole_as_int(value))
-
-
-def _whole_as_int(value: object) -> object:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_whole_as_int(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _whole_as_int(item) for key, item in value.items()}
-    return value

@@ -39,8 +39,10 @@ class Experiment:
     """Learning rate. None: the preset's. A head can have its own: plif:lr=0.002."""
     function_lr_scale: float = 1.0
     """Factor on the learning rate for the logit functions' parameters."""
-    output_lr_scale: float = 1.0
-    """Factor on the learning rate for the output layer's weight and bias."""
+    bias_prior: bool | None = None
+    """Start the output layer's bias at the log unigram of the training text. None: as the preset says."""
+    output_lr_scale: float | None = None
+    """Factor on the learning rate for the output layer's weight and bias. None: the preset's."""
     batch_size: int | None = None
     """Parallel streams of text."""
     bptt: int | None = None
@@ -106,12 +108,14 @@ class Compare(Experiment):
     """
 
     heads: tuple[str, ...] = (
-        "softmax:scale=4", "softmax:scale=1", "softcap:scale=4", "plif:scale=4", "plif-frozen:scale=4",
-        "mos:scale=4,latent_activation=null",
+        "softmax", "softmax:bias_prior=false,output_lr_scale=1", "softcap", "plif", "plif-frozen",
+        "mos:latent_activation=null",
     )  # fmt: skip
     """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
     with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
-    scale, a fixed factor on the scores, moves the perplexity further than a function does: give all heads one."""
+    Every head alike starts its bias at the log unigram and has the preset's own learning rate for the output layer: the
+    two move the perplexity further than a function does. softmax:bias_prior=false,output_lr_scale=1 is the softmax as
+    most people have it."""
     seeds: int = 3
     """Seeds 0, 1, ... of each head; from 5 on a paired t-test is made."""
     workers: int = 1
@@ -151,7 +155,7 @@ class Evaluate:
     split: Literal["train", "valid", "test"] = "test"
     """Which part of its corpus."""
     text: Path | None = None
-    """A UTF-8 text file instead, tokenised as the corpus was."""
+    """A UTF-8 text file instead, tokenised as the corpus was. Refused where over half of its words are unknown."""
     data_dir: Path | None = None
     """Folder of ptb's or wikitext-2's files or archives. None: $UNCORK_DATA."""
 

@@ -1,15 +1,35 @@
 """The settings of one training run, in JSON's types, and what they resolve to."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import torch
 
 import uncork
 from uncork.lab.corpora import Corpus, load_corpus
 from uncork.lab.errors import LabError
 from uncork.lab.models.language_model import require_bool, require_non_negative, require_size
 from uncork.lab.presets import Preset, TrainingPreset, get_preset
+from uncork.lab.run_key import RECORD
+
+RULES = 1
+"""The version of the rules of training and evaluation: raised when the same settings come to give other numbers, beyond
+rounding. Runs of before are then refused by name, and not taken for those of now.
+
+1: version 0.1.0 and after.
+"""
+_OWN_TRAINING = ("lr", "batch_size", "bptt", "weight_decay", "bias_prior", "output_lr_scale")
+"""Fields of TrainConfig that replace those of the same name in the preset's training, as clip and epochs do, whose
+values differ."""
+_DECIDED_ELSEWHERE = frozenset({
+    "corpus", "tokenization", "vocab_size", "min_count", "max_train_tokens",  # the text
+    "preset", "in_features", "model_options", "clip", "training_options", *_OWN_TRAINING,  # model and training
+    "head", "head_options",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +66,8 @@ class TrainConfig:
     """The output layer, one of `uncork.HEAD_NAMES`."""
     head_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Its own options, as {"num_pieces": 50}."""
-    bias_prior: bool = False
-    """Start the bias of the output layer at the log unigram of the training text."""
+    bias_prior: bool | None = None
+    """Start the bias of the output layer at the log unigram of the training text. None: as the preset says."""
     seed: int = 0
     """Of the initial weights, the dropouts and the variable lengths."""
     epochs: float | None = None
@@ -63,13 +83,13 @@ class TrainConfig:
     clip: float | None = None
     """Largest norm of the gradient of everything but the functions. 0: no clipping."""
     weight_decay: float | None = None
-    """Weight decay of everything but the functions."""
+    """Weight decay of everything but the functions, or of the matrices alone (training_options.decay)."""
     training_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Other fields of `TrainingPreset` that replace the preset's, as {"asgd": "trigger"}."""
     function_lr_scale: float = 1.0
     """Factor on the learning rate for the parameters of the logit function."""
-    output_lr_scale: float = 1.0
-    """Factor on the learning rate for weight and bias of the output layer."""
+    output_lr_scale: float | None = None
+    """Factor on the learning rate for weight and bias of the output layer. None: the preset's."""
     function_clip: float | None = None
     """Largest norm of the gradient of the functions' parameters, clipped apart. 0: no clipping. None: as clip."""
     precision: Literal["no", "bf16"] = "no"
@@ -86,7 +106,7 @@ class TrainConfig:
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
     """Fields that may change when a run goes on, since no number depends on them."""
     ADDED: ClassVar[dict[str, Any]] = {"output_lr_scale": 1.0}
-    """Fields that earlier versions did not have, and what these did: their runs and rows keep their names."""
+    """Fields that files of earlier versions may lack, and what these versions did."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_train_tokens", "in_features", "max_steps", "batch_size", "bptt", "eval_every",
@@ -95,15 +115,16 @@ class TrainConfig:
                 require_size(name, getattr(self, name))
         for name in ("min_count", "log_every"):
             require_size(name, getattr(self, name))
-        for name in ("epochs", "lr", "clip", "weight_decay", "function_clip"):
+        for name in ("epochs", "lr", "clip", "weight_decay", "function_clip", "output_lr_scale"):
             if getattr(self, name) is not None:
                 require_non_negative(name, getattr(self, name))
-        for name in ("function_lr_scale", "output_lr_scale", "checkpoint_every"):
+        for name in ("function_lr_scale", "checkpoint_every"):
             require_non_negative(name, getattr(self, name))
         for name in ("epochs", "lr"):
             if getattr(self, name) == 0:
                 raise LabError(f"{name} must be above 0, got 0")
-        require_bool("bias_prior", self.bias_prior)
+        if self.bias_prior is not None:
+            require_bool("bias_prior", self.bias_prior)
         self._check_choices()
         self.resolved_preset()
 
@@ -119,10 +140,7 @@ class TrainConfig:
                 raise LabError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
         for options, fields in (
             ("model_options", {"kind": "preset", "out_features": "in_features"}),
-            (
-                "training_options",
-                {name: name for name in ("lr", "batch_size", "bptt", "clip", "weight_decay", "epochs")},
-            ),
+            ("training_options", {name: name for name in (*_OWN_TRAINING, "clip", "epochs")}),
         ):
             for option, field in fields.items():
                 if option in getattr(self, options):
@@ -131,9 +149,11 @@ class TrainConfig:
     def resolved_preset(self) -> Preset:
         """The preset with this config's values in it; its `training.epochs` rounds `epochs` up."""
         preset = get_preset(self.preset)
-        features = {} if self.in_features is None else {"out_features": self.in_features}
-        model = type(preset.model).from_dict({**preset.model.to_dict(), **self.model_options, **features})
-        own = {name: getattr(self, name) for name in ("lr", "batch_size", "bptt", "weight_decay")}
+        model = type(preset.model).from_dict({**preset.model.to_dict(), **self.model_options})
+        if self.in_features is not None and self.in_features != model.feature_size:
+            # Where the body ends in so many features by itself, it gets no linear map to as many.
+            model = type(model).from_dict({**model.to_dict(), "out_features": self.in_features})
+        own = {name: getattr(self, name) for name in _OWN_TRAINING}
         own |= {"epochs": None if self.epochs is None else math.ceil(self.epochs)}
         own = {name: value for name, value in own.items() if value is not None}
         if self.clip is not None:
@@ -155,20 +175,76 @@ class TrainConfig:
             bptt=training.bptt,
             clip=clip,
             weight_decay=training.weight_decay,
+            bias_prior=training.bias_prior,
+            output_lr_scale=training.output_lr_scale,
             function_clip=clip if self.function_clip is None else self.function_clip,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, in JSON's types; one of `ADDED` only where it differs from what was done before."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.ADDED or v != self.ADDED[k]}
+        """Every field, in JSON's types."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The config that `to_dict` wrote. Raises LabError for an unknown field or a bad value."""
+        """The config that `to_dict` wrote, of an earlier version too. Raises LabError for an unknown field or a bad
+        value."""
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise LabError(f"unknown setting: {', '.join(unknown)}")
-        return cls(**values)
+        return cls(**{**cls.ADDED, **values})
+
+    def asked(self) -> dict[str, Any]:
+        """Text, preset and head, and all else that was given, in JSON's types: what differs from TrainConfig's own.
+
+        >>> TrainConfig(head="plif", lr=0.01).asked()
+        {'corpus': 'sotu', 'preset': 'lstm-laptop', 'head': 'plif', 'lr': 0.01}
+        """
+        own = dataclasses.asdict(TrainConfig())
+        always = ("corpus", "preset", "head")
+        return {name: value for name, value in self.to_dict().items() if name in always or value != own[name]}
+
+    def record(self, text: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Everything that decides the numbers of this run; see `uncork.lab.run_key`.
+
+        Args:
+            text: what `text_record` says of the corpus. None: a record without it, to compare runs on one text.
+        """
+        preset, resolved = self.resolved_preset(), self.resolved().to_dict()
+        training = preset.training.to_dict()
+        del training["epochs"]  # rounded up; the settings have the number itself
+        record = {
+            "rules": RULES,
+            "settings": {
+                k: v for k, v in resolved.items() if k not in _DECIDED_ELSEWHERE and k not in TrainConfig.HARMLESS
+            },
+            "model": preset.model.to_dict(),
+            "training": training,
+            "head": self.head_record(),
+            "asked": self.asked(),
+        }
+        return record if text is None else {**record, "text": text}
+
+    def head_record(self) -> dict[str, Any]:
+        """The output layer with every option of its own resolved; body and text decide on its features and words.
+
+        Raises LabError for a head option that does not exist or does not fit.
+        """
+        with torch.random.fork_rng(devices=[]):
+            spec = self.build_head(4).spec()
+        options = {k: v for k, v in spec["options"].items() if k not in ("in_features", "vocab_size")}
+        return {**spec, "options": options}
+
+    def build_head(self, vocab_size: int, **prior: Any) -> Any:
+        """The output layer at its start. Raises LabError for a head option that does not exist or does not fit."""
+        features = self.resolved_preset().model.feature_size
+        try:
+            return uncork.build_head(self.head, features, vocab_size, **prior, **self.head_options)
+        except (TypeError, ValueError) as error:
+            raise LabError(f"head {self.head}: {error}") from error
+
+    def stored(self, text: dict[str, Any]) -> dict[str, Any]:
+        """What a run's config.json holds: every setting, resolved, and the record of what decides its numbers."""
+        return {**self.resolved().to_dict(), RECORD: self.record(text)}
 
     def load_corpus(self, *, data_dir: Path | None = None, cache_dir: Path | None = None) -> Corpus:
         """The corpus that the config names. Raises LabError as `uncork.lab.corpora.load_corpus` does."""
@@ -181,3 +257,21 @@ class TrainConfig:
             data_dir=data_dir,
             cache_dir=cache_dir,
         )
+
+
+def text_record(corpus: Corpus) -> dict[str, Any]:
+    """What a run knows its text by: a digest of all that numbers depend on, and its counts for a person to read.
+
+    The digest is of the words (or subwords) and of every split's ids, words and bytes: what is predicted, and what
+    perplexity per word and bits per byte are counted in. Where the text lies and how it was read do not count.
+    """
+    counts = {
+        "vocab_size": corpus.vocab_size,
+        "tokens": {name: len(ids) for name, ids in corpus.splits.items()},
+        "words": corpus.words,
+        "bytes": corpus.bytes,
+    }
+    digest = hashlib.sha256(json.dumps([corpus.tokenizer.tokens(), counts], sort_keys=True).encode())
+    for name in sorted(corpus.splits):
+        digest.update(corpus.splits[name].numpy().astype("<i4").tobytes())
+    return {"sha256": digest.hexdigest(), **counts}

@@ -15,7 +15,7 @@ from uncork.lab.analysis import learned_slopes
 from uncork.lab.batching import TokenStreams
 from uncork.lab.corpora import Corpus
 from uncork.lab.errors import LabError
-from uncork.lab.evaluation import Evaluation, evaluate
+from uncork.lab.evaluation import Evaluation, evaluate, unknown_share
 from uncork.lab.interrupts import InterruptGuard
 from uncork.lab.optimisation import (
     WeightAverage,
@@ -48,17 +48,20 @@ class Progress:
 
 
 class TrainingDiverged(LabError):
-    """The loss or a gradient is NaN or infinite. The last checkpoint, written before, stays.
+    """The loss or a gradient is NaN or infinite. The last checkpoint, where one was written before, stays.
 
     Attributes: `step` and `epoch` at which it was seen; `last_loss`, the last finite cross-entropy (nats), or None.
     """
 
-    def __init__(self, what: str, step: int, epoch: float, last_loss: float | None, lr: float) -> None:
+    def __init__(
+        self, what: str, step: int, epoch: float, last_loss: float | None, lr: float, kept: int | None
+    ) -> None:
         self.step, self.epoch, self.last_loss = step, epoch, last_loss
         before = "no loss was finite before" if last_loss is None else f"the last finite loss was {last_loss:.4g}"
+        checkpoint = "No checkpoint was written before" if kept is None else f"The checkpoint of step {kept} is kept"
         super().__init__(
-            f"training diverged: {what} at step {step} (epoch {epoch:.2f}); {before}. The checkpoint before it is "
-            f"kept. Try a lower lr (now {lr:g}) or function_lr_scale, or a smaller clip"
+            f"training diverged: {what} at step {step} (epoch {epoch:.2f}); {before}. {checkpoint}. "
+            f"Try a lower lr (now {lr:g}), output_lr_scale or function_lr_scale, or a smaller clip"
         )
 
 
@@ -96,12 +99,7 @@ class Trainer:
         self.description = ckpt.describe(self.config, self.model, preset.model, corpus)
         self.description["processes"] = accelerator.num_processes
         self.wrapped = accelerator.prepare(self.model)
-        self.optimizer = build_optimizer(
-            self.model,
-            self.training,
-            function_lr_scale=self.config.function_lr_scale,
-            output_lr_scale=self.config.output_lr_scale,
-        )
+        self.optimizer = build_optimizer(self.model, self.training, function_lr_scale=self.config.function_lr_scale)
         self.average: WeightAverage | None = None
         self.hidden: tuple[Tensor, ...] = ()
         self.state = ckpt.TrainState()
@@ -294,6 +292,7 @@ class Trainer:
             len(corpus.splits[split]),
             words=corpus.words[split],
             bytes=None if corpus.bytes is None else corpus.bytes[split],
+            unknown=unknown_share(corpus.splits[split], corpus.tokenizer),
         )
 
     def _interruptible(self) -> AbstractContextManager[None]:
@@ -386,4 +385,5 @@ class Trainer:
             raise self._diverged("the gradient is not finite")
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        return TrainingDiverged(what, self.state.step, self._epoch(), self.last_loss, self.training.lr)
+        kept = self.run.last_step(ckpt.LAST)
+        return TrainingDiverged(what, self.state.step, self._epoch(), self.last_loss, self.training.lr, kept)

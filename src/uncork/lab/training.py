@@ -11,10 +11,11 @@ from uncork.lab.corpora import Corpus
 from uncork.lab.errors import LabError
 from uncork.lab.interrupts import InterruptGuard
 from uncork.lab.runs import Run
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.train_config import TrainConfig, text_record
 from uncork.lab.trainer import Progress, Trainer, TrainingDiverged
+from uncork.lab.variables import refuse_variables
 
-__all__ = ["Progress", "TrainConfig", "TrainingDiverged", "build_untrained", "train"]
+__all__ = ["Progress", "TrainConfig", "TrainingDiverged", "build_untrained", "text_record", "train"]
 
 
 def train(
@@ -30,14 +31,14 @@ def train(
 ) -> dict[str, Any]:
     """Train one model and return its result, which is also stored as the run's result.json.
 
-    A run that is done returns its result at once; one that was stopped goes on from its last checkpoint, on a CPU with
-    the same number of threads to the same bits. In several processes (`accelerate launch`, `torchrun`), each reads its
-    share of the streams, and the first one writes.
+    A run that is done, with the same settings on the same text, returns its result at once; one that was stopped goes
+    on from its last checkpoint, on a CPU with the same number of threads to the same bits. In several processes
+    (`accelerate launch`, `torchrun`), each reads its share of the streams, and the first one writes.
 
     Args:
         config: what to train; see `TrainConfig`.
         corpus: the text, as `config.load_corpus()` gives it.
-        run: where metrics, checkpoints and the result go.
+        run: where metrics, checkpoints and the result go; made with `config.stored(text_record(corpus))`.
         resume: go on from the last checkpoint; False starts afresh.
         on_progress: called, in the first process, with every row of the metrics.
         tensorboard: also write the metrics to the folder `tensorboard` of the run.
@@ -47,8 +48,11 @@ def train(
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
         KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of that moment was written first (at a second Ctrl-C, not).
-        LabError: options that do not fit one another or the corpus, a checkpoint of another training, a full disk.
+        LabError: options that do not fit one another or the corpus; a run or a checkpoint of another training, or of
+            another text; an environment variable that would change the numbers; a full disk.
     """
+    refuse_variables(config.precision)
+    run.require(config.stored(text_record(corpus)))
     done = run.result
     if done is not None:
         return done
@@ -73,10 +77,17 @@ def train(
 def _accelerator(config: TrainConfig, cpu: bool) -> Any:
     from accelerate import Accelerator  # type: ignore[import-untyped]
     from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+    from accelerate.utils import GradientAccumulationPlugin  # type: ignore[import-untyped]
 
     # accelerate keeps its state per process; without this a second run could not have another precision or device.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision=config.precision)
+    return Accelerator(
+        cpu=cpu or not torch.cuda.is_available(),
+        # What is not given here, accelerate reads from the environment.
+        mixed_precision=config.precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from uncork.lab.files import atomic_write_text, os_errors, write_json
 from uncork.lab.plot_style import to_png
 from uncork.lab.study import figures, tables
 from uncork.lab.study.plan import PARTS, Part, narrowed
-from uncork.lab.study.run import Cell, require_finished, run_cells
+from uncork.lab.study.run import Cell, is_kept, require_finished, run_cells
 from uncork.lab.study.settings import Study
-from uncork.lab.study.store import Rows, RowStore
+from uncork.lab.study.store import Rows, RowStore, outdated
 from uncork.lab.terminal import cores, say
 from uncork.loss import tile_native
 
@@ -57,6 +57,8 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
     rows = store.rows()
     kept = part.kept_cells(rows)
+    for line in outdated(((c.config, c.text) for c in part.tuned_cells(rows) if not is_kept(c, rows)), rows):
+        say(line)
     told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": part.size}
     if not kept:
         return told

@@ -10,8 +10,9 @@ from typing import Any
 
 from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
+from uncork.lab.run_key import key_of
 from uncork.lab.study.run import Cell, is_kept
-from uncork.lab.study.store import Rows, key_of
+from uncork.lab.study.store import Rows, outdated
 from uncork.lab.train_config import TrainConfig
 
 Place = tuple[str, int]
@@ -21,7 +22,20 @@ CORPORA: dict[str, dict[str, Any]] = {
     "sotu": {"corpus": "sotu", "vocab_size": 5000, "max_train_tokens": 1_000_000, "min_count": 2},
     "wikitext-2": {"corpus": "wikitext-2", "vocab_size": 10_000, "max_train_tokens": 1_000_000},
 }
-BASE: dict[str, Any] = {"preset": "lstm-small", "eval_every": 600, "epochs": 4.0}
+# The digests of the texts that these come to, by corpus and most training tokens (`text_record`): the study is of
+# these, and a run on another text would not be one of it.
+TEXTS: dict[tuple[str, int | None], str] = {
+    ("ptb", None): "ce86786c21fa783db1bf3dfd29b96b99429b611a4b731604520d763257e59bb6",
+    ("sotu", 1_000_000): "386b69e33e902ca56a56cbf7b440fc79c7129e4166e64c5361371de820a51e0b",
+    ("sotu", None): "26d449dfbb35c4fd1ffa5da27196951c206d53a8972ac72d069c7ec34e2eeaef",
+    ("wikitext-2", 1_000_000): "1f6ca6ed1d8ae129f9b02621b10a10558bb172037048723340d13d654aa226ed",
+}
+# A random bias, the body's learning rate for the output layer too, decay of all weights: as the presets had it when
+# these parts were run.
+BASE: dict[str, Any] = {
+    "preset": "lstm-small", "eval_every": 600, "epochs": 4.0, "bias_prior": False, "output_lr_scale": 1.0,
+    "training_options": {"decay": "all"},
+}  # fmt: skip
 TUNE_SEED, FRESH_SEEDS = 0, (1, 2, 3, 4, 5)
 CONFIRMED = ("softmax", "temperature", "softcap", "plif", "plif-frozen", "mos")
 TUNED_FEATURES = (16, 64)
@@ -85,18 +99,22 @@ class Part:
         """How many runs there are."""
         return len(self.seeds) * len(self.corpora) * len(self.in_features) * len(self.heads)
 
-    def kept_cells(self, rows: Rows) -> list[Cell]:
-        """Those of `cells` that have a row, whatever else has not been run or tuned yet."""
+    def tuned_cells(self, rows: Rows) -> list[Cell]:
+        """Those of `cells` at places where all heads are tuned."""
         found = []
         for corpus, d in itertools.product(self.corpora, self.in_features):
             with suppress(LabError):
                 found += dataclasses.replace(self, corpora=(corpus,), in_features=(d,)).cells(rows)
-        return [cell for cell in found if is_kept(cell, rows)]
+        return found
+
+    def kept_cells(self, rows: Rows) -> list[Cell]:
+        """Those of `cells` that have a row, whatever else has not been run or tuned yet."""
+        return [cell for cell in self.tuned_cells(rows) if is_kept(cell, rows)]
 
     def _cell(self, rows: Rows, seed: int, place: Place, label: str) -> Cell:
         head = self.heads[label] or chosen(rows, label, place)
         config = config_of(head.format(d=place[1]), place, seed, self.settings)
-        return Cell(f"{place[0]} d={place[1]}", label, config, self.test)
+        return Cell(f"{place[0]} d={place[1]}", label, config, self.test, text_of(config))
 
 
 def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
@@ -105,6 +123,16 @@ def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = 
     name, options, own = parse_head(head)
     fields: dict[str, Any] = {**BASE, **CORPORA[corpus], "in_features": d, **settings, **own}
     return TrainConfig(head=name, head_options=options, seed=seed, **fields)
+
+
+def text_of(config: TrainConfig) -> str:
+    """The digest of the text that a run of the study is on."""
+    return TEXTS[config.corpus, config.max_train_tokens]
+
+
+def row_key(config: TrainConfig) -> str:
+    """The key of a run's row."""
+    return key_of(config.record({"sha256": text_of(config)}))
 
 
 def chosen(rows: Rows, label: str, place: Place) -> str:
@@ -117,10 +145,12 @@ def chosen(rows: Rows, label: str, place: Place) -> str:
 
 
 def _validation(rows: Rows, trial: str, place: Place) -> float:
-    row = rows.get(key_of(config_of(trial, place, TUNE_SEED, PARTS["tune"].settings)))
+    config = config_of(trial, place, TUNE_SEED, PARTS["tune"].settings)
+    row = rows.get(row_key(config))
     if row is None:
+        reasons = "".join(f" ({reason})" for reason in outdated([(config, text_of(config))], rows))
         raise LabError(
-            f"part tune: {trial} at {place[0]} d={place[1]} has not been run; run `uncork study --part tune`"
+            f"part tune: {trial} at {place[0]} d={place[1]} has not been run{reasons}; run `uncork study --part tune`"
         )
     return float(row["result"]["valid"]["cross_entropy"])
 

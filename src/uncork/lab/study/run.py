@@ -4,12 +4,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from uncork.lab.compare import Event, Task, TimeLeft, run_all
+from uncork.lab.compare import Event, Task, Texts, TimeLeft, run_all
 from uncork.lab.errors import LabError
+from uncork.lab.run_key import key_of
 from uncork.lab.runs import Run
-from uncork.lab.study.store import RowStore, key_of, row_of
+from uncork.lab.study.store import RowStore, outdated, row_of
 from uncork.lab.terminal import progress_line, say
 from uncork.lab.train_config import TrainConfig
 
@@ -27,17 +29,19 @@ class Cell:
         label: what its head is called there.
         config: the settings of the run.
         test: whether numbers of the test split are kept.
+        text: the digest of the text that it is on (`uncork.lab.train_config.text_record`); a run on another is refused.
     """
 
     place: str
     label: str
     config: TrainConfig
     test: bool = True
+    text: str = ""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The key of its row."""
-        return key_of(self.config)
+        return key_of(self.config.record({"sha256": self.text}))
 
     @property
     def d(self) -> int:
@@ -53,6 +57,9 @@ def run_cells(
     cells = [cell for cell in {cell.key: cell for cell in cells}.values() if not is_kept(cell, kept)]
     if not cells:
         return {}
+    for line in outdated(((cell.config, cell.text) for cell in cells), kept):
+        say(line)
+    _require_texts(cells, data_dir)
     by_name = {_name(cell): cell for cell in cells}
     say(f"{len(cells)} runs to train, {workers} at a time")
     failed = run_all(
@@ -65,6 +72,18 @@ def run_cells(
         on_event=_teller(by_name, store, work_dir),
     )
     return failed
+
+
+def _require_texts(cells: Sequence[Cell], data_dir: Path | None) -> None:
+    """Raise LabError where the text behind a corpus is not the one that the study is of."""
+    texts = Texts(data_dir)
+    for cell in cells:
+        found = texts.of(cell.config)["sha256"]
+        if found != cell.text:
+            raise LabError(
+                f"the text behind {cell.config.corpus} is not the one that this study is of (digest {found[:12]}, "
+                f"expected {cell.text[:12]}): its runs could not be compared with those that are kept"
+            )
 
 
 def is_kept(cell: Cell, kept: Mapping[str, Mapping[str, object]]) -> bool:
@@ -104,7 +123,7 @@ def _teller(by_name: dict[str, Cell], store: RowStore, work_dir: Path) -> Callab
 
 
 def require_finished(failed: dict[str, str]) -> None:
-    """Raise LabError where runs failed; the others are kept."""
+    """Raise LabError where runs failed."""
     if failed:
         name, message = next(iter(failed.items()))
-        raise LabError(f"{len(failed)} runs failed, the others are kept; the first: {name}: {message}")
+        raise LabError(f"{len(failed)} runs failed (those that finished are kept); the first: {name}: {message}")

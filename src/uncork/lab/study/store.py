@@ -1,14 +1,14 @@
 """The study's finished runs: one JSON object a line, so that a row is kept the moment its run ends."""
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from uncork.lab.bench.tables import current_commit
 from uncork.lab.errors import LabError
 from uncork.lab.files import os_errors, plain, read_json
+from uncork.lab.run_key import RECORD, differences, flat, key_of, told
 from uncork.lab.runs import Run
 from uncork.lab.train_config import TrainConfig
 
@@ -18,10 +18,21 @@ _DIGITS = 6
 _POINTS = 5  # of the 201 points of a function, every fifth is kept
 
 
-def key_of(config: TrainConfig) -> str:
-    """The name of a run's row: a digest of all settings that its numbers depend on."""
-    settings = {k: v for k, v in config.resolved().to_dict().items() if k not in TrainConfig.HARMLESS}
-    return hashlib.sha256(json.dumps(plain(settings), sort_keys=True).encode()).hexdigest()[:16]
+def outdated(wanted: Iterable[tuple[TrainConfig, str]], rows: Rows) -> list[str]:
+    """What keeps rows from being taken for the runs that they were asked for as, one line a reason.
+
+    Args:
+        wanted: the settings and the text's digest of each run that has no row under its key.
+    """
+    by_asked = {json.dumps(flat(row["config"]), sort_keys=True): row for row in rows.values() if "config" in row}
+    reasons: dict[str, int] = {}
+    for config, text in wanted:
+        row = by_asked.get(json.dumps(flat(config.asked()), sort_keys=True))
+        if row is not None:
+            was = {**row["record"], "asked": row["config"]}
+            reason = told(differences(was, config.record({"sha256": text})))
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return [f"{count} kept runs do not count: {reason}" for reason, count in reasons.items() if reason]
 
 
 class RowStore:
@@ -87,7 +98,8 @@ def rounded(value: Any) -> Any:
 
 
 def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:
-    """What is kept of a finished run.
+    """What is kept of a finished run: what was asked for (`config`), all that decides its numbers (`record`, of which
+    the key is a digest), and the numbers.
 
     Args:
         keep_test: False leaves out every number of the test split, so that nothing can be chosen by it.
@@ -95,9 +107,11 @@ def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:
     result, metrics = run.result, run.metrics()
     assert result is not None
     valid = [row for row in metrics if row["kind"] == "valid"]
+    record = run.config[RECORD]
     row = {
-        "key": key_of(config),
-        "config": {k: v for k, v in config.to_dict().items() if k not in _DEFAULTS or v != _DEFAULTS[k]},
+        "key": key_of(record),
+        "config": config.asked(),
+        "record": {name: value for name, value in record.items() if name != "asked"},
         "commit": current_commit(),
         "result": {k: v for k, v in result.items() if keep_test or k != "test"},
         "history": [[r["epoch"], r["cross_entropy"]] for r in valid],
@@ -119,6 +133,3 @@ def _analysis(run: Run) -> dict[str, Any]:
         "deciles": found["deciles"],
         "entropy": found["entropy"],
     }
-
-
-_DEFAULTS = TrainConfig().to_dict()

@@ -1,6 +1,7 @@
 """One cell of the experiment: which targets, which head, how wide, which seed; and what running it leaves."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -13,14 +14,20 @@ from torch import Tensor
 
 from uncork.heads import HEAD_NAMES, Head, build_head
 from uncork.lab.compare import parse_head
+from uncork.lab.corpora import load_corpus
 from uncork.lab.errors import LabError
 from uncork.lab.synthetic import targets
 from uncork.lab.synthetic.fitting import Fit, Fitting, fit, start
 from uncork.lab.synthetic.targets import MIXTURES, Targets
+from uncork.lab.train_config import text_record
 from uncork.logit_functions import LogitFunction
 
-RULE = 1
-"""Raised when the same settings come to give other numbers: cells of before are then not taken for those of now."""
+RULES = 1
+"""The version of the rules of targets, starts and fitting: raised when the same settings come to give other numbers, so
+that cells of before are not taken for those of now.
+
+1: version 0.1.0 and after.
+"""
 _QUANTILES, _CURVE_POINTS = 201, 400
 
 
@@ -53,10 +60,23 @@ class Cell:
         self.read_head()
 
     @property
-    def key(self) -> str:
-        """Another one for every other cell."""
-        text = json.dumps({"rule": RULE, **self.to_dict()}, sort_keys=True)
+    def name(self) -> str:
+        """What its file is called: another name for everything else that can be asked for."""
+        text = json.dumps({"rule": 1, **self.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def record(self) -> dict[str, Any]:
+        """Everything that decides its numbers; see `uncork.lab.run_key`.
+
+        Raises:
+            LabError: the text of its targets cannot be read.
+        """
+        name, options, features = self.read_head()
+        with torch.device("meta"):
+            head = build_head(name, features, self.num_words, **{"bias": False, **options}).spec()
+        settings = {key: value for key, value in self.to_dict().items() if key != "head"}
+        record = {"rules": RULES, "settings": settings, "head": head, "asked": {"head": self.head}}
+        return {**record, "text": {"sha256": _sotu_digest()}} if self.target == "sotu" else record
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
@@ -159,7 +179,14 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 2),
         **cell.fitting.to_dict(),
     }
-    return {"cell": cell.to_dict(), "row": row, "function": _curve(outcome)}
+    return {"cell": cell.to_dict(), "record": cell.record(), "row": row, "function": _curve(outcome)}
+
+
+@functools.cache
+def _sotu_digest() -> str:
+    """Of the text that `targets.sotu_targets` counts."""
+    digest: str = text_record(load_corpus("sotu", min_count=2))["sha256"]
+    return digest
 
 
 def _count(head: Head) -> int:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,9 +19,11 @@ from uncork.lab.bench.tables import current_commit
 from uncork.lab.errors import LabError
 from uncork.lab.files import read_json, write_json
 from uncork.lab.interrupts import STOPS, become_worker, handled
+from uncork.lab.run_key import differences, told
 from uncork.lab.synthetic.cells import Cell, run_cell
 from uncork.lab.synthetic.fitting import Fitting, fit
 from uncork.lab.terminal import clock, say
+from uncork.lab.variables import refuse_variables
 
 _TIMED_STEPS = 4
 
@@ -30,9 +33,11 @@ class CellStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.outdated: Counter[str] = Counter()
+        """Why cells of before are not taken for those that are asked for, and how many."""
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        """What `run_cell` left, or None where the cell has not been run, or its file is damaged."""
+        """What `run_cell` left, or None where the cell has not been run, was run by other rules, or is damaged."""
         path = self._path(cell)
         if not path.exists():
             return None
@@ -45,7 +50,14 @@ class CellStore:
         whole = whole and isinstance(found.get("row"), dict) and "mode_matching" in found["row"]
         if not whole:
             say(f"warning: {path}: is not what this cell leaves: it runs again")
-        return found if whole else None
+            return None
+        if not isinstance(found.get("record"), dict):
+            self.outdated["an earlier version made them, which did not keep all that decides their numbers"] += 1
+            return None
+        different = differences(found["record"], cell.record())
+        if different:
+            self.outdated[told(different)] += 1
+        return None if different else found
 
     def put(self, cell: Cell, outcome: dict[str, Any]) -> None:
         """Keeps it, whole or not at all. Raises LabError where the folder cannot be written."""
@@ -56,7 +68,7 @@ class CellStore:
         write_json(self._path(cell), outcome)
 
     def _path(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.key}.json"
+        return self.folder / f"{cell.name}.json"
 
 
 def run_cells(cells: Sequence[Cell], store: CellStore, workers: int) -> list[dict[str, Any]]:
@@ -65,11 +77,16 @@ def run_cells(cells: Sequence[Cell], store: CellStore, workers: int) -> list[dic
     One core a worker: each computes with one thread, so that results do not depend on their number.
 
     Raises:
-        LabError: cells failed, after all others were run and kept; or they need more memory than there is.
+        LabError: cells failed, after all others were run and kept; or they need more memory than there is; or an
+            environment variable would change the numbers.
     """
+    refuse_variables()
     cells = list(dict.fromkeys(cells))
+    store.outdated.clear()
     done = {cell: found for cell in cells if (found := store.get(cell)) is not None}
     left = [cell for cell in cells if cell not in done]
+    for reason, count in store.outdated.items():
+        say(f"{count} cells of before do not count: {reason}")
     workers = min(workers, len(left))
     if left:
         _require_memory(left, workers)
@@ -151,7 +168,8 @@ def _run_all(
             said = _line(outcome["row"])
         say(f"[{len(done) + len(failed)}/{len(cells)}] {said}  {clock(left)} left")
     if failed:
-        raise LabError(f"{len(failed)} of {len(cells)} cells failed, the others are kept; the first: {failed[0]}")
+        others = ", the others are kept" if done else ""
+        raise LabError(f"{len(failed)} of {len(cells)} cells failed{others}; the first: {failed[0]}")
     return done
 
 
