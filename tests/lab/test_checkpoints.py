@@ -140,8 +140,8 @@ def test_every_head_of_a_comparison_starts_near_the_unigram(tiny_corpus, tiny_co
         model = build_untrained(tiny_config(head=name, head_options=options, **settings), tiny_corpus)
         starts[text] = evaluate(model, tokens, batch_size=8, bptt=10).cross_entropy
     without = starts.pop("softmax:bias_prior=false,output_lr_scale=1")
-    assert all(start == pytest.approx(unigram, abs=0.03) for start in starts.values()), (unigram, starts)
-    assert without > unigram + 0.05
+    assert all(start == pytest.approx(unigram, abs=0.08) for start in starts.values()), (unigram, starts)
+    assert without > unigram + 0.1
 
 
 def trained_run(folder, corpus, config, name="one"):

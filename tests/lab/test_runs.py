@@ -83,8 +83,9 @@ def test_another_config_is_refused_with_all_that_differs(tmp_path):
     assert Run.open(tmp_path / "a").config["lr"] == 0.1
 
 
-def recorded(fields, text="aa", **asked):
+def recorded(fields, text="aa"):
     """A config with a record, as `TrainConfig.stored` makes it."""
+    asked = {"corpus": "books"}
     return {**fields, "record": {"rules": 1, "settings": {"lr": 0.1}, "text": {"sha256": text}, "asked": asked}}
 
 
