@@ -20,15 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uncork import PLIF, linear_cross_entropy
+from uncork.heads import HeadSpec
 from uncork.lab.bench.naive import naive_plif
-from uncork.lab.plot_style import FONT, INK, MUTED, dress, strokes, to_png
+from uncork.lab.plot_style import FONT, INK, MUTED, UNKNOWN, dress, to_png
 from uncork.loss.chunked import default_chunk_size
 
 N, D, V, PIECES, BOUND = 2048, 400, 33278, 1000, 20.0
 MIB = 2**20 / 4  # numbers of float32
 MATRIX, ROWS = N * V / MIB, default_chunk_size(V, D)
 EAGER, NAIVE, FUSED = "eager softmax", "naive PLIF", "fused PLIF"
-COLOURS = {EAGER: strokes(["softmax"])["softmax"].color, NAIVE: "#8a6d5a", FUSED: strokes(["plif"])["plif"].color}
+COLOURS = {EAGER: HeadSpec("softmax").colour, NAIVE: UNKNOWN, FUSED: HeadSpec("plif").colour}
 # What is held: the fraction of the step that it is said of, where it is written (fraction, matrices), and the words.
 PEAK, TURN = -1.0, -2.0  # where the memory is largest, and where the forward ends: as measured
 NOTES = {

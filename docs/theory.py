@@ -180,7 +180,7 @@ def draw_polynomial(frame: pd.DataFrame) -> Figure:
 
 def draw_spectra(frame: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(frame["head"]))
-    style = strokes(names)
+    style = strokes({name: name.split(" (")[0] for name in names})  # as `spectra` calls them
     figure, axes = new_axes(5.4, 3.5, xlabel="k", ylabel="k-th singular value of log Q / first", left=0.78, right=1.5)
     axes.set(yscale="log", xlim=(-4, SPECTRUM_N), ylim=(1e-9, 3), xticks=(1, 50, 100, 150, 200, 250, 300))
     axes.axvline(SPECTRUM_D + 1, color=MUTED, linewidth=0.9, linestyle=DOTTED)

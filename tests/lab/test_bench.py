@@ -15,6 +15,7 @@ import torch
 
 import uncork
 from uncork import cli
+from uncork.heads import HeadSpec
 from uncork.lab.bench import gate, instructions, memory, timing
 from uncork.lab.bench.contenders import Inputs, Step, Unavailable, build_step, is_ours
 from uncork.lab.bench.naive import naive_mixture_loss, naive_plif
@@ -99,6 +100,11 @@ def test_naive_mixture_is_the_mixture():
     weight, target = Inputs(TINY).linear_weight, Inputs(TINY).target
     fused = uncork.mixture_cross_entropy(latent, weight, prior, target)
     torch.testing.assert_close(naive_mixture_loss(latent, weight, prior, target), fused, atol=1e-4, rtol=1e-4)
+
+
+def test_every_head_of_one_softmax_is_a_contender():
+    named = {name.partition("-1")[0] if name.startswith("plif-1") else name for name in CONTENDERS}
+    assert {name for name in uncork.HEAD_NAMES if not HeadSpec(name).is_mixture} <= named
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

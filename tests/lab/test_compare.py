@@ -118,7 +118,9 @@ def test_a_bad_head_option_is_found_before_anything_is_trained(base):
 
 
 def test_two_names_of_the_same_run_are_refused_before_anything_is_trained(base):
-    for heads in (["softmax", "softmax:"], ["plif", f"plif:lr={base.resolved().lr}"]):
+    for heads in (
+        ["softmax", "softmax:"], ["plif", f"plif:lr={base.resolved().lr}"], ["plif", "plif:num_pieces=100,scale=1.0"],
+    ):  # fmt: skip
         with pytest.raises(LabError, match="are the same run"):
             make_tasks(heads, [0], base)
 

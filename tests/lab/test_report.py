@@ -8,11 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from uncork.heads import HEAD_NAMES, HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.figures import pictures
-from uncork.lab.plot_style import changes_by_decile, spread, strokes
+from uncork.lab.plot_style import (
+    INK,
+    LONGEST,
+    MUTED,
+    changes_by_decile,
+    label_ends,
+    new_axes,
+    shortened,
+    spread,
+    strokes,
+)
 from uncork.lab.report import write_report
 from uncork.lab.runs import Run, RunStore
+from uncork.lab.summary import summarise
 
 LEVELS = {
     "softmax": 130.1,
@@ -69,7 +81,7 @@ def synthetic_analysis(head, d, rng):
     }  # fmt: skip
 
 
-def make_run(store, head, seed, *, perplexity=None, finished=True, d=16, name=None, analysis=True):
+def make_run(store, head, seed, *, perplexity=None, finished=True, d=16, name=None, analysis=True, **settings):
     """A run as the trainer and `analyse` leave it, with a perplexity near the head's level."""
     rng = np.random.default_rng([seed, sum(map(ord, head))])
     level = LEVELS.get(head, 130.0)
@@ -77,7 +89,7 @@ def make_run(store, head, seed, *, perplexity=None, finished=True, d=16, name=No
         perplexity = level + 0.9 * math.sin(7 * seed) + 0.3 * rng.normal()
     config = {"head": head, "seed": seed, "corpus": "sotu", "in_features": d, "preset": "lstm-laptop",
               "head_options": {"num_pieces": 100} if "plif" in head else {},
-              "training": {"lr": 3e-3, "epochs": 4, "bptt": 48}}  # fmt: skip
+              "lr": 3e-3, "epochs": 4.0, "bptt": 48, **settings}  # fmt: skip
     run = store.run(name or f"{head}-seed{seed}", config)
     speed = 21_000.0 if head != "mos" else 6_200.0
     for step in range(0, 2001, 100):
@@ -209,7 +221,7 @@ def test_everything_is_written(comparison):
 def test_the_words_say_what_was_run_and_how(comparison):
     for words in ("no test was made", "Controls: a learned temperature", "Training was short (4 epochs)",
                   "Not run: softcap", "uncork compare --seeds 3", "2.13.0", "2 CPU cores", "lstm-laptop",
-                  "head_options.num_pieces = 100", "training.lr", "1,000 held-out contexts", "Made on a Sunday.",
+                  "head_options.num_pieces = 100", "bptt", "1,000 held-out contexts", "Made on a Sunday.",
                   "plif-seed1"):  # fmt: skip
         assert words in comparison[1].text, words
 
@@ -267,7 +279,7 @@ def test_a_perplexity_that_is_not_a_number(tmp_path, store):
 
 def test_text_is_escaped(tmp_path, store):
     nasty = '<script>alert("x")</script>&amp;${title}'
-    run = store.run("nasty", {"head": nasty, "seed": 0, "corpus": nasty, nasty: nasty})
+    run = store.run("nasty", {"head": nasty, "seed": 0, "corpus": nasty, "model_options": {nasty: nasty}})
     other = make_run(store, "plif", 0)
     run.finish({**other.result, "head": nasty, "machine": nasty, "versions": {nasty: nasty}})
     page = write(tmp_path, [run, other], title=nasty, command=nasty, notes=[nasty])
@@ -280,8 +292,20 @@ def test_several_settings_of_one_head_are_rows_of_their_own(tmp_path, store):
         make_run(store, "softmax", seed, d=d, name=f"s{seed}-{d}", analysis=False) for seed in (0, 1) for d in (8, 16)
     ]
     page = write(tmp_path, runs)
-    assert "Against softmax (in_features=16)" in page.text
+    assert "Against softmax (in_features=8)" in page.text
+    assert "compared with softmax (in_features=8), the first softmax." in page.text
     assert len(pd.read_csv(tmp_path / "report" / "table.csv")) == 2
+
+
+def test_the_set_up_says_what_a_head_alone_has_null_too(tmp_path, store):
+    runs = [make_run(store, "softmax", 0), make_run(store, "mos", 0, head_options={"latent_activation": None})]
+    record = {"resolved": {"body": {"hidden": 7}}}
+    page = write(tmp_path, [*runs, make_run(store, "plif", 0, **record)])
+    assert (
+        "mos (latent_activation=null) head_options.num_components = 4, head_options.latent_features = null, "
+        "head_options.latent_activation = null"
+    ) in page.text
+    assert "hidden" not in page.text
 
 
 def test_an_unwritable_folder_is_a_lab_error(tmp_path):
@@ -292,7 +316,8 @@ def test_an_unwritable_folder_is_a_lab_error(tmp_path):
 
 def test_the_figure_by_frequency_leaves_out_empty_tenths_and_does_not_follow_a_head_that_is_far_behind():
     changes = {"plif": np.array([-0.02, math.nan, 0.01]), "mos": np.array([1.0, 1.0, 1.0])}
-    figure = changes_by_decile(changes, strokes(list(changes)), far=["mos"], size=(4.6, 3.2))
+    style = strokes({name: name for name in changes})
+    figure = changes_by_decile(changes, style, base="softmax", far=["mos"], size=(4.6, 3.2))
     _, plif, _ = figure.axes[0].get_lines()
     assert plif.get_xdata().tolist() == [1, 3]
     assert plif.get_ydata().tolist() == pytest.approx([100 * math.expm1(-0.02), 100 * math.expm1(0.01)])
@@ -323,7 +348,187 @@ def test_labels_keep_their_distance():
 
 
 def test_a_head_has_one_look_and_its_variants_differ():
-    alone, among = strokes(["plif"]), strokes(["softmax", "plif", "plif (num_pieces=20)", "new"])
+    alone = strokes({"plif": "plif"})
+    among = strokes({"softmax": "softmax", "plif": "plif", "few pieces": "plif", "new": "no head"})
     assert alone["plif"] == among["plif"]
-    assert among["plif (num_pieces=20)"].color == among["plif"].color
-    assert among["plif (num_pieces=20)"].linestyle != among["plif"].linestyle
+    assert among["few pieces"].color == among["plif"].color == HeadSpec("plif").colour
+    assert among["few pieces"].linestyle != among["plif"].linestyle
+    assert among["new"].color not in {HeadSpec(name).colour for name in HEAD_NAMES}
+
+
+def test_the_neutral_colours_of_heads_are_those_that_follow_the_page():
+    assert (HeadSpec("softmax").colour, HeadSpec("temperature").colour) == (INK, MUTED)
+
+
+def test_labels_that_are_cut_stay_apart():
+    labels = [f"softmax (bias_prior=false, output_lr_scale={scale})" for scale in (1, 4, 8)]
+    labels += ["softmax (bias_prior=false)", "mos", "a" * 40 + "b" + "c" * 40, "a" * 40 + "d" + "c" * 40]
+    short = shortened(labels)
+    assert len(set(short.values())) == len(labels)
+    assert short["mos"] == "mos"
+    assert all(len(short[label]) <= LONGEST for label in labels[:5])
+    figure, axes = new_axes(4, 3, xlabel="", ylabel="")
+    label_ends(figure, axes, [(1.0, 0.1 * place, label, INK) for place, label in enumerate(labels)])
+    assert [text.get_text() for text in axes.texts] == [short[label] for label in labels]
+
+
+# Two softmaxes, of which the one that is not the baseline is better (as the bar's order has it) or worse.
+TWO = {
+    "softmax (scale=1)": ("softmax", 104.94, 1), "plif": ("plif", 93.1, 4), "softmax": ("softmax", 94.15, 4),
+    "mos": ("mos", 95.9, 4), "plif-frozen": ("plif-frozen", 94.6, 4),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["worse", "better", "reversed"])
+def two(request, store):
+    """Runs of two seeds with two softmaxes, the pictures by name, and the summary."""
+    levels = TWO | ({"softmax (scale=1)": ("softmax", 90.0, 1)} if request.param == "better" else {})
+    runs = [
+        make_run(store, head, seed, perplexity=level + seed, name=f"{head}-{scale}-{seed}",
+                 head_options={"scale": scale})
+        for label, (head, level, scale) in levels.items() for seed in range(2)
+    ]  # fmt: skip
+    runs = runs[::-1] if request.param == "reversed" else runs
+    return runs, {picture.name: picture for picture in pictures(runs)}, summarise(runs).set_index("head")
+
+
+def lines(axes):
+    """The drawn lines: (x, y, colour)."""
+    return [(np.asarray(l.get_xdata(), float), np.asarray(l.get_ydata(), float), l.get_color()) for l in axes.lines]
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_the_dotted_line_of_the_perplexities_is_the_baseline_of_the_table(two):
+    _, drawn, table = two
+    axes = drawn["perplexity"].figure.axes[0]
+    assert axes.get_xlabel() == "test perplexity"
+    (baseline,) = table.index[table["baseline"]]
+    assert baseline == "softmax"
+    means = table["test_perplexity"].sort_values(ascending=False, kind="stable")
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(means.index)
+    assert texts(axes) == [f"{mean:.{2 if mean < 100 else 1}f}" for mean in means]
+    across = [x for x, y, _ in lines(axes) if y.tolist() == [0, 1]]
+    assert len(across) == 1
+    assert across[0] == pytest.approx([table["test_perplexity"]["softmax"]] * 2)
+    assert "the dotted line that of softmax." in drawn["perplexity"].caption
+    bars = [(x[0], y.mean(), colour) for x, y, colour in lines(axes) if y.tolist() != [0, 1]]
+    colours = [HeadSpec(TWO[label][0]).colour for label in means.index]
+    assert bars == [(mean, place, colours[place]) for place, mean in enumerate(means)]
+    for place, (label, dots) in enumerate(zip(means.index, axes.collections, strict=True)):
+        x, y = np.asarray(dots.get_offsets()).T
+        assert sorted(x) == pytest.approx([table["test_perplexity_min"][label], table["test_perplexity_max"][label]])
+        assert y.tolist() == [place] * 2
+
+
+def test_the_curves_against_the_baseline_end_where_the_table_does(two):
+    _, drawn, table = two
+    picture = drawn["curves-relative"]
+    axes = picture.figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("million tokens read", "perplexity against softmax")
+    assert picture.caption.startswith("Validation perplexity against that of softmax after the same number of tokens")
+    zero, *curves = lines(axes)
+    assert zero[1].tolist() == [0, 0]
+    others = [label for label in table.index if label != "softmax"]
+    assert sorted(texts(axes)) == sorted(others)
+    logs = {
+        label: math.log(table["test_perplexity_min"][label]) + math.log(table["test_perplexity_max"][label])
+        for label in table.index
+    }
+    progress = (1 - math.exp(-2000 / 450)) ** 0.6  # of the fixture's runs at their end
+    for label, (x, y, colour) in zip(others, curves, strict=True):
+        assert x[-1] == pytest.approx(2000 * 1536 / 1e6)
+        assert y[-1] == pytest.approx(100 * math.expm1(progress * (logs[label] - logs["softmax"]) / 2))
+        assert colour == HeadSpec(TWO[label][0]).colour
+
+
+def test_the_curves_are_those_of_the_runs(two):
+    _, drawn, table = two
+    for name, xlabel, last in (
+        ("curves-tokens", "million tokens read", lambda label: 3.072),
+        ("curves-time", "minutes of training", lambda label: 3_072_000 / (6200 if label == "mos" else 21_000) / 60),
+    ):
+        axes = drawn[name].figure.axes[0]
+        assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (xlabel, "validation perplexity", "log")
+        progress = (1 - math.exp(-2000 / 450)) ** 0.6
+        for label, (x, y, _) in zip(table.index, lines(axes), strict=True):
+            logs = [math.log(table[f"test_perplexity_{end}"][label]) for end in ("min", "max")]
+            expected = math.exp(math.log(9000) * (1 - progress) + progress * sum(logs) / 2)
+            assert (x[-1], y[-1]) == (pytest.approx(last(label)), pytest.approx(expected))
+        assert sorted(texts(axes)) == sorted(table.index)
+
+
+def test_the_figure_by_frequency_is_against_the_baseline(two):
+    runs, drawn, table = two
+    axes = drawn["deciles"].figure.axes[0]
+    assert axes.get_ylabel() == "perplexity against softmax"
+    assert "perplexity against that of softmax on held-out words" in drawn["deciles"].caption
+    loss = {run.config["head"]: run.result["analysis"]["deciles"][0]["cross_entropy"] for run in runs}
+    others = [label for label in table.index if label != "softmax"]
+    zero, *changes = lines(axes)
+    assert zero[1].tolist() == [0, 0]
+    for label, (x, y, colour) in zip(others, changes, strict=True):
+        head = TWO[label][0]
+        assert x.tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 10]  # the third tenth is empty
+        assert y[0] == pytest.approx(100 * math.expm1(loss[head] - loss["softmax"]))
+        assert colour == HeadSpec(head).colour
+
+
+def test_the_functions_and_their_slopes_are_those_of_the_analysis(two):
+    _, drawn, _ = two
+    (picture,) = [picture for name, picture in drawn.items() if name.endswith("-plif")]
+    upper, lower = picture.figure.axes
+    assert (upper.get_ylabel(), lower.get_ylabel(), lower.get_xlabel()) == ("f(z)", "slope", "score z")
+    f, slope = FUNCTIONS["plif"]
+    identity, *seeds = lines(upper)[:3]
+    assert identity[0].tolist() == identity[1].tolist() == [-14, 17]
+    for x, y, colour in seeds:
+        assert y == pytest.approx(f(x) - f(0))
+        assert colour == HeadSpec("plif").colour
+    for x, y, _ in lines(lower)[1:]:
+        assert y == pytest.approx(slope(x))
+    assert picture.caption == f"plif: slope from {slope(-14):.2f} to {slope(17):.2f}"
+
+
+def test_the_singular_values_fall_at_the_line_of_their_linear_rank(store):
+    wide = {"perplexity": 99.0, "d": 20, "name": "wide"}
+    runs = [make_run(store, "softmax", 0, perplexity=99.0), make_run(store, "softmax", 0, **wide)]
+    runs.append(make_run(store, "plif", 0, perplexity=98.0))
+    axes = next(picture for picture in pictures(runs) if picture.name == "singular-values").figure.axes[0]
+    upright = [x[0] for x, y, _ in lines(axes) if y.tolist() == [0, 1]]
+    assert upright == [18, 22]
+    assert {" linear: 18", " linear: 22"} <= set(texts(axes))
+    softmax, other, plif = ((x, y) for x, y, _ in lines(axes) if len(x) > 2)
+    for (x, y), rank in ((softmax, 18), (other, 22)):
+        assert y[0] == 1
+        assert (y[x <= rank] > 1e-6).all()
+        assert (y[x > rank] < 1e-12).all()
+    assert (plif[1][:60] > 1e-8).all()
+
+
+def test_the_page_says_what_the_others_are_compared_with(two, tmp_path):
+    runs, _, table = two
+    page = write(tmp_path, runs)
+    assert "The others are compared with softmax, the softmax without settings of its own." in page.text
+    assert f"Against the softmax's test perplexity of {table['test_perplexity']['softmax']:.2f}" in page.text
+    assert "head_options.scale = 1" in page.text
+    kept = pd.read_csv(tmp_path / "report" / "table.csv").set_index("head")
+    assert kept.index[kept["baseline"]].tolist() == ["softmax"]
+    assert kept["difference"].round(2).to_dict() == pytest.approx(
+        (kept["test_perplexity"] - kept["test_perplexity"]["softmax"]).round(2).where(~kept["baseline"]).to_dict(),
+        nan_ok=True,
+    )
+
+
+def test_a_baseline_without_a_finished_run_draws_no_line_and_no_change(store):
+    runs = [
+        make_run(store, head, 0, name=f"{head}{scale}", finished=(head, scale) != ("softmax", 4),
+                 head_options={"scale": scale})
+        for head, scale in (("softmax", 4), ("softmax", 1), ("plif", 4), ("mos", 4))
+    ]  # fmt: skip
+    drawn = {picture.name: picture for picture in pictures(runs)}
+    assert not {"curves-relative", "deciles"} & set(drawn)
+    assert [x for x, y, _ in lines(drawn["perplexity"].figure.axes[0]) if y.tolist() == [0, 1]] == []
+    assert "dotted" not in drawn["perplexity"].caption

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from uncork import cli
+from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.presets import PRESETS
 from uncork.lab.run_key import differences, key_of
@@ -278,7 +279,7 @@ def _runs(perplexities):
     """A frame of runs as `runs_frame` makes it: {(place, head): one perplexity a seed}."""
     return pd.DataFrame(
         [
-            {"place": place, "head": head, "seed": seed, "test_perplexity": value}
+            {"place": place, "head": head, "name": head.split(" ")[0], "seed": seed, "test_perplexity": value}
             for (place, head), values in perplexities.items()
             for seed, value in enumerate(values)
         ]
@@ -354,7 +355,8 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
         assert columns.loc[str(head), "test"].startswith(f"{mean:.2f} ± ")
         assert columns.loc[str(head), ["s / epoch", "MiB"]].tolist() == ["–", "–"]
     costs = {("tiny d=4", "plif"): {"milliseconds": 100.0, "tokens": 50, "peak_mib": 7.0}}
-    measured = tables.published_columns(summary.reset_index(), runs, costs).set_index("head")
+    named = runs.assign(name=runs["head"])
+    measured = tables.published_columns(summary.reset_index(), named, costs).set_index("head")
     tokens = runs.set_index("head").loc["plif", "tokens"].iloc[0]
     assert measured.loc["plif", ["s / epoch", "MiB"]].tolist() == [f"{0.002 * tokens:.0f}", "7"]
     origin = json.loads((folder / "provenance.json").read_text())
@@ -362,6 +364,7 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     assert origin["commits_of_runs"]
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {f"{name}-tiny-d-4" for name in ("changes", "curves", "deciles", "slopes", "moving")}
+    _check_pictures(figures.pictures(part.cells({}), rows, {}), rows, part.cells({}), summary)
     cost = pd.DataFrame(
         {"place": "tiny d=4", "head": ["softmax", "plif"], "milliseconds": 9, "tokens": 50, "peak_mib": 7}
     )
@@ -376,6 +379,55 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     part_of_it = replace(part, heads={"softmax": "softmax"})
     experiment.report("tiny", part_of_it, store, folder, "a command")
     assert {path.stem for path in folder.glob("*.png")} == {"curves-tiny-d-4"}
+
+
+def _check_pictures(drawn, rows, cells, summary):
+    """What the figures of two trained heads draw is what their rows and the summary say."""
+    changes, curves, deciles, slopes, moving = (
+        drawn[f"{name}-tiny-d-4"].axes[0] for name in ("changes", "curves", "deciles", "slopes", "moving")
+    )
+    bar = [line for line in changes.lines if len(set(line.get_ydata())) == 2 and line.get_ydata()[0] != 0]
+    assert [line.get_xdata()[0] for line in bar] == pytest.approx([summary.loc["plif", "change_percent"]], rel=1e-4)
+    assert {line.get_color() for line in bar} == {HeadSpec("plif").colour}
+    assert changes.get_xlabel() == deciles.get_ylabel().replace("perplexity", "test perplexity", 1)
+    by_head = {label: [rows[cell.key] for cell in cells if cell.label == label] for label in ("softmax", "plif")}
+    for (label, own), line in zip(by_head.items(), curves.lines, strict=True):
+        assert line.get_color() == HeadSpec(label).colour
+        expected = [math.exp(np.mean([row["history"][k][1] for row in own])) for k in range(len(own[0]["history"]))]
+        assert list(line.get_ydata()) == pytest.approx(expected)
+    losses = {
+        label: np.mean([[part["cross_entropy"] or math.nan for part in row["analysis"]["deciles"]] for row in own], 0)
+        for label, own in by_head.items()
+    }
+    change = 100 * np.expm1(losses["plif"] - losses["softmax"])
+    assert list(deciles.lines[1].get_ydata()) == pytest.approx(change[np.isfinite(change)].tolist())
+    assert [text.get_text() for text in deciles.texts] == [text.get_text() for text in slopes.texts] == ["plif"]
+    assert moving.get_ylabel() == "slope f'(z) of plif"
+    assert moving.lines[1].get_ydata()[0] == 1.0
+
+
+def test_a_place_with_several_softmaxes_is_drawn_against_the_baseline_of_its_table(tiny_config):
+    for order in (1, -1):
+        labels = {"softmax (scale 1)": 120.0, "softmax": 100.0, "plif (unit slope)": 98.0}
+        cells, rows = [], {}
+        for label, perplexity in [*labels.items()][::order]:
+            for d in (2, 4, 8):
+                for seed in (1, 2):
+                    config = tiny_config(head=label.split(" ")[0], in_features=d, seed=seed, lr=perplexity / 1000)
+                    cells.append(Cell(f"tiny d={d}", label, config))
+                    deciles = [{"cross_entropy": math.log(perplexity)}, {"cross_entropy": 1.0}]
+                    result = {"test": {"perplexity": perplexity * seed}}
+                    rows[cells[-1].key] = {"result": result, "analysis": {"deciles": deciles}}
+        one = [cell for cell in cells if cell.d == 2]
+        over, by_decile = figures._over_width(cells, rows).axes[0], figures._deciles(one, rows).axes[0]
+        changes = figures._changes(one, rows).axes[0]
+        expected = {"softmax (scale 1)": 20.0, "plif (unit slope)": -2.0}
+        assert [text.get_text() for text in changes.texts] == ["+20 %", "−2 %"]
+        assert [label.get_text() for label in changes.get_yticklabels()] == list(expected)
+        for axes, name in ((over, "test perplexity"), (by_decile, "perplexity")):
+            assert axes.get_ylabel() == f"{name} against softmax"
+            found = {line.get_color(): float(np.asarray(line.get_ydata())[0]) for line in axes.lines[1:]}
+            assert found == pytest.approx({HeadSpec(k.split(" ")[0]).colour: v for k, v in expected.items()})
 
 
 def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed(tiny_config):

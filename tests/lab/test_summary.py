@@ -11,7 +11,7 @@ from scipy import stats
 from uncork.lab.errors import LabError
 from uncork.lab.findings import caveats, control_sentence, headline
 from uncork.lab.runs import RunStore
-from uncork.lab.summary import print_table, run_labels, runs_table, summarise, to_markdown
+from uncork.lab.summary import baseline, heads_of, print_table, run_labels, runs_table, summarise, to_markdown
 
 SOFTMAX = [100.0, 102.0, 101.0, 99.0, 103.0]
 PLIF = [95.0, 96.5, 97.0, 93.0, 98.0]
@@ -180,6 +180,66 @@ def test_the_softmax_with_the_others_settings_is_the_baseline(make):
     assert math.isnan(row_of(frame, "softmax")["difference"])
 
 
+def test_the_baseline_is_the_softmax_without_settings_of_its_own_wherever_it_stands(make):
+    heads = {"softmax (scale=1)": "softmax", "plif": "plif", "softmax": "softmax"}
+    assert baseline(heads) == baseline(dict(reversed(heads.items()))) == "softmax"
+    assert baseline({"plif": "plif", "softmax (lr=0.2)": "softmax", "softmax (lr=0.1)": "softmax"}) == (
+        "softmax (lr=0.2)"
+    )
+    assert baseline({"plif": "plif", "softmaxes (5)": "mos"}) is None
+    runs = [make("softmax", 0, 104.9), make("softmax", 0, 94.15, config={"head_options": {"scale": 4}})]
+    runs += [make(head, 0, 93.0, config={"head_options": {"scale": 4}}) for head in ("plif", "mos")]
+    frame = summarise(runs)
+    assert frame["head"].tolist() == ["softmax", "softmax (scale=1)", "plif", "mos"]
+    assert frame["baseline"].tolist() == [True, False, False, False]
+    assert row_of(frame, "softmax (scale=1)")["difference"] == pytest.approx(104.9 - 94.15)
+    assert headline(frame).startswith("Against the softmax's test perplexity of 94.15 ")
+
+
+def test_where_every_softmax_has_settings_of_its_own_the_first_that_was_named_is_the_baseline(make):
+    for rates in ((0.2, 0.1), (0.1, 0.2)):
+        runs = [make("softmax", len(str(rates)), 9.0, config={"lr": rate}) for rate in rates]
+        runs.append(make("plif", len(str(rates)), 8.0, config={"lr": 0.3}))
+        table = runs_table(runs)
+        assert baseline(heads_of(table)) == f"softmax (lr={rates[0]})"
+        assert f"Against softmax (lr={rates[0]}) with" in headline(summarise(runs))
+
+
+def test_a_baseline_that_has_not_finished_is_no_reason_to_take_another(make):
+    four = {"head_options": {"scale": 4}}
+    runs = [make("softmax", 0, None, config=four), make("softmax", 0, 9.0), make("plif", 0, 8.0, config=four)]
+    runs.append(make("mos", 0, None, config=four))
+    frame = summarise(runs)
+    assert frame["difference"].isna().all()
+    assert headline(frame) == (
+        "Test perplexity before softmax has finished to compare with: plif 8.00, softmax (scale=1) 9.00."
+    )
+
+
+def test_labels_say_what_differs_from_the_usual_and_nothing_else(make):
+    usual = {"bias_prior": True, "output_lr_scale": 8.0, "epochs": 4.0}
+    record = {"resolved": {"body": {"kind": "lstm", "sizes": [3]}, "optimiser": {"betas": [0.9, 0.99]}}}
+    runs = [
+        make("softmax", 0, 9.0, config=usual | record),
+        # What earlier runs did not write had the value 1; JSON has 4 for 4.0.
+        make("softmax", 0, 9.0, config={"bias_prior": False, "epochs": 4, "resolved": {"body": {"kind": "new"}}}),
+        make("plif", 0, 9.0, config=usual | {"head_options": {"num_pieces": 50, "bound": 20, "scale": 1.0}}),
+        make("plif", 0, 9.0, config=usual),
+        make("plif-frozen", 0, 9.0, config=usual | {"lr": 0.01, "checkpoint_every": 5.0}),
+        make("mos", 0, 9.0, config=usual | {"head_options": {"latent_activation": None}}),
+    ]
+    assert run_labels(runs) == [
+        "softmax", "softmax (bias_prior=false, output_lr_scale=1)", "plif (num_pieces=50)", "plif",
+        "plif-frozen (lr=0.01)", "mos (latent_activation=null)",
+    ]  # fmt: skip
+
+
+def test_what_is_usual_is_counted_by_heads_not_by_runs(make):
+    runs = [make("softmax", seed, 9.0, config={"epochs": 1.0}) for seed in range(5)]
+    runs += [make(head, 0, 9.0, config={"epochs": 4.0}) for head in ("softmax", "plif", "mos")]
+    assert run_labels(runs)[4:] == ["softmax (epochs=1)", "softmax", "plif", "mos"]
+
+
 def test_heads_without_a_softmax(make):
     assert headline(summarise([make("plif", 0, 9.0), make("mos", 0, 8.0)])) == (
         "Test perplexity without a softmax to compare with: mos 8.00, plif 9.00."
@@ -262,7 +322,7 @@ def test_caveats_name_what_stands_against_the_result(make):
     text = " ".join(caveats(summarise(runs), runs_table(runs)))
     for words in ("In 2 of 3 runs validation was best at the very last step", "1 of 3 runs stopped before",
                   "A head with one seed", "between 1 and 2 finished seeds", "left out of every number here: plif-1",
-                  "Not run: temperature, plif-frozen, softcap", "plif +10%"):  # fmt: skip
+                  "Not run: temperature, softcap, plif-frozen", "plif +10%"):  # fmt: skip
         assert words in text, words
 
 

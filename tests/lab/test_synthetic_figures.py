@@ -1,9 +1,10 @@
-"""Pictures of the synthetic experiment: that they are made, and what stands in them."""
+"""Pictures of the synthetic experiment: what stands in them."""
 
 import math
 
 import pytest
 
+from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.synthetic import figures
 from uncork.lab.synthetic.tables import rows_frame, summary
@@ -82,7 +83,8 @@ def test_heat_maps_write_the_numbers_into_the_cells(drawn):
 
 def test_heat_maps_of_one_measure_and_of_no_such_target(drawn, tmp_path):
     data = [outcome("softmax"), outcome("plif", kl=0.5)]
-    assert len(drawn(figures.heat_maps, data, "plif", "dirichlet:0.01", columns=["cross_entropy"]).axes) == 3
+    figure = drawn(figures.heat_maps, data, "plif", "dirichlet:0.01", columns=["cross_entropy"])
+    assert [texts(axes)[0] for axes in figure.axes] == ["1.500", "1.000", "0.67"]
     with pytest.raises(LabError, match="sotu"):
         figures.heat_maps(summary(rows_frame(data)), "plif", "sotu", tmp_path / "no.png")
 
@@ -111,6 +113,61 @@ def test_by_pieces_draws_learned_frozen_and_the_softmax(drawn):
     assert len(lines(other)) == 2  # the softmax was not run there
 
 
+def legend(figure):
+    """What the legend says, with the colour of each line."""
+    (found,) = figure.legends
+    return dict(zip([text.get_text() for text in found.get_texts()], [line.get_color() for line in found.get_lines()],
+                    strict=True))  # fmt: skip
+
+
+def test_by_pieces_has_no_legend_entry_for_a_softmax_that_was_not_run(drawn):
+    data = [outcome(f"plif:num_pieces={pieces}", kl=pieces / 1000) for pieces in (10, 1000)]
+    figure = drawn(figures.by_pieces, data)
+    assert legend(figure) == {"PLIF": HeadSpec("plif").colour}
+    assert lines(figure.axes[0]) == [([10, 1000], [0.01, 1.0])]
+
+
+def test_a_softmax_with_options_is_the_baseline_only_where_there_is_no_other(drawn):
+    data = [outcome("softmax:bias=true", kl=4.0)]
+    data += [outcome(f"plif:num_pieces={pieces}", kl=1.0) for pieces in (10, 1000)]
+    figure = drawn(figures.by_pieces, data)
+    assert legend(figure) == {"PLIF": HeadSpec("plif").colour, "softmax, bias": HeadSpec("softmax").colour}
+    assert lines(figure.axes[0])[-1] == ([0, 1], [4.0, 4.0])
+    figure = drawn(figures.by_pieces, [*data, outcome("softmax", kl=2.0)])
+    assert list(legend(figure)) == ["PLIF", "softmax"]
+    assert lines(figure.axes[0])[-1] == ([0, 1], [2.0, 2.0])
+    titles = [
+        axes.get_title() for axes in drawn(figures.heat_maps, data, data[1]["row"]["head"], "dirichlet:0.01").axes
+    ]
+    assert titles[:3] == ["softmax, bias", "PLIF, 10 pieces", "PLIF, 10 pieces / softmax, bias"]
+    with pytest.raises(LabError, match="no softmax"):
+        drawn(figures.heat_maps, data[1:], "plif:num_pieces=10", "dirichlet:0.01")
+
+
+def test_by_head_draws_the_numbers_of_the_summary_in_the_heads_colours(drawn):
+    levels = {"softmax:bias=true": 3.0, "softmax": 1.0, "plif": 0.5, "mos": 0.25}
+    data = [outcome(head, seed, kl=kl + seed / 8, mode=10 * kl) for head, kl in levels.items() for seed in (0, 1)]
+    figure = drawn(figures.by_head, data)
+    kl, mode = figure.axes
+    assert (kl.get_xlabel(), mode.get_xlabel()) == ("KL, nats", "mode matching, %")
+    places = dict(zip([label.get_text() for label in kl.get_yticklabels()], kl.get_yticks(), strict=True))
+    dots = {
+        (line.get_xdata()[0], line.get_ydata()[0]): line.get_color() for line in kl.lines if line.get_marker() == "o"
+    }
+    names = {
+        "softmax:bias=true": "softmax, bias",
+        "softmax": "softmax",
+        "plif": "PLIF, 100 pieces",
+        "mos": "MoS-4, tanh",
+    }
+    assert dots == {
+        (levels[head] + 1 / 16, places[name]): HeadSpec(head.split(":")[0]).colour for head, name in names.items()
+    }
+    # The dotted line is the softmax without options, in either panel.
+    assert [line.get_xdata() for line in kl.lines if line.get_linestyle() != "None"][-1] == [1 + 1 / 16] * 2
+    assert [line.get_xdata() for line in mode.lines if line.get_linestyle() != "None"][-1] == [10.0] * 2
+
+
 def test_by_head_has_the_same_order_in_all_panels_and_mixtures_apart(drawn):
     data = [outcome("softmax", kl=1.0), outcome("mos", kl=0.1), outcome("plif", kl=0.5), outcome("temperature", kl=2.0)]
     data += [outcome("softmax", kl=1.0, m=500), outcome("plif", kl=3.0, m=500)]
@@ -135,6 +192,8 @@ def test_by_features_keeps_what_reaches_the_floor_in_sight(drawn):
     assert [axes.get_title() for axes in figure.axes] == titles
     known, modes, planted, _ = figure.axes
     assert lines(known)[0] == ([2, 3], [1.0, figures.LOWEST])
+    assert legend(figure) == {"softmax": HeadSpec("softmax").colour, "PLIF, 100 pieces": HeadSpec("plif").colour}
+    assert [line.get_color() for line in known.lines if line.get_marker() == "o"] == list(legend(figure).values())
     assert known.get_ylim()[0] < figures.LOWEST < figures.NO_KL
     assert lines(known)[-1][0] == [3, 3]  # rank 4: three features are enough
     assert lines(planted)[-1][0] == [2, 2]
@@ -150,6 +209,9 @@ def test_by_beta_is_against_the_softmax(drawn):
     ratio, gain = figure.axes
     assert lines(ratio)[0] == ([0.01, 1.0], [0.25, 0.25])
     assert lines(gain)[0][1] == pytest.approx([10.1, 20.0])
+    assert (ratio.get_ylabel(), gain.get_ylabel()) == ("KL / softmax's KL", "mode gain, points")
+    assert [lines(axes)[-1][1] for axes in (ratio, gain)] == [[1, 1], [0, 0]]
+    assert list(legend(figure)) == ["PLIF, 100 pieces", "softmax"]
     with pytest.raises(LabError, match="no cell"):
         drawn(figures.by_beta, [outcome("softmax"), outcome("plif", target="sotu")])
 
@@ -173,7 +235,11 @@ def test_functions_draws_a_line_a_seed_over_the_middle_scores(drawn):
 
 def test_functions_of_chosen_heads_and_of_none(drawn):
     data = [outcome("temperature", function=curve(3.0)), outcome("softmax")]
-    assert len(drawn(figures.functions, data, heads=["temperature"]).axes) == 2
+    figure = drawn(figures.functions, data, heads=["temperature"])
+    assert [axes.get_ylabel() for axes in figure.axes] == ["f(z)", "slope"]
+    assert {line.get_color() for axes in figure.axes for line in axes.lines if len(line.get_xdata()) == 21} == {
+        HeadSpec("temperature").colour
+    }
     with pytest.raises(LabError, match="no cell has a head"):
         drawn(figures.functions, data)
 

@@ -149,6 +149,20 @@ def test_a_head_of_another_learning_rate_is_compared_with_the_commonest_softmax(
     assert line(frame, "softmax", learning_rate=0.3)["kl_ratio"] == 1.0
 
 
+def test_a_softmax_with_options_is_compared_with_the_one_without():
+    frame = summarised(outcome("softmax:bias=true", 0, 4.0), outcome("softmax", 0, 2.0), outcome("plif", 0, 1.0))
+    assert tables.baseline_of(frame) == "softmax"
+    assert (line(frame, "plif")["kl_ratio"], line(frame, "softmax:bias=true")["kl_ratio"]) == (0.5, 2.0)
+    alone = frame[frame["head"] != "softmax"]
+    assert tables.baseline_of(alone) == "softmax:bias=true"
+    alone = summarised(outcome("softmax:bias=true", 0, 4.0), outcome("plif", 0, 1.0))
+    assert line(alone, "plif")["kl_ratio"] == 0.25
+    assert "are against softmax, bias of the same seed and budget" in tables.terminal_table(alone)
+    assert tables.long_table(alone)["KL / softmax"].tolist() == ["", "0.250"]
+    assert tables.baseline_of(frame[frame["head"] == "plif"]) is None
+    assert tables.terminal_table(summarised(outcome("plif"))).endswith("± is the standard deviation over seeds.")
+
+
 def test_no_ratio_to_a_softmax_that_has_no_kl():
     plif = line(summarised(outcome("softmax", 0, 1e-4), outcome("plif", 0, 5e-5)), "plif")
     assert math.isnan(plif["kl_ratio"])

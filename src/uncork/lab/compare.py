@@ -1,7 +1,6 @@
 """The main job: the same language model with each output layer, everything else equal."""
 
 import dataclasses
-import json
 import multiprocessing
 import re
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from uncork.heads.spec import HeadSpec, parse_text
 from uncork.lab.analysis import analyse
 from uncork.lab.checkpoints import check_head, load_trained
 from uncork.lab.errors import LabError, in_one_line
@@ -66,17 +66,15 @@ def parse_head(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     ('mos', {'latent_activation': None}, {})
 
     Raises:
-        LabError: for anything that is not name or name:key=value,key=value.
+        LabError: for anything that is not name or name:key=value,key=value. Whether there is such a head with such
+            options is seen where it is built.
     """
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise LabError(f"head: expected name or name:key=value,key=value, got {text!r}")
-        (settings if key in OWN_SETTINGS else options)[key] = parse_value(value)
-    return name, options, settings
+    try:
+        name, values = parse_text(text)
+    except ValueError as error:
+        raise LabError(str(error)) from None
+    settings = {key: values.pop(key) for key in [*values] if key in OWN_SETTINGS}
+    return name, values, settings
 
 
 def with_head(base: TrainConfig, text: str, seed: int) -> TrainConfig:
@@ -96,14 +94,6 @@ def with_head(base: TrainConfig, text: str, seed: int) -> TrainConfig:
     return config
 
 
-def parse_value(text: str) -> Any:
-    """A JSON value, or the text itself where it is none."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def make_tasks(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) -> list[Task]:
     """Heads x seeds, seed by seed, so that what is done at any moment compares all heads.
 
@@ -121,7 +111,7 @@ def make_tasks(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) ->
             folder = re.sub(r"[^A-Za-z0-9._-]+", "_", label)
             task = Task(label, f"{folder}-seed{seed}", config)
             for other in tasks:
-                if other.name == task.name or other.key == task.key:
+                if other.name == task.name or _same_run(other.config, task.config):
                     raise LabError(f"heads: {other.label} and {label} are the same run; name one of them")
             tasks.append(task)
     return tasks
@@ -140,6 +130,15 @@ class Texts:
         if named not in self._records:
             self._records[named] = text_record(config.load_corpus(data_dir=self._data_dir))
         return self._records[named]
+
+
+def _same_run(first: TrainConfig, second: TrainConfig) -> bool:
+    """Whether two settings come to the same numbers: an option that is written out at its default changes nothing."""
+    if first.seed != second.seed:
+        return False
+    heads = [HeadSpec(config.head, config.head_options) for config in (first, second)]
+    rest = [dataclasses.replace(config.resolved(), head_options={}) for config in (first, second)]
+    return heads[0] == heads[1] and rest[0] == rest[1]
 
 
 def check_stored(root: Path, tasks: Sequence[Task], *, data_dir: Path | None = None) -> None:

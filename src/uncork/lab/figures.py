@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -30,7 +31,7 @@ from uncork.lab.plot_style import (
     strokes,
 )
 from uncork.lab.runs import Run
-from uncork.lab.summary import baseline, run_analysis, run_labels, runs_table
+from uncork.lab.summary import baseline, heads_of, run_analysis, run_labels, runs_table
 
 __all__ = ["Picture", "pictures"]
 
@@ -65,10 +66,13 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """All heads, how they are drawn, and those so far behind that they may not set the scale of a figure."""
+    """All heads with finished runs and how they are drawn; `base`, with which all are compared, finished or not; and
+    those so far behind that they may not set the scale of a figure.
+    """
 
     groups: list[_Group]
     style: dict[str, Stroke]
+    base: str | None
     far: list[str]
 
     def among(self, labels: Iterable[str]) -> str:
@@ -87,11 +91,13 @@ class _Curve(NamedTuple):
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
     """Every figure that the finished runs have data for, in the order of the report; [] when none has finished."""
-    groups = _groups(runs)
+    table = runs_table(runs)
+    groups = _groups(runs, table)
     if not groups:
         return []
+    heads = heads_of(table)
+    comparison = _Comparison(groups, strokes(heads), baseline(heads), _far(groups))
     makers = (_perplexities, _curves, _functions, _singular_values, _deciles)
-    comparison = _Comparison(groups, strokes([group.label for group in groups]), _far(groups))
     return [picture for make in makers for picture in make(comparison)]
 
 
@@ -103,9 +109,8 @@ def _far(groups: Sequence[_Group]) -> list[str]:
     return far if len(means) - len(far) >= 2 else []
 
 
-def _groups(runs: Sequence[Run]) -> list[_Group]:
+def _groups(runs: Sequence[Run], table: pd.DataFrame) -> list[_Group]:
     labels = {run.path: label for run, label in zip(runs, run_labels(runs), strict=True)}
-    table = runs_table(runs)
     by_name = {(labels[run.path], run.config.get("seed")): run for run in runs}
     groups = []
     for label, own in table[table["done"]].groupby("head", sort=False):
@@ -121,9 +126,10 @@ def _perplexities(comparison: _Comparison) -> list[Picture]:
     if not rows:
         return []
     rows.sort(key=lambda group: -float(np.mean(group.perplexities)))
-    left = 0.15 + 0.08 * max(len(shortened(group.label)) for group in rows)
+    short = shortened(group.label for group in rows)
+    left = 0.15 + 0.08 * max(map(len, short.values()))
     figure, axes = new_axes(WIDTH, 0.75 + 0.33 * len(rows), xlabel="test perplexity", ylabel="", left=left, right=0.62)
-    base = baseline([group.label for group in rows])
+    across = ""
     for place, group in enumerate(rows):
         stroke, mean = comparison.style[group.label], float(np.mean(group.perplexities))
         axes.scatter(group.perplexities, [place] * len(group.perplexities), s=22, color=stroke.color, alpha=SEED_ALPHA,
@@ -131,9 +137,10 @@ def _perplexities(comparison: _Comparison) -> list[Picture]:
         axes.plot([mean, mean], [place - 0.3, place + 0.3], color=stroke.color, linewidth=2.4, zorder=4)
         axes.annotate(f"{mean:.{2 if mean < 100 else 1}f}", xy=(1.03, place), xycoords=("axes fraction", "data"),
                       color=stroke.color, fontsize=FONT, va="center", annotation_clip=False)  # fmt: skip
-        if group.label == base:
+        if group.label == comparison.base:
             axes.axvline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-    axes.set_yticks(range(len(rows)), [shortened(group.label) for group in rows], color=INK)
+            across = f", the dotted line that of {group.label}"
+    axes.set_yticks(range(len(rows)), [short[group.label] for group in rows], color=INK)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(True, axis="x", color=GRID, linewidth=0.7)
     axes.grid(False, axis="y")
@@ -143,9 +150,9 @@ def _perplexities(comparison: _Comparison) -> list[Picture]:
     axes.set_xlim(min(near) - margin, max(near) + margin)
     said = "; ".join(f"{group.label} {float(np.mean(group.perplexities)):.1f}" for group in reversed(rows))
     caption = (
-        "Test perplexity, lower is better. Each dot is a seed, the bar their mean (the number at the right), the "
-        "dotted line the softmax's mean. Look whether the dots of two heads overlap: a gap smaller than their scatter "
-        "is no gap." + comparison.among(group.label for group in rows)
+        f"Test perplexity, lower is better. Each dot is a seed, the bar their mean (the number at the right){across}. "
+        "Look whether the dots of two heads overlap: a gap smaller than their scatter is no gap."
+        + comparison.among(group.label for group in rows)
     )
     return [Picture("perplexity", "result", figure, caption, f"Mean test perplexity: {said}.")]
 
@@ -164,7 +171,7 @@ def _curve(run: Run) -> tuple[Array, Array, Array] | None:
 
 
 def _curves(comparison: _Comparison) -> list[Picture]:
-    """Validation perplexity against tokens and against seconds, and relative to the softmax's at the same tokens."""
+    """Validation perplexity against tokens and against seconds, and relative to the baseline's at the same tokens."""
     curves: dict[str, _Curve] = {}
     for group in comparison.groups:
         own = [curve for run in group.runs if (curve := _curve(run)) is not None]
@@ -200,13 +207,13 @@ def _curves(comparison: _Comparison) -> list[Picture]:
 
 
 def _relative_curves(curves: dict[str, _Curve], comparison: _Comparison) -> list[Picture]:
-    base = baseline(curves)
+    base = comparison.base
     others = [label for label in curves if label != base]
-    if base is None or not others:
+    if base is None or base not in curves or not others:
         return []
     softmax = curves[base]
     figure, axes = new_axes(
-        WIDTH, HEIGHT, xlabel="million tokens read", ylabel="perplexity against softmax", left=0.72,
+        WIDTH, HEIGHT, xlabel="million tokens read", ylabel=f"perplexity against {shortened([base])[base]}", left=0.72,
         right=label_margin(others),
     )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=1.2)
@@ -223,11 +230,11 @@ def _relative_curves(curves: dict[str, _Curve], comparison: _Comparison) -> list
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     label_ends(figure, axes, ends)
     caption = (
-        "Validation perplexity against the softmax's after the same number of tokens, means over seeds. A head that "
+        f"Validation perplexity against that of {base} after the same number of tokens, means over seeds. A head that "
         "only learns faster comes back to the line; a gain that stays level or grows to the end is one that may last."
         + comparison.among(others)
     )
-    said = f"Validation perplexity relative to the softmax's while training, for {', '.join(others)}."
+    said = f"Validation perplexity relative to that of {base} while training, for {', '.join(others)}."
     return [Picture("curves-relative", "curves", figure, caption, said)]
 
 
@@ -319,7 +326,7 @@ def _singular_values(comparison: _Comparison) -> list[Picture]:
     if not curves:
         return []
     figure, axes = new_axes(
-        WIDTH, HEIGHT, xlabel="k", ylabel="k-th singular value / first", right=label_margin(list(curves))
+        WIDTH, HEIGHT, xlabel="k", ylabel="k-th singular value / first", left=0.85, right=label_margin(curves)
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -328,9 +335,8 @@ def _singular_values(comparison: _Comparison) -> list[Picture]:
         index = _thinned(len(values))
         axes.plot(index + 1, values[index], color=stroke.color, linestyle=stroke.linestyle,
                   linewidth=stroke.linewidth)  # fmt: skip
-    ranks = [(a.get("rank") or {}).get("linear_rank") for group in comparison.groups for a in group.analyses]
-    linear = next((rank for rank in ranks if rank), None)
-    if linear is not None:
+    ranks = {(a.get("rank") or {}).get("linear_rank") for group in comparison.groups for a in group.analyses}
+    for linear in sorted(rank for rank in ranks if rank):
         axes.axvline(linear, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.annotate(f" linear: {linear}", xy=(linear, 0.97), xycoords=("data", "axes fraction"), color=MUTED,
                       fontsize=FONT, va="top")  # fmt: skip
@@ -342,7 +348,7 @@ def _singular_values(comparison: _Comparison) -> list[Picture]:
     )
     caption = (
         "Singular values of the log-probability matrix of held-out contexts and all words, in float64, mean over seeds "
-        "(both scales logarithmic). A linear softmax must drop to rounding (1e-16) at the dotted line. What a head "
+        "(both scales logarithmic). A linear softmax must drop to rounding (1e-16) at its dotted line. What a head "
         "adds beyond it counts only as far as it is large: look at the height right of the line, not where it ends."
     )
     said = f"Singular values of the log-probability matrix for {', '.join(curves)}."
@@ -355,18 +361,18 @@ def _deciles(comparison: _Comparison) -> list[Picture]:
         rows = [[row.get("cross_entropy") for row in a["deciles"]] for a in group.analyses if a.get("deciles")]
         if rows:
             losses[group.label] = np.array(rows, dtype=float).mean(0)  # None becomes NaN: a part without a word
-    base = baseline(losses)
+    base = comparison.base
     others = [label for label in losses if label != base]
-    if base is None or not others:
+    if base is None or base not in losses or not others:
         return []
     changes = {label: losses[label] - losses[base] for label in others}
-    figure = changes_by_decile(changes, comparison.style, far=comparison.far, size=(WIDTH, HEIGHT))
+    figure = changes_by_decile(changes, comparison.style, base=base, far=comparison.far, size=(WIDTH, HEIGHT))
     caption = (
-        "Where the difference lies: perplexity against the softmax's on held-out words, by how often the word stands "
-        "in training. Words are sorted by frequency and cut into ten parts of equal training tokens; a part without "
-        "tokens has no dot. Mean over seeds; below the line is better." + comparison.among(others)
+        f"Where the difference lies: perplexity against that of {base} on held-out words, by how often the word "
+        "stands in training. Words are sorted by frequency and cut into ten parts of equal training tokens; a part "
+        "without tokens has no dot. Mean over seeds; below the line is better." + comparison.among(others)
     )
-    said = f"Change of perplexity against the softmax by word frequency, for {', '.join(others)}."
+    said = f"Change of perplexity against {base} by word frequency, for {', '.join(others)}."
     return [Picture("deciles", "words", figure, caption, said)]
 
 

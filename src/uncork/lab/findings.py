@@ -6,24 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from uncork.lab.summary import MIN_SEEDS_FOR_TEST, baseline, perplexity, probability
+from uncork.heads import HEAD_NAMES, HeadSpec
+from uncork.lab.summary import BASELINE, MIN_SEEDS_FOR_TEST, baseline, heads_of, perplexity, probability
 
-__all__ = ["caveats", "control_sentence", "headline", "is_control"]
+__all__ = ["caveats", "control_sentence", "headline"]
 
 SIGNIFICANT = 0.05
 SHORT_EPOCHS = 10
 MORE_PARAMETERS = 0.02
-CONTROLS = {
-    "plif-frozen": "the frozen random PLIF",
-    "temperature": "a learned temperature",
-    "softcap": "a softcap",
-    "moc": "the mixture of contexts",
-}
-
-
-def is_control(label: str) -> bool:
-    """Whether a head is there to be compared with, not to win: a cheap or an empty form of another one."""
-    return _name(label) in CONTROLS
 
 
 def headline(summary: pd.DataFrame) -> str:
@@ -35,22 +25,23 @@ def headline(summary: pd.DataFrame) -> str:
     if done.empty:
         return "No run has finished, so there is nothing to compare yet."
     rows = [row for _, row in done.sort_values("test_perplexity", kind="stable").iterrows()]
-    base = baseline(done["head"])
-    if base is None:
+    base = baseline(heads_of(summary))
+    softmax = next((row for row in rows if row["head"] == base), None)
+    if softmax is None:
         if len(rows) == 1:
+            lacking = "there is no softmax" if base is None else f"{base} has not finished,"
             reached = f"{rows[0]['head']} reaches a test perplexity of {_level(rows[0])} on {_seeds(rows[0])}"
-            return f"{reached}; there is no softmax to compare it with."
-        values = ", ".join(_value(row) for row in rows)
-        return f"Test perplexity without a softmax to compare with: {values}."
-    softmax = next(row for row in rows if row["head"] == base)
-    others = [row for row in rows if row["head"] != base and not is_control(row["head"])]
+            return f"{reached}; {lacking} to compare it with."
+        lacking = "without a softmax to compare with" if base is None else f"before {base} has finished to compare with"
+        return f"Test perplexity {lacking}: {', '.join(_value(row) for row in rows)}."
+    others = [row for row in rows if row["head"] != base and not _is_control(row["name"])]
     others = others or [row for row in rows if row["head"] != base]
     if not others:
         return (
             f"{base} reaches a test perplexity of {_level(softmax)} on {_seeds(softmax)}; no other head has finished."
         )
     against = f"Against the softmax's test perplexity of {_level(softmax)} ({_seeds(softmax)}):"
-    if base != "softmax":
+    if base != BASELINE:
         against = f"Against {base} with a test perplexity of {_level(softmax)} ({_seeds(softmax)}):"
     return f"{against} {_verdicts(others, softmax)}."
 
@@ -60,13 +51,14 @@ def control_sentence(summary: pd.DataFrame, runs: pd.DataFrame) -> str | None:
     if summary.empty:
         return None
     rows = {row["head"]: row for _, row in summary.iterrows() if row["seeds"] > 0}
-    controls = [label for label in rows if is_control(label)]
-    if not controls or len(controls) == len([label for label in rows if _name(label) != "softmax"]):
+    names = heads_of(summary)
+    controls = [label for label in rows if _is_control(names[label])]
+    if not controls or len(controls) == len([label for label in rows if names[label] != BASELINE]):
         return None
-    named = [_control_name(label) + " " + _level(rows[label]) + _tested(rows[label]) for label in controls]
+    named = [f"{_as_control(label, names[label])} {_level(rows[label])}{_tested(rows[label])}" for label in controls]
     sentence = f"Controls: {', '.join(named)}."
-    frozen = next((label for label in controls if _name(label) == "plif-frozen"), None)
-    learned = next((label for label in rows if _name(label) == "plif"), None)
+    frozen = next((label for label in controls if names[label] == "plif-frozen"), None)
+    learned = next((label for label in rows if names[label] == "plif"), None)
     if frozen is None or learned is None:
         return sentence
     wins, pairs = _wins(runs, learned, frozen)
@@ -140,17 +132,17 @@ def _control_caveats(summary: pd.DataFrame) -> list[str]:
     """Controls that are missing, given which heads are there."""
     if summary.empty:
         return []
-    names = {_name(label) for label in summary["head"]}
+    known = [HeadSpec(name) for name in HEAD_NAMES if name in set(summary["name"])]
+    wanted = {control for head in known if head.learns_function for control in head.controls}
+    missing = [name for name in HEAD_NAMES if name in wanted - {head.name for head in known}]
     notes = []
-    missing = [name for name in ("temperature", "plif-frozen", "softcap") if name not in names]
-    if names & {"plif", "monotone", "mop"} and missing:
+    if missing:
         notes.append(
             f"Not run: {', '.join(missing)}. A gain of a learned function is only shown beside the frozen random PLIF, "
             "a temperature and a tuned softcap."
         )
-    base = baseline(summary["head"])
-    softmax = summary[summary["head"] == base]["parameters"]
-    if base is not None and len(softmax) and not math.isnan(softmax.iloc[0]):
+    softmax = summary[summary["baseline"]]["parameters"]
+    if len(softmax) and not math.isnan(softmax.iloc[0]):
         size = float(softmax.iloc[0])
         larger = summary[summary["parameters"] > (1 + MORE_PARAMETERS) * size]
         shown = [f"{row['head']} {row['parameters'] / size - 1:+.0%}" for _, row in larger.iterrows()]
@@ -197,13 +189,13 @@ def _wins(runs: pd.DataFrame, first: str, second: str) -> tuple[int, int]:
     return int((both["test_perplexity_x"] < both["test_perplexity_y"]).sum()), len(both)
 
 
-def _name(label: str) -> str:
-    return label.split(" (")[0]
+def _is_control(name: str) -> bool:
+    """Whether a head is there to be compared with, not to win: a cheap or an empty form of another one."""
+    return name in HEAD_NAMES and HeadSpec(name).is_control
 
 
-def _control_name(label: str) -> str:
-    name = _name(label)
-    return CONTROLS[name] + label.removeprefix(name)
+def _as_control(label: str, name: str) -> str:
+    return HeadSpec(name).as_control + label.removeprefix(name)
 
 
 def _level(row: Any) -> str:

@@ -1,14 +1,14 @@
 """How the laboratory's figures look: colours, axes, labels at the ends of lines; as PNG, and as SVG inside a page.
 
 Figures are made without pyplot, so nothing global changes. Three neutral colours become CSS in a page (the text's, the
-muted one, the grid's), so that a figure follows the page into the dark; the heads' colours are of a middle lightness
-that stands out on white and on black, and differ for colour-blind eyes together with the line styles.
+muted one, the grid's), so that a figure follows the page into the dark; the heads' colours (`HeadSpec.colour`) are of a
+middle lightness that stands out on white and on black, and differ for colour-blind eyes together with the line styles.
 """
 
 import html
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,33 +20,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
+from uncork.heads import HEAD_NAMES, HeadSpec
 from uncork.lab.files import atomic_write_bytes
 
 INK, MUTED, GRID = "#1b1f24", "#6a7280", "#d8dce2"
 _CSS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
 FONT = 9.5
+LONGEST = 22  # letters of a label in a figure
 PNG_DPI = 200
 
-_COLOURS = {
-    "softmax": INK,
-    "temperature": MUTED,
-    "softcap": "#a9772b",
-    "sigsoftmax": "#e0730a",
-    "gss": "#bd9a00",
-    "monotone": "#00967f",
-    "plif": "#2878d4",
-    "plif-frozen": "#4f9be8",
-    "mos": "#c63d8f",
-    "moss": "#9a5fe0",
-    "mop": "#d9534f",
-    "moc": "#7d8c36",
-}
-_DASHED: dict[str, str | tuple[float, tuple[float, ...]]] = {
-    "temperature": (0, (1, 1.2)),
-    "plif-frozen": (0, (4, 1.8)),
-    "softcap": (0, (5, 1.5, 1, 1.5)),
-    "moc": "--",
-}
+UNKNOWN = "#8a6d5a"  # the colour of what is no head
+LineStyle = str | tuple[float, tuple[float, ...]]
 _VARIANTS = ("-", "--", "-.", ":")
 
 
@@ -55,19 +39,25 @@ class Stroke:
     """A head's colour and line."""
 
     color: str
-    linestyle: str | tuple[float, tuple[float, ...]]
+    linestyle: LineStyle
     linewidth: float
 
 
-def strokes(labels: Sequence[str]) -> dict[str, Stroke]:
-    """One stroke a label, the same for a head in every figure; further settings of a head differ by the line style."""
+def strokes(heads: Mapping[str, str]) -> dict[str, Stroke]:
+    """One stroke a label, of its head's colour in every figure; further labels of a head differ by the line style.
+
+    Args:
+        heads: the name of the head by the label; a name that is no head's has a colour of its own.
+    """
     seen: dict[str, int] = {}
     result = {}
-    for label in labels:
-        name = label.split(" (")[0]
+    for label, name in heads.items():
         variant = seen[name] = seen.get(name, -1) + 1
-        style = _DASHED.get(name, "-") if variant == 0 else _VARIANTS[variant % len(_VARIANTS)]
-        result[label] = Stroke(_COLOURS.get(name, "#8a6d5a"), style, 2.2 if name in ("plif", "softmax") else 1.6)
+        spec = HeadSpec(name) if name in HEAD_NAMES else None
+        style: LineStyle = _VARIANTS[variant % len(_VARIANTS)]
+        if variant == 0 and spec and spec.dashes:
+            style = (0, spec.dashes)
+        result[label] = Stroke(spec.colour if spec else UNKNOWN, style, 2.2 if spec and spec.heavy else 1.6)
     return result
 
 
@@ -128,13 +118,27 @@ def percent(value: float) -> str:
     return f"{value:+.4g} %".replace("-", "−") if abs(value) > 1e-9 else "0 %"
 
 
-def label_margin(labels: Sequence[str]) -> float:
+def label_margin(labels: Iterable[str]) -> float:
     """Inches that the labels at the ends of the lines need."""
-    return 0.3 + 0.082 * max((len(shortened(label)) for label in labels), default=0)
+    return 0.3 + 0.082 * max(map(len, shortened(labels).values()), default=0)
 
 
-def shortened(label: str) -> str:
-    return label if len(label) <= 22 else label[:21] + "…"
+def shortened(labels: Iterable[str]) -> dict[str, str]:
+    """What is written for each label where space is short: its beginning; where two begin alike, its ends.
+
+    >>> shortened(["mos", "softmax (bias_prior=false)", "softmax (bias_prior=false, output_lr_scale=1)"])
+    {'mos': 'mos', 'softmax (bias_prior=false)': 'softmax (bi…ior=false)',
+     'softmax (bias_prior=false, output_lr_scale=1)': 'softmax (bi…r_scale=1)'}
+    """
+    whole = list(labels)
+    begun = [label if len(label) <= LONGEST else label[: LONGEST - 1] + "…" for label in whole]
+    half = LONGEST // 2
+    both = [label if len(label) <= LONGEST else label[:half] + "…" + label[half + 1 - LONGEST :] for label in whole]
+    short = {}
+    for place, label in enumerate(whole):
+        choices = [own[place] for own in (begun, both) if own.count(own[place]) == 1]
+        short[label] = next(iter(choices), label)
+    return short
 
 
 def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -146,9 +150,10 @@ def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, st
     places = [to_axes.transform((x, y)).clip(0, 1) for x, y, _, _ in ends]  # a line may end outside the frame
     height_points = axes.get_position().height * figure.get_figheight() * 72
     heights = spread([float(place[1]) for place in places], 1.25 * FONT / height_points)
+    short = shortened(label for _, _, label, _ in ends)
     for (_, _, label, color), place, height in zip(ends, places, heights, strict=True):
         axes.annotate(
-            shortened(label), xy=(place[0], place[1]), xytext=(1.045, height), xycoords="axes fraction",
+            short[label], xy=(place[0], place[1]), xytext=(1.045, height), xycoords="axes fraction",
             textcoords="axes fraction", color=color, fontsize=FONT, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 0,
                         "relpos": (0, 0.5)},
@@ -178,17 +183,18 @@ def changes_by_decile(
     changes: Mapping[str, NDArray[np.float64]],
     style: Mapping[str, Stroke],
     *,
+    base: str,
     far: Collection[str] = (),
     size: tuple[float, float],
 ) -> Figure:
-    """Change of the perplexity against the softmax by the frequency of the words.
+    """Change of the perplexity against that of `base`, a label, by the frequency of the words.
 
     Args:
         changes: of the cross-entropy in nats by label, (tenths of the tokens,); NaN where there are none is no dot.
         far: labels that may leave the frame. size: width and height in inches.
     """
     figure, axes = new_axes(
-        *size, xlabel="tenth of the tokens, by frequency", ylabel="perplexity against softmax",
+        *size, xlabel="tenth of the tokens, by frequency", ylabel=f"perplexity against {shortened([base])[base]}",
         left=0.88, right=label_margin(list(changes)), bottom=0.62,
     )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=1.2)

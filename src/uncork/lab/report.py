@@ -15,7 +15,7 @@ from uncork.lab.files import atomic_write_text, os_errors
 from uncork.lab.findings import caveats, control_sentence, headline
 from uncork.lab.plot_style import to_inline_svg, to_png
 from uncork.lab.runs import Run
-from uncork.lab.summary import displayed, flatten, run_analysis, run_labels, runs_table, summarise
+from uncork.lab.summary import BASELINE, displayed, run_analysis, run_labels, runs_table, settings_of, summarise
 
 __all__ = ["write_report"]
 
@@ -65,8 +65,8 @@ def write_report(out_dir: Path, runs: Sequence[Run], *, title: str, command: str
             old.unlink()
     for picture in drawn:
         to_png(picture.figure, figures / f"{picture.name}.png")
-    atomic_write_text(out_dir / "table.csv", summary.to_csv(index=False))
-    atomic_write_text(out_dir / "runs.csv", table.drop(columns="done").to_csv(index=False))
+    atomic_write_text(out_dir / "table.csv", summary.drop(columns="name", errors="ignore").to_csv(index=False))
+    atomic_write_text(out_dir / "runs.csv", table.drop(columns=["done", "name"]).to_csv(index=False))
     sections = [
         _table_section(summary),
         *_picture_sections(drawn),
@@ -115,7 +115,13 @@ def _table_section(summary: pd.DataFrame) -> str:
         for name, meaning in _KEY.items()
         if any(part.strip() in columns for part in name.split(",")[-1:])
     )
-    caption = "One row an output layer; everything else is equal. The lowest mean test perplexity is shaded."
+    caption = (
+        "One row an output layer; what does not stand in its brackets is equal for all. The lowest mean test "
+        "perplexity is shaded."
+    )
+    for base in summary[summary["baseline"]]["head"]:
+        own = "the softmax without settings of its own" if base == BASELINE else "the first softmax"
+        caption += f" The others are compared with {base}, {own}."
     return _section(
         "The numbers", _table(text, caption, "Comparison of output layers", best) + f'\n<dl class="key">{key}</dl>'
     )
@@ -158,9 +164,10 @@ def _setup(runs: Sequence[Run]) -> str:
     """The settings that all runs share, and those of each head that differ."""
     if not runs:
         return ""
-    flat = [{k: v for k, v in flatten(run.config).items() if k not in ("seed", "head")} for run in runs]
+    flat = [settings_of(run.config) for run in runs]
     keys = list(dict.fromkeys(key for config in flat for key in config))
-    common = {key: flat[0].get(key) for key in keys if all(config.get(key) == flat[0].get(key) for config in flat)}
+    everywhere = [key for key in keys if all(key in config for config in flat)]  # null is a setting too
+    common = {key: flat[0][key] for key in everywhere if all(config[key] == flat[0][key] for config in flat)}
     shown = {key: value for key, value in common.items() if value is not None}
     body = "<p>The same for every run:</p>\n" + _settings(shown) if shown else ""
     own: dict[str, str] = {}

@@ -61,8 +61,8 @@ class Experiment:
 
     def base(self) -> Any:
         """The TrainConfig of these flags, with no head yet."""
+        from uncork.heads.spec import parse_value
         from uncork.lab.command_line import close_to
-        from uncork.lab.compare import parse_value
         from uncork.lab.preset_settings import known_settings
         from uncork.lab.train_config import TrainConfig
 
@@ -111,8 +111,8 @@ class Compare(Experiment):
         "softmax", "softmax:bias_prior=false,output_lr_scale=1", "softcap", "plif", "plif-frozen",
         "mos:latent_activation=null",
     )  # fmt: skip
-    """Output layers: any of softmax temperature softcap sigsoftmax gss monotone plif plif-frozen mos moss mop moc, each
-    with options and settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
+    """Output layers (softmax, plif, mos and more: a name that is none is answered with all), each with options and
+    settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
     Every head alike starts its bias at the log unigram and has the preset's own learning rate for the output layer: the
     two move the perplexity further than a function does. softmax:bias_prior=false,output_lr_scale=1 is the softmax as
     most people have it."""

@@ -7,7 +7,8 @@ own: only the seed is averaged over.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,41 +19,31 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from uncork.heads import HEAD_NAMES
+from uncork.heads import HEAD_NAMES, HeadSpec
+from uncork.heads.spec import titled, value_text
 from uncork.lab.errors import LabError
 from uncork.lab.files import read_json
 from uncork.lab.runs import Run
+from uncork.lab.train_config import TrainConfig
 
 __all__ = [
     "baseline",
     "displayed",
-    "flatten",
+    "heads_of",
     "print_table",
     "run_analysis",
     "run_labels",
     "run_row",
     "runs_table",
+    "settings_of",
     "summarise",
     "summarise_table",
     "to_markdown",
 ]
 
 MIN_SEEDS_FOR_TEST = 5
-HEAD_ORDER = [
-    "softmax",
-    "temperature",
-    "softcap",
-    "sigsoftmax",
-    "gss",
-    "monotone",
-    "plif",
-    "plif-frozen",
-    "mos",
-    "moss",
-    "mop",
-    "moc",
-]  # controls near what they control
-_NOT_SETTINGS = {"seed", "head"}
+BASELINE = "softmax"
+"""The head that all others are compared with."""
 
 
 def run_analysis(run: Run) -> dict[str, Any] | None:
@@ -65,75 +56,133 @@ def run_analysis(run: Run) -> dict[str, Any] | None:
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
-    """What each run's output layer is called: its head, and where runs of that head differ, what sets it apart.
+    """What each run's output layer is called: its head, and in brackets what sets it apart from the usual.
 
-    Settings that most runs of the comparison have are not written, so a softmax with the others' settings is "softmax"
-    beside a "softmax (in_features=20)".
+    Usual are, of the head's own options, the defaults; of what every head has (its scale and bias, the settings of its
+    training), what most heads of the comparison have, and where no value is the commonest, a default or nothing. So a
+    softmax with the others' settings is "softmax" beside a "softmax (in_features=20)".
     """
-    flat = [{key: value for key, value in flatten(run.config).items() if key not in _NOT_SETTINGS} for run in runs]
-    names = [str(run.config.get("head", "?")) for run in runs]
+    names, settings = [_name(run) for run in runs], [settings_of(run.config) for run in runs]
+    distinct = {titled(name, own): own for name, own in zip(names, settings, strict=True)}
+    usual = _usual(list(distinct.values()))
     labels = []
-    for name, settings in zip(names, flat, strict=True):
-        own = [other for other, other_name in zip(flat, names, strict=True) if other_name == name]
-        keys = sorted({key for other in own for key in other})
-        varying = [key for key in keys if any(other.get(key) != own[0].get(key) for other in own)]
-        telling = [key for key in varying if repr(settings.get(key)) != _usual([other.get(key) for other in flat])]
-        shown = ", ".join(f"{key.rsplit('.', 1)[-1]}={settings.get(key)}" for key in telling)
-        labels.append(f"{name} ({shown})" if shown else name)
+    for run, name, own in zip(runs, names, settings, strict=True):
+        defaults = _head_options({"head": run.config.get("head")})
+        expected = {f"head_options.{option}": value_text(value) for option, value in defaults.items()} | usual
+        telling = {key: value for key, value in own.items() if value_text(value) != expected.get(key)}
+        ends = [key.rpartition(".")[2] for key in telling]
+        short = (end if ends.count(end) == 1 else key for key, end in zip(telling, ends, strict=True))
+        labels.append(titled(name, dict(zip(short, telling.values(), strict=True))))
     return labels
 
 
-def _usual(values: Sequence[object]) -> str | None:
-    """The repr of the value that occurs most often; None where two do."""
-    common = Counter(map(repr, values)).most_common(2)
-    return common[0][0] if len(common) == 1 or common[0][1] > common[1][1] else None
+def _usual(heads: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """By setting that every head can have, the value that most of them have, as text; a default where two are tied."""
+    shared = {f"head_options.{option}": value_text(value) for option, value in HeadSpec(BASELINE).defaults.items()}
+    keys = {key: None for own in heads for key in own if not key.startswith("head_options.") or key in shared}
+    usual: dict[str, str | None] = {}
+    for key in keys:
+        common = Counter(value_text(own.get(key)) for own in heads).most_common(2)
+        tied = len(common) == 2 and common[0][1] == common[1][1]
+        usual[key] = shared.get(key) if tied else common[0][0]
+    return usual
 
 
-def baseline(labels: Iterable[str]) -> str | None:
-    """The label of the softmax that the others are compared with: the first, where there are several."""
-    return next((label for label in labels if label.split(" (")[0] == "softmax"), None)
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run was trained, by its config.json: the fields of TrainConfig in their order, nested ones joined by dots.
+
+    The head's options come with their defaults, and a field that the run's version did not have with what it did. Head,
+    seed, what no number depends on, and other keys than fields are left out.
+    """
+    known = [f.name for f in fields(TrainConfig) if f.name not in {"head", "seed", *TrainConfig.HARMLESS}]
+    values = {**TrainConfig.ADDED, **config, "head_options": _head_options(config)}
+    return _flatten({name: values[name] for name in known if name in values})
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _head_options(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the defaults, where this version knows the head and its options."""
+    options: Mapping[str, Any] = config.get("head_options") or {}
+    try:
+        return HeadSpec(str(config.get("head")), options).resolved
+    except (TypeError, ValueError):
+        return options
+
+
+def _name(run: Run) -> str:
+    return str(run.config.get("head", "?"))
+
+
+def baseline(heads: Mapping[str, str]) -> str | None:
+    """The label of the head that all others are compared with, in tables, figures and sentences alike.
+
+    It is the softmax that has no settings of its own, and so is called by its name alone; where every softmax has some,
+    the first of the table; None without a softmax.
+
+    Args:
+        heads: the name (of HEAD_NAMES) by the label, in the order of the table.
+
+    >>> baseline({"softmax (scale=1)": "softmax", "plif": "plif", "softmax": "softmax"})
+    'softmax'
+    """
+    found = [label for label, name in heads.items() if name == BASELINE]
+    return BASELINE if BASELINE in found else next(iter(found), None)
+
+
+def heads_of(table: pd.DataFrame) -> dict[str, str]:
+    """The name by the label, of a table with the columns head (the label) and name."""
+    return dict(zip(map(str, table["head"]), map(str, table["name"]), strict=True))
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one, with keys joined by dots.
 
-    >>> flatten({"head": "plif", "training": {"lr": 0.1}})
+    >>> _flatten({"head": "plif", "training": {"lr": 0.1}})
     {'head': 'plif', 'training.lr': 0.1}
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
 
 
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a run, in the order of the heads and seeds; numbers are NaN where a run has none.
 
+    Of one head's rows those without settings of its own come first, the others as they were named. `name` is the head's
+    name, `head` its label.
     `state` is "finished", "stopped early", or "not finished" for a run without a result.
 
     Raises:
         LabError: two runs have the same head, settings and seed.
     """
-    rows = [_run_row(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    labels = run_labels(runs)
+    rows = [
+        run_row(run.name, label, _name(run), run.config.get("seed"), run.result,
+                run_analysis(run) if run.result else None)
+        for run, label in zip(runs, labels, strict=True)
+    ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(_RUN_COLUMNS)).astype({"done": bool})
     twice = frame[frame.duplicated(["head", "seed"], keep=False)]
     if len(twice):
         first = twice.iloc[0]
         same = ", ".join(twice[(twice["head"] == first["head"]) & (twice["seed"] == first["seed"])]["run"])
         raise LabError(f"runs {same} are all of {first['head']} with seed {first['seed']}: which one counts?")
-    order = frame["head"].map(_order)
-    return frame.assign(_order=order).sort_values(["_order", "seed"]).drop(columns="_order").reset_index(drop=True)
+    named = heads_of(frame)
+    order = {label: _order(label, name, place) for place, (label, name) in enumerate(named.items())}
+    frame = frame.assign(_order=frame["head"].map(order)).sort_values(["_order", "seed"])
+    return frame.drop(columns="_order").reset_index(drop=True)
 
 
 def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a head, the softmax first, over its finished runs.
 
-    Columns: head, seeds (finished runs), unfinished; valid_perplexity and test_perplexity (mean) with _std (sample
-    standard deviation, NaN for one seed), _min and _max; not_finite (runs whose test perplexity is no finite number);
-    bits_per_byte; parameters, head_parameters; tokens_per_second (median of the runs), peak_memory_bytes (largest);
-    means over the runs of numerical_rank, linear_rank, effective_rank (eps = 1e-4) and tail_energy; difference (test
-    perplexity minus the softmax's: the mean over the seeds that both have, or of the means where they share none),
-    difference_std, pairs (shared seeds), wins and losses (those with a lower, a higher perplexity), p_value, p_holm.
+    Columns: head, name, seeds (finished runs), unfinished; means valid_perplexity and test_perplexity, with _std
+    (sample standard deviation, NaN for one seed), _min and _max; not_finite (runs whose test perplexity is not a finite
+    number); bits_per_byte; parameters, head_parameters; tokens_per_second (median of the runs), peak_memory_bytes
+    (largest); means over the runs of numerical_rank, linear_rank, effective_rank (eps = 1e-4) and tail_energy; baseline
+    (whether the others are compared with it), difference (test perplexity minus the baseline's: the mean over the seeds
+    that both have, or of the means where they share none), difference_std, pairs (shared seeds), wins and losses (those
+    with a lower, a higher perplexity), p_value, p_holm.
 
     p_value: two-sided paired t-test (scipy.stats.ttest_rel) over the shared seeds, at least 5, on the logarithm of the
     test perplexity, the cross-entropy per word: a difference there is a ratio of perplexities, as likely a factor
@@ -149,7 +198,8 @@ def summarise_table(table: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
-    base = table[(table["head"] == baseline(frame["head"])) & table["done"]]
+    frame["baseline"] = frame["head"] == baseline(heads_of(table))
+    base = table[(table["head"] == baseline(heads_of(table))) & table["done"]]
     compared = [_compare(table[(table["head"] == head) & table["done"]], base) for head in frame["head"]]
     frame = pd.concat([frame, pd.DataFrame(compared)], axis=1)
     frame["p_holm"] = holm(frame["p_value"].to_numpy(dtype=float))
@@ -162,29 +212,29 @@ _FROM_RESULT = (
 )  # fmt: skip
 _RANKS = ("numerical_rank", "linear_rank", "effective_rank", "tail_energy")
 _RUN_COLUMNS = (
-    "run", "head", "seed", "state", "done", "valid_perplexity", "test_perplexity", "valid_cross_entropy",
+    "run", "head", "name", "seed", "state", "done", "valid_perplexity", "test_perplexity", "valid_cross_entropy",
     "test_cross_entropy", "bits_per_byte", *_FROM_RESULT, *_RANKS, "entropy",
 )  # fmt: skip
 
 
-def _order(label: str) -> tuple[int, str]:
-    name = label.split(" (")[0]
-    return (HEAD_NAMES.index(name) if name in HEAD_NAMES else len(HEAD_NAMES), label)
-
-
-def _run_row(run: Run, label: str) -> dict[str, Any]:
-    return run_row(run.name, label, run.config.get("seed"), run.result, run_analysis(run) if run.result else None)
+def _order(label: str, name: str, place: int) -> tuple[int, bool, int]:
+    return (HEAD_NAMES.index(name) if name in HEAD_NAMES else len(HEAD_NAMES), label != name, place)
 
 
 def run_row(
-    name: str, label: str, seed: object, result: Mapping[str, Any] | None, analysis: Mapping[str, Any] | None
+    run: str,
+    label: str,
+    name: str,
+    seed: object,
+    result: Mapping[str, Any] | None,
+    analysis: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """One row of `runs_table`, from a run's result and analysis, each None where there is none."""
     states = {"early": "stopped early"}
     stopped = "" if result is None else str(result.get("stopped", "finished"))
     state = "not finished" if result is None else states.get(stopped, stopped)
     row: dict[str, Any] = {
-        "run": name, "head": label, "seed": seed, "state": state, "done": result is not None
+        "run": run, "head": label, "name": name, "seed": seed, "state": state, "done": result is not None
     }  # fmt: skip
     result, analysis = result or {}, analysis or {}
     rank = analysis.get("rank") or {}
@@ -193,8 +243,8 @@ def run_row(
         row[f"{split}_perplexity"] = _number(scored.get("perplexity"))
         row[f"{split}_cross_entropy"] = _number(scored.get("cross_entropy"))
     row["bits_per_byte"] = _number((result.get("test") or {}).get("bits_per_byte"))
-    for name in _FROM_RESULT:
-        row[name] = _number(result.get(name))
+    for key in _FROM_RESULT:
+        row[key] = _number(result.get(key))
     row["numerical_rank"] = _number(rank.get("numerical"))
     row["linear_rank"] = _number(rank.get("linear_rank"))
     row["effective_rank"] = _number((rank.get("effective") or {}).get("1e-4"))
@@ -209,7 +259,8 @@ def _number(value: object) -> float:
 
 def _head_row(head: str, own: pd.DataFrame) -> dict[str, Any]:
     done = own[own["done"]]
-    row: dict[str, Any] = {"head": head, "seeds": len(done), "unfinished": len(own) - len(done)}
+    row: dict[str, Any] = {"head": head, "name": str(own["name"].iloc[0]), "seeds": len(done)}
+    row["unfinished"] = len(own) - len(done)
     for name in ("valid_perplexity", "test_perplexity"):
         values = done[name].to_numpy(dtype=float)
         finite = values[np.isfinite(values)]
@@ -229,7 +280,7 @@ def _head_row(head: str, own: pd.DataFrame) -> dict[str, Any]:
 
 
 def _compare(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
-    """One head's finished runs beside the softmax's."""
+    """One head's finished runs beside the baseline's."""
     nothing = {
         "difference": math.nan,
         "difference_std": math.nan,

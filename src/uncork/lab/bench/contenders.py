@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import uncork
 from uncork import LogitFunction
+from uncork.heads import HEAD_NAMES, HeadSpec
 from uncork.lab.bench.naive import naive_mixture_loss, naive_plif
 from uncork.lab.bench.settings import Setup, Shape
 from uncork.lab.errors import LabError
@@ -206,18 +207,11 @@ def _function(name: str) -> LogitFunction | None:
 
     A function of float32 parameters serves inputs of half precision too.
     """
-    fixed: dict[str, Callable[[], LogitFunction | None]] = {
-        "softmax": lambda: None,
-        "temperature": lambda: uncork.Scale(0.9, learnable=True),
-        "softcap": uncork.Softcap,
-        "sigsoftmax": uncork.Sigsoftmax,
-        "gss": uncork.GeneralizedSigsoftmax,
-        "monotone": lambda: uncork.MonotoneNetwork(init="random"),
-        "plif-frozen": lambda: uncork.PLIF(1000, init="random", frozen=True),
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return fixed[name]() if name in fixed else uncork.PLIF(int(name.removeprefix("plif-")), init="random")
+        if name in _HEADS:
+            return cast(LogitFunction | None, uncork.build_head(name, 1, 1, **_STARTS.get(name, {})).logit_function)
+        return uncork.PLIF(int(name.removeprefix("plif-")), init="random")
 
 
 def _ours(inputs: Inputs, name: str, forward: str | None) -> Step:
@@ -244,8 +238,14 @@ def _our_mixture(inputs: Inputs, components: str) -> Step:
     return training_step(lambda: uncork.mixture_cross_entropy(latent, w, prior, y, impl=impl), leaves)
 
 
+_STARTS: dict[str, dict[str, Any]] = {
+    "temperature": {"factor": 0.9}, "monotone": {"init": "random"}, "plif-frozen": {"num_pieces": 1000},
+}  # fmt: skip
+"""By head, what makes its function another than the identity."""
+# The heads of one softmax; PLIF is named with its number of pieces.
+_HEADS = tuple(name for name in HEAD_NAMES if name != "plif" and not HeadSpec(name).is_mixture)
 _NUMBER = r"([1-9]\d*)"
-_OURS = rf"(softmax|temperature|softcap|sigsoftmax|gss|monotone|plif-frozen|plif-{_NUMBER[1:-1]})(-forward)?"
+_OURS = rf"({'|'.join(_HEADS)}|plif-{_NUMBER[1:-1]})(-forward)?"
 _OUR_MIXTURE = rf"mos-{_NUMBER}"
 _BUILDERS: tuple[tuple[str, Callable[..., Any]], ...] = (
     (r"G(-forward)?", _products),

@@ -67,6 +67,7 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     costs = {} if part.own_model else _costs(folder.parent / COSTS)
     for stem, frame in _frames(part, kept, rows, costs).items():
         if len(frame):
+            frame = frame.drop(columns=["name", "baseline"], errors="ignore")
             atomic_write_text(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
             if stem in ("table", "verdict"):
                 say(f"\n{frame.to_string(index=False)}")

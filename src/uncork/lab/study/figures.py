@@ -23,11 +23,13 @@ from uncork.lab.plot_style import (
     new_axes,
     percent,
     plain_log_ticks,
+    shortened,
     strokes,
 )
 from uncork.lab.study.run import Cell
 from uncork.lab.study.store import Rows
 from uncork.lab.study.tables import Costs, measured_as
+from uncork.lab.summary import baseline
 
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2
@@ -42,7 +44,9 @@ def pictures(cells: Sequence[Cell], rows: Rows, costs: Costs) -> dict[str, Figur
     for corpus in corpora:
         own = [cell for cell in cells if cell.config.corpus == corpus]
         if len({cell.d for cell in own}) > 2:
-            drawn[f"width-{corpus}"] = _over_width(own, rows)
+            figure = _over_width(own, rows)
+            if figure is not None:
+                drawn[f"width-{corpus}"] = figure
     for place in dict.fromkeys(cell.place for cell in cells):
         own = [cell for cell in cells if cell.place == place]
         stem = "".join(c if c.isalnum() else "-" for c in place)
@@ -65,12 +69,22 @@ def _by_head(cells: Sequence[Cell], rows: Rows) -> dict[str, dict[int, Mapping[s
     return found
 
 
+def _heads(cells: Sequence[Cell]) -> dict[str, str]:
+    """The name of each label's head."""
+    return {cell.label: cell.config.head for cell in cells}
+
+
+def _against(base: str) -> str:
+    """The name of an axis of changes against a baseline."""
+    return f"test perplexity against {shortened([base])[base]}"
+
+
 def _loss(row: Mapping[str, Any]) -> float:
     return math.log(row["result"]["test"]["perplexity"])
 
 
 def _relative(own: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> list[float]:
-    """The perplexity's change against the softmax of the same seed, in percent, one for each shared seed."""
+    """The perplexity's change against the baseline of the same seed, in percent, one for each shared seed."""
     return [100 * math.expm1(_loss(own[seed]) - _loss(base[seed])) for seed in own if seed in base]
 
 
@@ -79,23 +93,27 @@ def _mean(changes: Sequence[float]) -> float:
     return 100 * math.expm1(float(np.log1p(np.array(changes) / 100).mean()))
 
 
-def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure:
-    """Test perplexity against the softmax's, over d: a dot a seed, a line through the means."""
+def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure | None:
+    """Test perplexity against the baseline's, over d: a dot a seed, a line through the means."""
     widths = sorted({cell.d for cell in cells})
     found = {d: _by_head([c for c in cells if c.d == d], rows) for d in widths}
-    labels = [label for label in dict.fromkeys(cell.label for cell in cells) if label != "softmax"]
+    heads = _heads(cells)
+    base = baseline(heads)
+    if base is None:
+        return None
+    labels = [label for label in heads if label != base]
     figure, axes = new_axes(
-        _WIDTH, _HEIGHT, xlabel="features d of the output layer", ylabel="test perplexity against softmax", left=0.88,
+        _WIDTH, _HEIGHT, xlabel="features d of the output layer", ylabel=_against(base), left=0.88,
         right=label_margin(labels),
     )  # fmt: skip
     axes.axhline(0, color=INK, linewidth=1.2)
-    style, ends, values = strokes(labels), [], [0.0]
+    style, ends, values = strokes(heads), [], [0.0]
     for label in labels:
         points = {
             d: changes
             for d in widths
-            if label in found[d] and "softmax" in found[d]
-            and (changes := _relative(found[d][label], found[d]["softmax"]))
+            if label in found[d] and base in found[d]
+            and (changes := _relative(found[d][label], found[d][base]))
         }  # fmt: skip
         if not points:
             continue
@@ -118,21 +136,22 @@ def _percent_axes(figure: Figure, axes: Axes, values: Sequence[float], ends: Any
 
 
 def _changes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """A row a head, the best on top: a dot a seed at its change against the softmax of that seed, a bar at the mean.
+    """A row a head, the best on top: a dot a seed at its change against the baseline of that seed, a bar at the mean.
 
     Heads that end further than _FAR percent away may lie outside the frame; their mean is written beside it.
     """
     heads = _by_head(cells, rows)
-    if len(heads) < 2 or len(heads.get("softmax", ())) < 2:
+    base = baseline(_heads(cells))
+    if len(heads) < 2 or base is None or len(heads[base]) < 2:
         return None
-    changes = {label: _relative(own, heads["softmax"]) for label, own in heads.items() if label != "softmax"}
+    changes = {label: _relative(own, heads[base]) for label, own in heads.items() if label != base}
     means = {label: _mean(found) for label, found in changes.items() if found}
     order = sorted(means, key=means.__getitem__, reverse=True)
     left = 0.15 + label_margin(order) - 0.3
-    figure, axes = new_axes(_WIDTH, 0.75 + 0.33 * len(order), xlabel="test perplexity against softmax", ylabel="",
+    figure, axes = new_axes(_WIDTH, 0.75 + 0.33 * len(order), xlabel=_against(base), ylabel="",
                             left=left, right=0.78)  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1.2)
-    style = strokes(list(heads))
+    style = strokes(_heads(cells))
     for place, label in enumerate(order):
         color, found = style[label].color, changes[label]
         axes.scatter(found, [place] * len(found), s=22, color=color, alpha=0.5, linewidths=0, zorder=3)
@@ -157,7 +176,7 @@ def _curves(cells: Sequence[Cell], rows: Rows) -> Figure | None:
     figure, axes = new_axes(
         _WIDTH, _HEIGHT, xlabel="epochs", ylabel="validation perplexity", right=label_margin(list(heads))
     )
-    style, ends, low, high = strokes(list(heads)), [], [], []
+    style, ends, low, high = strokes(_heads(cells)), [], [], []
     for label, by_seed in heads.items():
         histories = [np.array(row["history"]).T for row in by_seed.values()]
         end = min(epochs[-1] for epochs, _ in histories)
@@ -178,16 +197,17 @@ def _curves(cells: Sequence[Cell], rows: Rows) -> Figure | None:
 
 def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) -> Figure | None:
     """Test perplexity over what the training costs, one of _COSTS: a dot a seed, a bar for the mean."""
-    place = cells[0].place
-    heads = {label: own for label, own in _by_head(cells, rows).items() if (place, measured_as(label)) in costs}
+    names = _heads(cells)
+    keys = {label: (cells[0].place, measured_as(label, name)) for label, name in names.items()}
+    heads = {label: own for label, own in _by_head(cells, rows).items() if keys[label] in costs}
     if len(heads) < 2:
         return None
     figure, axes = new_axes(
         _WIDTH, _HEIGHT, xlabel=_COSTS[name], ylabel="test perplexity", right=label_margin(list(heads))
     )  # fmt: skip
-    style, ends, values = strokes(list(heads)), [], list[float]()
+    style, ends, values = strokes(names), [], list[float]()
     for label, by_seed in heads.items():
-        cost, color = costs[place, measured_as(label)], style[label].color
+        cost, color = costs[keys[label]], style[label].color
         results = [row["result"] for row in by_seed.values()]
         x = cost["peak_mib"]
         if name == "seconds":
@@ -205,19 +225,24 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
 
 
 def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """Perplexity against the softmax's of the same seeds by how often the word stands in training."""
+    """Perplexity against the baseline's of the same seeds by how often the word stands in training."""
     losses = {
         label: {seed: np.array([part["cross_entropy"] for part in row["analysis"]["deciles"]], dtype=float)
                 for seed, row in by_seed.items()}
         for label, by_seed in _by_head(cells, rows).items()
     }  # fmt: skip
-    base = losses.pop("softmax", {})
+    base = baseline(_heads(cells))
+    if base is None:
+        return None
+    softmax = losses.pop(base)
     changes = {
-        label: np.mean([own[seed] - base[seed] for seed in shared], axis=0)
+        label: np.mean([own[seed] - softmax[seed] for seed in shared], axis=0)
         for label, own in losses.items()
-        if (shared := own.keys() & base.keys())
+        if (shared := own.keys() & softmax.keys())
     }
-    return changes_by_decile(changes, strokes(list(losses)), size=(_WIDTH, _HEIGHT)) if changes else None
+    if not changes:
+        return None
+    return changes_by_decile(changes, strokes(_heads(cells)), base=base, size=(_WIDTH, _HEIGHT))
 
 
 def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
@@ -233,7 +258,7 @@ def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
         return None
     figure, axes = new_axes(_WIDTH, _HEIGHT, xlabel="score z", ylabel="slope f'(z)", right=label_margin(list(heads)))
     axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
-    style, ends, top = strokes(list(heads)), [], [1.0]
+    style, ends, top = strokes(_heads(cells)), [], [1.0]
     for place, (label, own) in enumerate(heads.items()):
         factor = _factor(own[0])
         for row in own:
@@ -261,11 +286,15 @@ def _factor(row: Mapping[str, Any]) -> float:
 
 
 def _moving(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """f' at a few scores over the epochs of training, one line a seed: when PLIF moves. Scores as in `_slopes`."""
-    own = [rows[cell.key] for cell in cells if cell.config.head == "plif" and rows[cell.key]["slopes"]]
+    """f' at a few scores over the epochs of training, one line a seed: when PLIF moves. Scores as in `_slopes`.
+
+    Of several PLIFs the first, whose label the axis says.
+    """
+    learned = [cell for cell in cells if cell.config.head == "plif" and rows[cell.key]["slopes"]]
+    own = [rows[cell.key] for cell in learned if cell.label == learned[0].label]
     if not own:
         return None
-    figure, axes = new_axes(_WIDTH, _HEIGHT, xlabel="epochs", ylabel="slope f'(z) of PLIF", right=0.75)
+    figure, axes = new_axes(_WIDTH, _HEIGHT, xlabel="epochs", ylabel=f"slope f'(z) of {learned[0].label}", right=0.75)
     axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
     ends = []
     shades = {-8: "#b8cfea", -4: "#7fa9dd", 0: "#2878d4", 4: "#1c5596", 8: "#0e2f57"}

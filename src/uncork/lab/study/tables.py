@@ -10,17 +10,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from uncork.heads import HeadSpec
 from uncork.lab.study.run import Cell
 from uncork.lab.study.store import Rows
-from uncork.lab.summary import NO_NUMBER, baseline, holm, paired_p, perplexity, probability, run_row, summarise_table
+from uncork.lab.summary import (
+    BASELINE,
+    NO_NUMBER,
+    baseline,
+    heads_of,
+    holm,
+    paired_p,
+    perplexity,
+    probability,
+    run_row,
+    summarise_table,
+)
 
-_CONTROLS = ("softmax", "temperature", "softcap", "plif-frozen")
-TESTED = {
-    "plif": _CONTROLS,
-    "mop": _CONTROLS,
-    "mos (of all 128 units)": ("softmax", "moc (of all 128 units)", "softmax (11 epochs)"),
+TESTED = {name: (BASELINE, *HeadSpec(name).controls) for name in ("plif", "mop")} | {
+    "mos (of all 128 units)": (BASELINE, "moc (of all 128 units)", "softmax (11 epochs)"),
 }
-"""By head, or by its name before what stands in brackets: what it is tested against."""
+"""By head, or by what it is called in a part: what it is tested against."""
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
 """By place and head, what benchmarks/epoch_cost.py measures of the study's own model; empty where it has not."""
 
@@ -33,7 +42,7 @@ def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
         if kept is None:
             continue
         config, analysis = cell.config.resolved(), kept.get("analysis") or {}
-        row = run_row(cell.key, cell.label, config.seed, kept["result"], analysis)
+        row = run_row(cell.key, cell.label, config.head, config.seed, kept["result"], analysis)
         epochs = [epoch for epoch, _ in kept["history"]]
         losses = [loss for _, loss in kept["history"]]
         found.append(
@@ -75,7 +84,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         first = own.iloc[0]
         told = told.merge(more, left_on="head", right_index=True)
         by_head = _by_head(own)
-        base = baseline(told["head"])
+        base = baseline(heads_of(own))
         told["change_percent"] = [
             math.nan if base in (None, head) else _pair(by_head[head], by_head[base])["change_percent"]
             for head in told["head"]
@@ -95,11 +104,11 @@ def bars(runs: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for place, own in runs.groupby("place", sort=False):
-        by_head = _by_head(own)
+        by_head, names = _by_head(own), heads_of(own)
         tests = [
             {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
             for learned in by_head
-            for control in TESTED.get(learned, TESTED.get(learned.split(" ")[0], ()))
+            for control in TESTED.get(learned, TESTED.get(names[learned], ()))
             if control in by_head
         ]
         for test, adjusted in zip(tests, holm(np.array([t["p_value"] for t in tests])), strict=True):
@@ -126,11 +135,12 @@ def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
 
 def published_columns(frame: pd.DataFrame, runs: pd.DataFrame, costs: Costs) -> pd.DataFrame:
     """A summary in the columns of Parthiban et al. (2021): parameters, seconds an epoch, perplexities, ranks."""
+    names = heads_of(runs)
     tokens = (runs["tokens"] / runs["epochs"]).groupby([runs["place"], runs["head"]]).first()
     rows = []
     for row in frame.to_dict("records"):
         key = row["place"], row["head"]
-        cost = costs.get((row["place"], measured_as(row["head"])))
+        cost = costs.get((row["place"], measured_as(row["head"], names[row["head"]])))
         rows.append(
             {
                 "place": row["place"],
@@ -148,13 +158,13 @@ def published_columns(frame: pd.DataFrame, runs: pd.DataFrame, costs: Costs) -> 
     return pd.DataFrame(rows)
 
 
-def measured_as(label: str) -> str:
-    """The head whose cost is that of this label: "plif (unit slope)" is a PLIF.
+def measured_as(label: str, name: str) -> str:
+    """The head whose cost is that of this label: a PLIF of unit slope is a PLIF.
 
-    >>> measured_as("softmax (scale 1)"), measured_as("gss (learned)")
+    >>> measured_as("softmax (scale 1)", "softmax"), measured_as("gss (learned)", "gss")
     ('softmax', 'gss (learned)')
     """
-    return label.split(" (")[0] if label.endswith(("(unit slope)", "(scale 1)")) else label
+    return name if label in (f"{name} (unit slope)", f"{name} (scale 1)") else label
 
 
 def display_tests(tests: pd.DataFrame) -> pd.DataFrame:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncork.heads import HEAD_NAMES, Head, build_head
+from uncork.heads import HEAD_NAMES, Head, HeadSpec, build_head
 from uncork.lab.compare import parse_head
 from uncork.lab.corpora import load_corpus
 from uncork.lab.errors import LabError
 from uncork.lab.synthetic import targets
 from uncork.lab.synthetic.fitting import Fit, Fitting, fit, start
-from uncork.lab.synthetic.targets import MIXTURES, Targets
+from uncork.lab.synthetic.targets import Targets
 from uncork.lab.train_config import text_record
 from uncork.logit_functions import LogitFunction
 
@@ -116,7 +116,7 @@ class Cell:
     def memory(self) -> float:
         """Bytes that running it takes, about: targets, a chunk of scores, the measures in float64, and Adam's state."""
         name, options, features = self.read_head()
-        components = int(options.get("num_components", 4)) if name in MIXTURES else 1
+        components = int(HeadSpec(name, options).resolved.get("num_components", 1))
         return self.num_contexts * self.num_words * (40 + 24 * components) + 24 * self._parameters(
             name, features, options
         )

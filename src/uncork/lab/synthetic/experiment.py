@@ -110,18 +110,18 @@ def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, 
 
 def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, Any]], folder: Path) -> list[str]:
     """The figures that suit what was run; returns their names."""
-    heads = list(dict.fromkeys(frame["head"]))
+    heads, base = list(dict.fromkeys(frame["head"])), tables.baseline_of(frame)
     words, features = ({shape[place] for shape in part.shapes} for place in (0, 1))
     dirichlet = all(target.startswith("dirichlet:") for target in part.targets)
     made: dict[str, Callable[[Path], None]] = {}
     product = len(part.shapes) == len(words) * len(features) > 1
     is_grid = product or len(part.shapes) > max(len(words), len(features))
-    if dirichlet and len(part.targets) == 1 and is_grid and "softmax" in heads:
-        for head in (head for head in heads if head != "softmax"):
+    if dirichlet and len(part.targets) == 1 and is_grid and base is not None:
+        for head in (head for head in heads if head != base):
             for stem, columns in (("mode-matching", ["mode_matching"]), ("heat-maps", tables.MEASURES)):
                 drawn = partial(figures.heat_maps, frame, head, part.targets[0], columns=columns)
                 made[f"{stem}-{slug(head)}"] = drawn
-    compared = bool((frame.loc[frame["head"] != "softmax", "pairs"] > 0).any())
+    compared = bool((frame.loc[frame["head"] != base, "pairs"] > 0).any())
     if name == "pieces" and any(tables.num_pieces(head) for head in heads):
         made["pieces"] = partial(figures.by_pieces, frame)
     if name == "heads":
@@ -130,7 +130,8 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
         made["beta"] = partial(figures.by_beta, frame)
     if not dirichlet and len(features) > 1:
         made["features"] = partial(figures.by_features, frame)
-    learned = [head for head in heads if head.split(":")[0] in ("plif", "monotone")][:3]
+    found = {head: tables.head_of(head) for head in heads}
+    learned = [head for head, spec in found.items() if spec.learns_function and not spec.is_mixture][:3]
     if learned:
         made["functions"] = partial(figures.functions, _telling(frame, outcomes, learned[0]), heads=learned)
     for stem, draw in made.items():

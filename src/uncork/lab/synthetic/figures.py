@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
 from uncork.lab.plot_style import FONT, GRID, INK, MUTED, Stroke, dress, plain_log_ticks, to_png
+from uncork.lab.summary import NO_NUMBER
 from uncork.lab.synthetic.panels import (
     draw_legend,
     draw_line,
@@ -36,13 +36,13 @@ from uncork.lab.synthetic.panels import (
     title_height,
 )
 from uncork.lab.synthetic.tables import (
-    BASELINE,
     NO_KL,
-    NO_NUMBER,
     POINT,
+    baseline_of,
     grid,
     head_key,
     head_name,
+    head_of,
     num_pieces,
     series_name,
     target_key,
@@ -50,13 +50,11 @@ from uncork.lab.synthetic.tables import (
     usual_curves,
     usual_settings,
 )
-from uncork.lab.synthetic.targets import MIXTURES
 
 __all__ = ["by_beta", "by_features", "by_head", "by_pieces", "functions", "heat_maps"]
 
 SMALL = 7.0
 DOTTED = (0, (2, 2))
-LEARNED = ("monotone", "plif", "mop")
 LOWEST = NO_KL / 3  # KL divergences below NO_KL are drawn there
 
 VALUES = LinearSegmentedColormap.from_list("values", ["#f4f7fb", "#9dbfe4", "#2f6cb0", "#12345e"])
@@ -74,26 +72,29 @@ _MAPPED = {
 def heat_maps(
     frame: pd.DataFrame, head: str, target: str, path: Path, columns: Sequence[str] = ("mode_matching", "kl")
 ) -> None:
-    """The seed paper's three tables, softmax | head | head over softmax, over M and d; a row of maps a measure.
+    """The seed paper's three tables, baseline | head | head over baseline, over M and d; a row of maps a measure.
 
     Args:
         frame: as `summary` returns it. head, target: as the cells write them. path: of the PNG.
         columns: among mode_matching, kl and cross_entropy.
 
     Raises:
-        LabError: the target has no cells, or several numbers of contexts; the file cannot be written.
+        LabError: the target has no cells, or several numbers of contexts; no softmax; the file cannot be written.
     """
+    base = baseline_of(frame)
+    if base is None:
+        raise LabError("heat maps: there is no softmax to compare with")
     height = 0.34 + 0.46 * len(grid(frame, target, head, "kl"))
     figure, panels = make_panels(len(columns), 3, height, left=0.75, gap=0.18, between=0.85, top=0.6)
     for row, column in zip(panels, columns, strict=True):
         name, unit, digits, better, ratio = _MAPPED[column]
-        norm = _norm(column, [grid(frame, target, shown, column) for shown in (BASELINE, head)])
-        for axes, shown in zip(row, (BASELINE, head), strict=False):
+        norm = _norm(column, [grid(frame, target, shown, column) for shown in (base, head)])
+        for axes, shown in zip(row, (base, head), strict=False):
             _heat_map(axes, *_with_std(frame, target, shown, column), digits, norm, VALUES)
             axes.set_title(head_name(shown), fontsize=FONT, color=INK, pad=5)
         colors = RATIOS if better == "lower" else RATIOS.reversed()
         _heat_map(row[2], *_with_std(frame, target, head, ratio), 2, Normalize(0, 2, clip=True), colors)
-        row[2].set_title(f"{head_name(head)} / softmax", fontsize=FONT, color=INK, pad=5)
+        row[2].set_title(f"{head_name(head)} / {head_name(base)}", fontsize=FONT, color=INK, pad=5)
         name_y(row[0], "words M")
         for axes in row[1:]:
             axes.tick_params(labelleft=False)
@@ -154,24 +155,26 @@ def by_pieces(frame: pd.DataFrame, path: Path) -> None:
     own = own.assign(pieces=own["head"].map(num_pieces), line=own["head"].map(series_name))
     lines = own[own["pieces"].notna()]
     points = make_points(lines)
-    last = lines["line"].str.startswith("frozen")
+    last = lines["head"].map(lambda head: head_of(head).is_control)
     heads = pd.concat([lines[~last], lines[last]]).drop_duplicates("line")
     drawn = head_strokes(heads["head"])
     style = {line: drawn[head] for line, head in zip(heads["line"], heads["head"], strict=True)}
+    base = baseline_of(own)
 
     def across(axes: Axes, point: pd.DataFrame, row: int) -> None:
         here = own.merge(point[POINT].drop_duplicates(), on=POINT)
-        for _, cell in here[here["head"] == BASELINE].iterrows():
+        for _, cell in here[here["head"] == base].iterrows():
             axes.axhline(cell[("kl", "mode_matching")[row]], color=INK, linewidth=1.2, linestyle=DOTTED)
 
-    figure = _two_rows(points, style, "pieces", {"kl": "KL, nats", "mode_matching": "mode matching, %"}, across)
+    figure = _two_rows(points, style, "pieces", {"kl": "KL, nats", "mode_matching": "mode matching, %"}, across, base)
     to_png(figure, path)
 
 
 def by_beta(frame: pd.DataFrame, path: Path) -> None:
     """KL over the softmax's, and mode matching less the softmax's, against the Dirichlet's beta; a line a head."""
     own = usual_settings(frame)
-    own = own[own["target"].str.startswith("dirichlet:") & (own["head"] != BASELINE) & (own["pairs"] > 0)]
+    base = baseline_of(own)
+    own = own[own["target"].str.startswith("dirichlet:") & (own["head"] != base) & (own["pairs"] > 0)]
     own = own.assign(beta=own["target"].str.removeprefix("dirichlet:").astype(float), line=own["head"].map(head_name))
     points = make_points(own, by=POINT[1:])
 
@@ -180,8 +183,8 @@ def by_beta(frame: pd.DataFrame, path: Path) -> None:
         if row == 0:
             axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
 
-    labels = {"kl_ratio": "KL / softmax's KL", "mode_gain": "mode gain, points"}
-    to_png(_two_rows(points, named(head_strokes(own["head"])), "beta", labels, across), path)
+    labels = {"kl_ratio": f"KL / {base and head_name(base)}'s KL", "mode_gain": "mode gain, points"}
+    to_png(_two_rows(points, named(head_strokes(own["head"])), "beta", labels, across, base), path)
 
 
 def _two_rows(
@@ -190,9 +193,13 @@ def _two_rows(
     x: str,
     measures: dict[str, str],
     across: Callable[[Axes, pd.DataFrame, int], None],
+    base: str | None,
 ) -> Figure:
-    """A column a point, a row a measure, both against `x`; one line for each name in the points' column `line`."""
-    items = {**style, "softmax": Stroke(INK, DOTTED, 1.2)}
+    """A column a point, a row a measure, both against `x`; one line for each name in the points' column `line`.
+
+    `across` draws the line of `base`, where there is one.
+    """
+    items = style if base is None else {**style, head_name(base): Stroke(INK, DOTTED, 1.2)}
     figure, panels = make_panels(
         2,
         len(points),
@@ -229,12 +236,13 @@ def by_head(frame: pd.DataFrame, path: Path) -> None:
     panel, averaged over the panels.
     """
     own = usual_settings(frame)
+    base = baseline_of(own)
     points = make_points(own)
     logs = own.assign(log=np.log(own["kl"].clip(lower=NO_KL)))
     logs["log"] -= logs.groupby(POINT)["log"].transform("mean")
     order = logs.groupby("head")["log"].mean().sort_values()
-    heads = sorted((str(head) for head in order.index), key=lambda head: (_is_mixture(head), order[head]))
-    plain = sum(not _is_mixture(head) for head in heads)
+    heads = sorted((str(head) for head in order.index), key=lambda head: (head_of(head).is_mixture, order[head]))
+    plain = sum(not head_of(head).is_mixture for head in heads)
     places = {head: place + 0.6 * (place >= plain > 0) for place, head in enumerate(heads)}
     style = head_strokes(heads)
     left = 0.25 + 0.075 * max(len(head_name(head)) for head in heads)
@@ -249,7 +257,7 @@ def by_head(frame: pd.DataFrame, path: Path) -> None:
         for _, cell in point.iterrows():
             axes.errorbar(cell[measure], places[cell["head"]], xerr=np.nan_to_num(cell[f"{measure}_std"]), fmt="o",
                           markersize=5, color=style[cell["head"]].color, elinewidth=1.4, capsize=2)  # fmt: skip
-        for value in point.loc[point["head"] == BASELINE, measure]:
+        for value in point.loc[point["head"] == base, measure]:
             axes.axvline(value, color=INK, linewidth=1, linestyle=DOTTED, zorder=1)
         axes.margins(x=0.08)
         axes.set_ylim(max(places.values()) + 0.6, -0.6)
@@ -261,10 +269,6 @@ def by_head(frame: pd.DataFrame, path: Path) -> None:
             axes.set_title(title, fontsize=FONT, color=INK, pad=6)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     to_png(figure, path)
-
-
-def _is_mixture(head: str) -> bool:
-    return parse_head(head)[0] in MIXTURES
 
 
 def by_features(frame: pd.DataFrame, path: Path) -> None:
@@ -371,7 +375,7 @@ def functions(outcomes: Sequence[dict[str, Any]], path: Path, heads: Sequence[st
 
 
 def _is_shown(head: str, heads: Sequence[str] | None) -> bool:
-    return parse_head(head)[0] in LEARNED if heads is None else head in heads
+    return head_of(head).learns_function if heads is None else head in heads
 
 
 def _draw_functions(axes: Axes, curves: list[dict[str, Any]], key: str, stroke: Stroke) -> None:

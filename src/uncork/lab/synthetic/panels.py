@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from uncork.lab.errors import LabError
 from uncork.lab.plot_style import FONT, INK, MUTED, Stroke, plain_log_ticks, strokes
-from uncork.lab.synthetic.tables import POINT, head_key, head_name, point_title
+from uncork.lab.synthetic.tables import POINT, head_key, head_name, head_of, point_title
 
 WIDTH = 9.0  # inches: 900 pixels of a README show 9.5 points as 13 pixels
 WIDEST = 3.6  # inches of a panel
@@ -64,9 +64,8 @@ def title_height(titles: Iterable[str]) -> float:
 
 
 def head_strokes(heads: Iterable[str]) -> dict[str, Stroke]:
-    """A stroke for each head; `strokes` wants options in brackets."""
-    labels = sorted(set(heads), key=head_key)
-    return dict(zip(labels, strokes([label.replace(":", " (") for label in labels]).values(), strict=True))
+    """A stroke for each head, in the order of tables."""
+    return strokes({label: head_of(label).name for label in sorted(set(heads), key=head_key)})
 
 
 def named(style: dict[str, Stroke]) -> dict[str, Stroke]:

@@ -11,15 +11,17 @@ from typing import Any
 
 import pandas as pd
 
+from uncork.heads import HeadSpec
 from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
-from uncork.lab.summary import HEAD_ORDER
-from uncork.lab.synthetic.targets import MIXTURES
+from uncork.lab.summary import NO_NUMBER, baseline
 
 __all__ = [
+    "baseline_of",
     "grid",
     "head_key",
     "head_name",
+    "head_of",
     "long_table",
     "nats",
     "num_pieces",
@@ -38,7 +40,6 @@ __all__ = [
 
 POINT = ["target", "num_contexts", "num_words", "in_features"]
 SETTINGS = ["learning_rate", "function_scale", "first_round", "rounds", "tolerance", "optimizer"]
-BASELINE = "softmax"
 NO_KL = 1e-4
 """Nats. At and below it the head models the targets; a ratio to such a KL divergence says nothing, and is nan."""
 
@@ -46,11 +47,16 @@ MEASURES = ["mode_matching", "kl", "cross_entropy"]
 _PAIRED = ["mode_gain", "kl_gain", "mode_ratio", "kl_ratio", "cross_entropy_ratio"]
 _DECIMALS = {"entropy": 6, "cross_entropy": 6, "kl": 6, "mode_matching": 3, "largest_score": 3, "last_gain": 8,
              "seconds": 2}  # fmt: skip
-_NAMES = {"softcap": "softcap", "sigsoftmax": "sigsoftmax", "gss": "GSS", "plif": "PLIF", "plif-frozen": "frozen PLIF",
-          "mos": "MoS", "moss": "MoSS", "mop": "MoP", "moc": "MoC"}  # fmt: skip
-# What `build_head` takes where a label does not say; written all the same, since these are what a series varies.
-_PIECES, _UNITS, _COMPONENTS, _CAP = 100, 100, 4, 30
-NO_NUMBER = "–"
+
+
+def head_of(label: str) -> HeadSpec:
+    """The head of a label, without its options, some of which are the experiment's own."""
+    return HeadSpec(parse_head(label)[0])
+
+
+def baseline_of(frame: pd.DataFrame) -> str | None:
+    """The head that the others are compared with, see `uncork.lab.summary.baseline`; of a table with a column head."""
+    return baseline({str(head): head_of(head).name for head in frame["head"].unique()})
 
 
 def head_name(label: str) -> str:
@@ -75,18 +81,17 @@ def series_name(label: str) -> str:
 
 def _head_name(label: str, *, with_size: bool) -> str:
     name, options, settings = parse_head(label)
-    options |= settings
-    text = _NAMES.get(name, name)
-    if name in MIXTURES:
-        text += f"-{options.pop('num_components', _COMPONENTS)}"
-    if name == "softcap":
-        text += f" {options.pop('cap', _CAP):g}"
+    head, options = HeadSpec(name), options | settings
+    text = head.called
+    if head.is_mixture:
+        text += f"-{options.pop('num_components', head.defaults['num_components'])}"
+    if "cap" in head.defaults:
+        text += f" {options.pop('cap', head.defaults['cap']):g}"
     parts = [text]
-    if size := _size(name, options):
-        kind = next(iter(size))
+    for kind, number in _size(head, options).items():
         options.pop(kind, None)
-        parts += [f"{size[kind]:,} {kind.removeprefix('num_')}"] if with_size else []
-    if name in MIXTURES and (activation := options.pop("latent_activation", "tanh")) is not None:
+        parts += [f"{number:,} {kind.removeprefix('num_')}"] if with_size else []
+    if head.is_mixture and (activation := options.pop("latent_activation", "tanh")) is not None:
         parts.append(str(activation))
     narrowed = options.pop("equal_parameters", False)
     parts += [_option(key, value) for key, value in options.items() if value is not False]
@@ -98,11 +103,9 @@ def _option(key: str, value: Any) -> str:
     return words if value is True else f"{words} {value}"
 
 
-def _size(name: str, options: dict[str, Any]) -> dict[str, int]:
+def _size(head: HeadSpec, options: dict[str, Any]) -> dict[str, int]:
     """The number of pieces or units, for heads that have one."""
-    if name in ("plif", "plif-frozen", "mop"):
-        return {"num_pieces": options.get("num_pieces", _PIECES)}
-    return {"num_units": options.get("num_units", _UNITS)} if name == "monotone" else {}
+    return {key: options.get(key, head.defaults[key]) for key in ("num_pieces", "num_units") if key in head.defaults}
 
 
 def num_pieces(label: str) -> int | None:
@@ -112,14 +115,15 @@ def num_pieces(label: str) -> int | None:
     (10, 100, None)
     """
     name, options, _ = parse_head(label)
-    return _size(name, options)["num_pieces"] if name in ("plif", "plif-frozen") else None
+    head = HeadSpec(name)
+    return None if head.is_mixture else _size(head, options).get("num_pieces")
 
 
 def head_key(label: str) -> tuple[int, int, str]:
     """Sorts heads: controls near what they control, then by the number of pieces or units."""
     name, options, _ = parse_head(label)
-    place = HEAD_ORDER.index(name) if name in HEAD_ORDER else len(HEAD_ORDER)
-    return place, max(_size(name, options).values(), default=0), label
+    head = HeadSpec(name)
+    return head.order, max(_size(head, options).values(), default=0), label
 
 
 def target_name(target: str) -> str:
@@ -130,7 +134,7 @@ def target_name(target: str) -> str:
     """
     kind, *rest = target.split(":")
     if kind == "planted":
-        return f"planted {_NAMES.get(rest[0], rest[0])} of {rest[1]} features"
+        return f"planted {HeadSpec(rest[0]).called} of {rest[1]} features"
     names = {
         "dirichlet": "Dirichlet, β = {}",
         "sharpened": "Dirichlet, β = {}, to the power {}",
@@ -191,7 +195,8 @@ def _sorted(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a target, N, M, d, head and settings: means and deviations over the seeds, and against the softmax.
+    """One row a target, N, M, d, head and settings: means and deviations over the seeds, and against the baseline, the
+    softmax that `baseline_of` says.
 
     Columns beside those keys: seeds; mode_matching (percent), kl, cross_entropy (nats), each with `_std`; parameters
     and width (means); converged (share of the seeds); pairs, the seeds that the softmax has too, trained as long, and
@@ -226,7 +231,7 @@ def _with_softmax(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with the measures of the softmax that each is compared with, as columns `_softmax`."""
     budget = [*POINT, "seed", "first_round", "rounds", "tolerance"]
     same = [*budget, "learning_rate", "optimizer"]
-    softmax = rows[rows["head"] == BASELINE]
+    softmax = rows[rows["head"] == baseline_of(rows)]
     counts = rows.groupby(["learning_rate", "optimizer"])["seed"].transform("size")
     commonest = softmax.loc[counts[softmax.index].sort_values(ascending=False, kind="stable").index]
     paired = rows
@@ -315,7 +320,7 @@ _CELLS: dict[str, Callable[[Any], str]] = {
 
 
 def _against(row: Any, text: str) -> str:
-    return "" if row["head"] == BASELINE else text
+    return "" if row["baseline"] else text
 
 
 def _setting_titles(frame: pd.DataFrame) -> list[str]:
@@ -326,7 +331,8 @@ def _setting_titles(frame: pd.DataFrame) -> list[str]:
 
 def terminal_table(frame: pd.DataFrame) -> str:
     """The summary for a terminal of 120 columns: a block a point and its settings, a line a head."""
-    frame = _sorted(frame, [*POINT, *SETTINGS, "head"])
+    base = baseline_of(frame)
+    frame = _sorted(frame.assign(baseline=frame["head"] == base), [*POINT, *SETTINGS, "head"])
     names = ["head", "converged", "mode matching, %", "KL, nats", "gain, points", "KL / softmax"]
     lines = [[_CELLS[name](row) for name in names] for _, row in frame.iterrows()]
     widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
@@ -342,13 +348,15 @@ def terminal_table(frame: pd.DataFrame) -> str:
         text += ["", title] if title != last else []
         text.append(joined(line))
         last = title
-    note = "± is the standard deviation over seeds; gain and ratio are against the softmax of the same seed and budget."
+    note = "± is the standard deviation over seeds"
+    note += f"; gain and ratio are against {head_name(base)} of the same seed and budget." if base else "."
     return "\n".join([*text, "", note])
 
 
 def long_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The summary as text to be read, one row a head and point; what is the same in all rows is left out."""
     lines = []
+    frame = frame.assign(baseline=frame["head"] == baseline_of(frame))
     varying = [name for name in POINT if frame[name].nunique() > 1]
     titles = {"target": "targets", "num_contexts": "N", "num_words": "M", "in_features": "d"}
     for (_, row), settings in zip(frame.iterrows(), _setting_titles(frame), strict=True):

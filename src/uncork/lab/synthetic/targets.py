@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uncork.heads import HEAD_NAMES, Head, MixtureHead, build_head
+from uncork.heads import HEAD_NAMES, Head, HeadSpec, MixtureHead, build_head
 from uncork.lab.corpora import load_corpus
 from uncork.lab.errors import LabError
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 SCORE_SPREAD = 3.0  # standard deviation of scores: rows of 4 nats or so among 2,000 words
 
-MIXTURES = ("mos", "moss", "mop", "moc")
+MIXTURES = tuple(name for name in HEAD_NAMES if HeadSpec(name).is_mixture)
 
 # What `planted` gives `build_head`; a head built with the same options can represent its targets. The kinks of PLIF
 # lie on the knots of the default one too (100 pieces of bound 20), which can therefore represent them as well.

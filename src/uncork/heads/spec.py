@@ -1,0 +1,334 @@
+"""What an output layer is called: one table of all heads, and a head of it with options, to read, print and build.
+
+A new head is one entry of the table: build_head, the command line, tables, figures and reports take it from there.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from uncork.heads.base import Head
+from uncork.heads.layers import ContextMixtureHead, LinearHead, MixtureHead
+from uncork.logit_functions import (
+    PLIF,
+    Compose,
+    GeneralizedSigsoftmax,
+    LogitFunction,
+    MonotoneNetwork,
+    Scale,
+    Sigsoftmax,
+    Softcap,
+)
+from uncork.logit_functions.base import positive
+
+__all__ = ["HEAD_NAMES", "HeadSpec", "parse_text", "parse_value", "start_at_unigram", "titled", "value_text"]
+
+
+def _temperature(factor: float = 1.0) -> LogitFunction:
+    return Scale(factor, learnable=True)
+
+
+def _frozen_plif(num_pieces: int = 100, bound: float = 20.0, spread: float = 1.0) -> LogitFunction:
+    return PLIF(num_pieces, bound, init="random", spread=spread, frozen=True)
+
+
+_mixture = partial(MixtureHead, num_components=4)
+_context_mixture = partial(ContextMixtureHead, num_components=4)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An entry of the table. Options and their defaults are those of `layer` and `function`.
+
+    Attributes:
+        layer: makes the head of D, V and its options. function: makes its logit function of its options, or None.
+        called: its name in prose. colour: of its lines and dots in every figure, in the middle between black and white.
+        dashes: dash, gap, ... of its lines in points; () is a solid line. heavy: whether they are drawn thicker.
+        learns: whether the shape of its function is learned.
+        as_control: what a sentence calls it where it is there to be compared with. control_of: with which heads; () are
+            all that learn a function.
+    """
+
+    layer: Callable[..., Head]
+    function: Callable[..., LogitFunction] | None
+    called: str
+    colour: str
+    dashes: tuple[float, ...] = ()
+    heavy: bool = False
+    learns: bool = False
+    as_control: str = ""
+    control_of: tuple[str, ...] = ()
+
+
+# In the order of tables: controls near what they control.
+_KINDS: dict[str, _Kind] = {
+    "softmax": _Kind(LinearHead, None, "softmax", "#1b1f24", heavy=True),
+    "temperature": _Kind(
+        LinearHead, _temperature, "temperature", "#6a7280", (1, 1.2), as_control="a learned temperature"
+    ),
+    "softcap": _Kind(LinearHead, Softcap, "softcap", "#a9772b", (5, 1.5, 1, 1.5), as_control="a softcap"),
+    "sigsoftmax": _Kind(LinearHead, Sigsoftmax, "sigsoftmax", "#e0730a"),
+    "gss": _Kind(LinearHead, GeneralizedSigsoftmax, "GSS", "#bd9a00"),
+    "monotone": _Kind(LinearHead, MonotoneNetwork, "monotone", "#00967f", learns=True),
+    "plif": _Kind(LinearHead, PLIF, "PLIF", "#2878d4", heavy=True, learns=True),
+    "plif-frozen": _Kind(
+        LinearHead, _frozen_plif, "frozen PLIF", "#4f9be8", (4, 1.8), as_control="the frozen random PLIF"
+    ),
+    "mos": _Kind(_mixture, None, "MoS", "#c63d8f"),
+    "moss": _Kind(_mixture, Sigsoftmax, "MoSS", "#9a5fe0"),
+    "mop": _Kind(_mixture, PLIF, "MoP", "#d9534f", learns=True),
+    "moc": _Kind(
+        _context_mixture, None, "MoC", "#7d8c36", (3.7, 1.6),
+        as_control="the mixture of contexts", control_of=("mos", "moss"),
+    ),
+}  # fmt: skip
+HEAD_NAMES: tuple[str, ...] = tuple(_KINDS)
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head by its name, with options: what it is called, and how to build it.
+
+    Two specs are equal where they build the same head: options at their default are dropped, the others stand in the
+    order of `defaults`.
+
+    Args:
+        name: one of HEAD_NAMES. options: those of `build_head` but bias_init, in JSON's types.
+
+    >>> spec = HeadSpec.parse("plif:scale=4,num_pieces=50,bound=20")
+    >>> str(spec), spec.title, spec == HeadSpec("plif", {"num_pieces": 50, "scale": 4.0})
+    ('plif:num_pieces=50,scale=4', 'plif (num_pieces=50, scale=4)', True)
+    >>> spec.build(16, 1000).logit_function(torch.tensor([-1.0, 2.0])).tolist()
+    [-4.0, 8.0]
+
+    Raises:
+        ValueError: for an unknown name; the message lists them.
+        TypeError: for an option that the head does not have; the message lists those that it has, with their defaults.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in _KINDS:
+            raise ValueError(f"name: expected one of {', '.join(HEAD_NAMES)}, got {self.name!r}")
+        defaults = self.defaults
+        if unknown := [key for key in self.options if key not in defaults]:
+            known = ", ".join(f"{key}={value_text(value)}" for key, value in defaults.items())
+            raise TypeError(f"{self.name} has no option {', '.join(unknown)}; expected some of {known}")
+        own = {key: self.options[key] for key in defaults if key in self.options}
+        own = {key: value for key, value in own.items() if not _same(value, defaults[key])}
+        object.__setattr__(self, "options", own)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The head that the command line writes as name or name:key=value,key=value, with JSON values or plain words.
+
+        >>> HeadSpec.parse("mos:latent_activation=null,bias=false").options
+        {'latent_activation': None, 'bias': False}
+
+        Raises:
+            ValueError: for any other text, an unknown name or option, or an option that is given twice.
+        """
+        name, options = parse_text(text)
+        try:
+            return cls(name, options)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    def __str__(self) -> str:
+        """The text that `parse` reads, the same for equal specs."""
+        return f"{self.name}:{_joined(self.options, ',')}" if self.options else self.name
+
+    @property
+    def title(self) -> str:
+        """What tables, legends and reports call it: "softmax", "plif (num_pieces=50, scale=4)"."""
+        return titled(self.name, self.options)
+
+    @property
+    def called(self) -> str:
+        """Its name in prose, without options: "frozen PLIF"."""
+        return _KINDS[self.name].called
+
+    @property
+    def order(self) -> int:
+        """Its place among the heads of a table."""
+        return HEAD_NAMES.index(self.name)
+
+    @property
+    def colour(self) -> str:
+        """Of its lines and dots in every figure, as "#2878d4"."""
+        return _KINDS[self.name].colour
+
+    @property
+    def dashes(self) -> tuple[float, ...]:
+        """Dash, gap, ... of its lines in points; () is a solid line."""
+        return _KINDS[self.name].dashes
+
+    @property
+    def heavy(self) -> bool:
+        """Whether its lines are drawn thicker than the others."""
+        return _KINDS[self.name].heavy
+
+    @property
+    def control_of(self) -> tuple[str, ...]:
+        """The heads that it is there to be compared with: it is a cheap or an empty form of them."""
+        kind = _KINDS[self.name]
+        learned = tuple(name for name, other in _KINDS.items() if other.learns)
+        return (kind.control_of or learned) if kind.as_control else ()
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to be compared with, not to win."""
+        return bool(_KINDS[self.name].as_control)
+
+    @property
+    def as_control(self) -> str:
+        """What a sentence calls it as a control: "the frozen random PLIF"; the name of a head that is none."""
+        return _KINDS[self.name].as_control or self.name
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The heads that a gain of this one has to be measured against, beside the softmax."""
+        return tuple(name for name in HEAD_NAMES if self.name in HeadSpec(name).control_of)
+
+    @property
+    def learns_function(self) -> bool:
+        """Whether the shape of its function is learned (a temperature's is a line, whatever its slope)."""
+        return _KINDS[self.name].learns
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it has several components."""
+        return "num_components" in self.defaults
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every option that it has, with its default."""
+        kind = _KINDS[self.name]
+        own = {} if kind.function is None else _defaults(kind.function)
+        return {**own, **_defaults(kind.layer), "scale": 1.0}
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Every option, with the value that the head is built with."""
+        return {**self.defaults, **self.options}
+
+    def build(self, in_features: int, vocab_size: int, *, bias_init: Tensor | None = None) -> Head:
+        """The head, at its start; see `build_head`."""
+        kind, options = _KINDS[self.name], self.resolved
+        scale = options.pop("scale")
+        function = kind.function(**{k: options.pop(k) for k in _defaults(kind.function)}) if kind.function else None
+        if positive("scale", scale) != 1:
+            function = Scale(scale) if function is None else Compose(Scale(scale), function)
+        head = kind.layer(in_features, vocab_size, logit_function=function, **options)
+        if bias_init is not None:
+            start_at_unigram(head, bias_init)
+            with torch.no_grad():
+                head.bias.div_(scale * self.resolved.get("factor", 1.0))  # type: ignore[union-attr]
+        return head
+
+
+def start_at_unigram(head: Head, counts: Tensor) -> None:
+    """Sets the bias to log(counts / total), and a count of 0 to 1/2 first.
+
+    Args:
+        head: with a bias. counts: (V,), at least 0, not all 0.
+    """
+    if head.bias is None:
+        raise ValueError("bias_init: expected a head with a bias, got bias=False")
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"bias_init: expected a Tensor, got {type(counts).__name__}")
+    if tuple(counts.shape) != (head.vocab_size,):
+        raise ValueError(f"bias_init: expected shape ({head.vocab_size},), got {tuple(counts.shape)}")
+    if not bool((counts >= 0).all()) or not bool((counts > 0).any()) or bool(counts.isinf().any()):
+        raise ValueError("bias_init: expected finite counts of at least 0 that are not all 0")
+    smoothed = counts.double().clamp(min=0.5)
+    with torch.no_grad():
+        head.bias.copy_((smoothed / smoothed.sum()).log())
+
+
+def titled(name: str, settings: Mapping[str, Any]) -> str:
+    """A head's name, and in brackets what sets it apart.
+
+    >>> titled("softmax", {"bias_prior": False, "output_lr_scale": 1.0}), titled("softmax", {})
+    ('softmax (bias_prior=false, output_lr_scale=1)', 'softmax')
+    """
+    return f"{name} ({_joined(settings, ', ')})" if settings else name
+
+
+# Commas within brackets or quotes belong to a value.
+_ITEM = re.compile(r'(?:"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[^,])+')
+
+
+def parse_text(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the values of name:key=value,key=value, whatever they mean.
+
+    >>> parse_text("plif:init=random,bound=[-99, 48],lr=2e-3")
+    ('plif', {'init': 'random', 'bound': [-99, 48], 'lr': 0.002})
+
+    Raises:
+        ValueError: for any other text, or a key that is given twice.
+    """
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {}
+    for item in _ITEM.findall(rest):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ValueError(f"head: expected name or name:key=value,key=value, got {text!r}")
+        if key in values:
+            raise ValueError(f"head: expected {key} once, got {text!r}")
+        values[key] = parse_value(value)
+    return name, values
+
+
+def parse_value(text: str) -> Any:
+    """A JSON value, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def value_text(value: Any) -> str:
+    """The text that `parse_value` reads as this value; the same for equal numbers.
+
+    >>> value_text(4.0), value_text(None), value_text("tanh"), value_text("true")
+    ('4', 'null', 'tanh', '"true"')
+    """
+    if isinstance(value, str):
+        plain = parse_value(value) == value and not set(value) & set(',"[]')
+        return value if plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    return json.dumps(value)
+
+
+def _joined(values: Mapping[str, Any], separator: str) -> str:
+    return separator.join(f"{key}={value_text(value)}" for key, value in values.items())
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Equal, but True is not 1."""
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
+
+
+def _defaults(maker: Callable[..., Any]) -> dict[str, Any]:
+    """The options that a maker of heads or functions has, the function itself aside."""
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(maker).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    options.pop("logit_function", None)
+    return options

@@ -1,0 +1,131 @@
+"""What a head is called: text and back, one table for names, options, titles, colours and controls."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from uncork import HEAD_NAMES, LinearHead, build_head
+from uncork.heads import HeadSpec
+from uncork.heads import spec as specs
+from uncork.heads.spec import parse_text, titled, value_text
+
+D, V = 4, 6
+# Another value than the default of every option that a head has, of each type that occurs.
+OTHERS = {
+    "factor": 2.5, "cap": 12, "center": -1.5, "steepness": 3, "learnable": True, "num_units": 7, "bound": 11.0,
+    "units": "tanh", "init": "random", "spread": 0.25, "frozen": True, "num_pieces": 9, "unit_slope": True,
+    "num_components": 2, "latent_features": 3, "latent_activation": None, "bias": False, "scale": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_a_spec_is_printed_and_read_back_with_every_option(name):
+    head = HeadSpec(name)
+    for option in [*head.defaults, None]:
+        options = OTHERS if option is None else {option: OTHERS[option]}
+        spec = HeadSpec(name, {key: options[key] for key in options if key in head.defaults})
+        again = HeadSpec.parse(str(spec))
+        assert (again, str(again), hash(again)) == (spec, str(spec), hash(spec))
+        assert {key: type(value) for key, value in again.options.items()} == {
+            key: type(int(value) if isinstance(value, float) and value.is_integer() else value)
+            for key, value in spec.options.items()
+        }
+        if option not in ("unit_slope", None):  # which is for a learned PLIF alone
+            assert spec.build(D, V)(torch.randn(2, D)).shape == (2, V)
+    assert HeadSpec.parse(name) == head
+    assert str(head) == head.title == name
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, False, 3, 0.25, 1e-5, "tanh", "null", "true", "3", "a,b", '"', "", "x=y", [-99, 48], "[1"]
+)
+def test_values_survive_their_text(value):
+    name, options = parse_text(f"plif:first={value_text(value)},last={value_text(value)}")
+    assert (name, options) == ("plif", {"first": value, "last": value})
+
+
+def test_equal_heads_have_one_text():
+    for text in ("plif", "plif:num_pieces=100", "plif:scale=1,bound=20", "plif:"):
+        assert HeadSpec.parse(text) == HeadSpec("plif")
+        assert str(HeadSpec.parse(text)) == "plif"
+    assert str(HeadSpec.parse("plif:scale=4.0,num_pieces=50")) == "plif:num_pieces=50,scale=4"
+    assert HeadSpec("softmax", {"scale": 4}) == HeadSpec("softmax", {"scale": 4.0})
+    assert HeadSpec("softmax", {"bias": False}).title == "softmax (bias=false)"
+    assert HeadSpec("temperature", {"factor": True}).options == {"factor": True}  # is not the default of 1
+
+
+def test_the_table_of_build_head_says_every_option_with_its_default():
+    rows = re.findall(r"^\s*\| ([a-z-]+) \| .* \| (.*)\|$", inspect.getdoc(build_head), re.MULTILINE)
+    written = {name: eval(f"dict({options.strip()})") for name, options in rows[1:] if "'s" not in options}
+    written["moss"] = written["moc"] = written["mos"]
+    written["mop"] = written["plif"] | written["mos"]
+    assert dict(rows)["mop"].strip() == "plif's and mos's"
+    assert {dict(rows)[name].strip() for name in ("moss", "moc")} == {"mos's"}
+    heading = re.search(r"\| options and their defaults, beside (.*) and (.*) \|", inspect.getdoc(build_head))
+    assert heading is not None
+    shared = eval(f"dict({heading[1]}, {heading[2]})")
+    assert {name: written[name] | shared for name in HEAD_NAMES} == {n: HeadSpec(n).defaults for n in HEAD_NAMES}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nosuch", "name: expected one of softmax, temperature, .*, moc, got 'nosuch'"),
+        ("plif:num_peices=3", "plif has no option num_peices; expected some of num_pieces=100, bound=20, "),
+        ("softmax:num_components=2", "softmax has no option num_components; expected some of bias=true, scale=1$"),
+        ("plif:num_pieces", "expected name or name:key=value,key=value, got 'plif:num_pieces'"),
+        ("plif:=3", "expected name or name:key=value"),
+        ("plif:scale=2,scale=3", "expected scale once"),
+    ],
+)
+def test_a_text_that_is_no_head_is_a_value_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        HeadSpec.parse(text)
+
+
+def test_build_is_build_head():
+    for name, options in (("plif", {"num_pieces": 7, "scale": 3.0}), ("mos", {"num_components": 2, "bias": False})):
+        first, second = HeadSpec(name, options).build(D, V), build_head(name, D, V, **options)
+        assert first.spec() == second.spec()
+    counts = torch.arange(1.0, V + 1)
+    assert HeadSpec("softmax", {"scale": 2}).build(D, V, bias_init=counts).bias.tolist() == pytest.approx(
+        ((counts / counts.sum()).log() / 2).tolist()
+    )
+
+
+def test_controls_and_what_they_control():
+    assert HeadSpec("plif").controls == HeadSpec("monotone").controls == ("temperature", "softcap", "plif-frozen")
+    assert HeadSpec("mos").controls == ("moc",)
+    assert [name for name in HEAD_NAMES if HeadSpec(name).is_control] == [
+        "temperature",
+        "softcap",
+        "plif-frozen",
+        "moc",
+    ]
+    assert HeadSpec("plif-frozen").as_control == "the frozen random PLIF"
+    for name in HEAD_NAMES:
+        head = HeadSpec(name)
+        assert set(head.control_of) == {other for other in HEAD_NAMES if name in HeadSpec(other).controls}
+        assert isinstance(head.build(D, V), LinearHead) != head.is_mixture
+
+
+def test_every_head_has_a_colour_and_a_place_of_its_own():
+    heads = [HeadSpec(name) for name in HEAD_NAMES]
+    assert all(re.fullmatch("#[0-9a-f]{6}", head.colour) for head in heads)
+    assert len({head.colour for head in heads}) == len(heads)
+    assert [head.order for head in heads] == list(range(len(heads)))
+    assert len({head.called for head in heads}) == len(heads)
+
+
+def test_a_new_head_is_one_entry_of_the_table(monkeypatch):
+    monkeypatch.setitem(specs._KINDS, "new", specs._Kind(specs._mixture, specs.Softcap, "New", "#123456", learns=True))
+    new = specs.HeadSpec.parse("new:num_components=3,cap=9")
+    assert (new.title, new.called, new.colour) == ("new (cap=9, num_components=3)", "New", "#123456")
+
+
+def test_titles_and_texts_of_settings_that_are_not_the_heads():
+    assert titled("softmax", {"bias_prior": False, "output_lr_scale": 1.0}) == (
+        "softmax (bias_prior=false, output_lr_scale=1)"
+    )
