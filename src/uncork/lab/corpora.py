@@ -97,7 +97,7 @@ def load_corpus(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     folder = _default_cache_dir() if cache_dir is None else expanded(cache_dir, "cache_dir")
     if folder is not None and not holds_tensors(folder):
-        logger.warning("the token cache %s cannot be used: its path is not UTF-8", folder)
+        logger.warning("the token cache %s cannot be used: its path is not UTF-8", ascii(str(folder)))
         folder = None
     path = None if folder is None else folder / f"{key}.safetensors"
     corpus = None if path is None else _read_cache(path, text.name)
