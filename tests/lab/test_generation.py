@@ -85,7 +85,7 @@ def test_a_saturated_function_does_not_change_the_likeliest_word():
     model = make_model("softcap", cap=0.01)
     model.head.weight.data.mul_(100)
     plain = make_model("softmax")
-    plain.load_state_dict(model.state_dict(), strict=False)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k != "head.head_spec"})
     for options in ({"temperature": 0}, {"top_k": 1}):
         assert list(sample_ids(model, [1], max_tokens=8, **options)) == list(
             sample_ids(plain, [1], max_tokens=8, temperature=0)

@@ -309,7 +309,7 @@ def test_the_command(tmp_path, capsys):
         (["--heads", "soft"], "heads: expected some of"),
         (["--quick", "--part", "heads"], "quick: is a part of its own"),
         (["--beta", "1", "--targets", "sotu"], "beta: write it as --targets dirichlet:BETA"),
-        (["--num-contexts", "1000000000"], "num-contexts and num-words"),
+        (["--num-contexts", "1000000000"], "--num-contexts and --num-words"),
         (["--seeds", "1000000000"], "seeds: expected at most 100,000 cells in all"),
         (["--rounds", "21"], "rounds: expected 1 to 20, got 21"),
         (["--part", "known", "--num-words", "10"], "targets: expected at most 10 in known-rank"),
