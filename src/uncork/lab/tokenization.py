@@ -65,8 +65,8 @@ def normalize(text: str, style: Style) -> str:
     r"""The text that a corpus counts: its lines, each ended by a newline.
 
     Raw text loses lines without a word, spaces at the ends of lines and characters that nobody sees, and is brought to
-    Unicode's composed form (NFC). Spaced text keeps blank lines and has one space between words. Surrogates, which are no
-    characters, become U+FFFD.
+    Unicode's composed form (NFC). Spaced text keeps blank lines and has one space between words. Surrogates, which are
+    no characters, become U+FFFD.
 
     >>> normalize("One line.  \r\n\r\nAnother", "raw")
     'One line.\nAnother\n'
