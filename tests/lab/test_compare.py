@@ -164,3 +164,17 @@ def test_a_variable_that_changes_numbers_is_refused_before_a_worker_starts(base,
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(LabError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"):
         run(tmp_path, make_tasks(["softmax"], [0], quick(base)))
+
+
+def test_a_text_that_changes_while_a_comparison_runs_is_not_trained_on(base, tmp_path):
+    first, second = make_tasks(["softmax", "plif"], [0], quick(base))
+    path = Path(base.corpus)
+
+    def edit(event):
+        if event.kind == "done":
+            path.write_text(path.read_text().replace("the 0 cat", "the 0 dog"))
+
+    failed = run(tmp_path, [first, second], edit)
+    assert list(failed) == [second.name]
+    assert "the text behind --corpus has changed" in failed[second.name]
+    assert Run.open(tmp_path / first.name).result is not None

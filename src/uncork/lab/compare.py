@@ -151,11 +151,22 @@ def check_stored(root: Path, tasks: Sequence[Task], *, data_dir: Path | None = N
 
 
 def run_task(
-    store: RunStore, task: Task, *, data_dir: Path | None, contexts: int, on_progress: Callable[[Progress], None]
+    store: RunStore,
+    task: Task,
+    stored: dict[str, Any] | None,
+    *,
+    data_dir: Path | None,
+    contexts: int,
+    on_progress: Callable[[Progress], None],
 ) -> Run:
-    """Trains one task to its end (or returns it as it is, if it ended before) and analyses its output layer."""
+    """Trains one task to its end (or returns it as it is, if it ended before) and analyses its output layer.
+
+    Args:
+        stored: what its config.json is to hold; a text or preset that has changed since is then refused, so that all
+            runs of one table are of one text. None: as text and presets are now.
+    """
     corpus = task.config.load_corpus(data_dir=data_dir)
-    run = store.run(task.name, task.config.stored(text_record(corpus)))
+    run = store.run(task.name, stored or task.config.stored(text_record(corpus)))
     if is_done(run, contexts):
         return run
     train(task.config, corpus, run, on_progress=on_progress)
@@ -224,10 +235,11 @@ def run_all(
         while waiting or active:
             while waiting and len(active) < workers:
                 task = waiting.pop(0)
-                if _done_before(root, task, contexts, texts):
+                stored = _stored(task, texts)
+                if _done_before(root, task, contexts, stored):
                     tell(Event(task.name, "done", message="before, with the same settings on the same text"))
                     continue
-                events, process = _start(root, task, data_dir, contexts, threads)
+                events, process = _start(root, task, stored, data_dir, contexts, threads)
                 active[events] = task, process
             for events in list(connection.wait(list(active), timeout=1.0)) if active else []:
                 assert isinstance(events, connection.Connection)
@@ -245,16 +257,27 @@ def run_all(
     return failed
 
 
-def _done_before(root: Path, task: Task, contexts: int, texts: Texts) -> bool:
+def _stored(task: Task, texts: Texts) -> dict[str, Any] | None:
+    """What its config.json is to hold; None where that fails, which its own process then says."""
+    try:
+        return task.config.stored(texts.of(task.config))
+    except Exception:
+        return None
+
+
+def _done_before(root: Path, task: Task, contexts: int, stored: dict[str, Any] | None) -> bool:
     """Whether there is nothing to start a process for. What is wrong with a run, its own process says."""
     with suppress(LabError):
-        run = Run.open(root / task.name)
-        run.require(task.config.stored(texts.of(task.config)))
-        return is_done(run, contexts)
+        if stored is not None:
+            run = Run.open(root / task.name)
+            run.require(stored)
+            return is_done(run, contexts)
     return False
 
 
-def _start(root: Path, task: Task, data_dir: Path | None, contexts: int, threads: int) -> tuple[Any, Any]:
+def _start(
+    root: Path, task: Task, stored: dict[str, Any] | None, data_dir: Path | None, contexts: int, threads: int
+) -> tuple[Any, Any]:
     """A process for the task, and the end of the pipe that its events come from.
 
     A pipe for each, since a killed process can leave a shared queue locked. Ctrl-C, which the terminal sends to all, is
@@ -262,7 +285,7 @@ def _start(root: Path, task: Task, data_dir: Path | None, contexts: int, threads
     """
     context = multiprocessing.get_context("spawn")
     events, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(root, task, data_dir, contexts, threads, theirs))
+    process = context.Process(target=_work, args=(root, task, stored, data_dir, contexts, threads, theirs))
     resource_tracker.ensure_running()  # its start would unblock the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -293,7 +316,15 @@ def _how_it_ended(exitcode: int) -> str:
     return f"its process was killed ({signal.Signals(-exitcode).name}){hint}"
 
 
-def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads: int, events: Any) -> None:
+def _work(
+    root: Path,
+    task: Task,
+    stored: dict[str, Any] | None,
+    data_dir: Path | None,
+    contexts: int,
+    threads: int,
+    events: Any,
+) -> None:
     """A worker process: one run, so that its peak memory is its own."""
     become_worker()
 
@@ -305,7 +336,10 @@ def _work(root: Path, task: Task, data_dir: Path | None, contexts: int, threads:
 
     try:
         torch.set_num_threads(threads)
-        run_task(RunStore(root), task, data_dir=data_dir, contexts=contexts, on_progress=lambda p: tell("progress", p))
+        run_task(
+            RunStore(root), task, stored, data_dir=data_dir, contexts=contexts,
+            on_progress=lambda p: tell("progress", p),
+        )  # fmt: skip
         tell("done")
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):
