@@ -352,41 +352,6 @@ def test_bad_inputs_to_a_head():
         build_head("softmax", D, V, bias=False, bias_init=torch.ones(V))
 
 
-def test_parameter_groups_leave_nothing_out_and_nothing_twice():
-    model = nn.ModuleDict({"body": nn.Linear(D, D), "head": build_head("mop", D, V)})
-    groups = uncork.parameter_groups(model, lr=0.1, weight_decay=0.3, function_lr_scale=0.5)
-    everything = [p for g in groups for p in g["params"]]
-    assert {id(p) for p in everything} == {id(p) for p in model.parameters()}
-    assert len(everything) == len(set(map(id, everything)))
-    assert groups[1]["params"] == list(model["head"].logit_function.parameters())
-    assert (groups[1]["lr"], groups[1]["weight_decay"]) == (0.05, 0.0)
-    with pytest.raises(ValueError, match="function_lr_scale"):
-        uncork.parameter_groups(model, lr=0.1, function_lr_scale=-1.0)
-
-
-@pytest.mark.parametrize("name", ["softmax", "plif", "mop", "moc"])
-def test_weight_and_bias_can_have_a_rate_of_their_own(name):
-    model = nn.ModuleDict({"body": nn.Linear(D, D), "head": build_head(name, D, V)})
-    head = model["head"]
-    groups = uncork.parameter_groups(model, lr=0.1, weight_decay=0.3, output_lr_scale=4.0)
-    everything = [p for g in groups for p in g["params"]]
-    assert sorted(map(id, everything)) == sorted(map(id, model.parameters()))
-    output = groups[1]
-    assert output["params"] == [head.weight, head.bias]
-    assert (output["name"], output["lr"], output["weight_decay"]) == ("output", 0.4, 0.3)
-    assert groups[0]["lr"] == 0.1
-    optimizer = torch.optim.AdamW(groups)  # names of groups are no obstacle
-    optimizer.load_state_dict(optimizer.state_dict())
-
-
-def test_a_rate_for_the_output_layer_where_there_is_none_says_so():
-    for model in (nn.Linear(D, V), build_head("plif", D, V).requires_grad_(False)):
-        with pytest.raises(ValueError, match="output_lr_scale: expected a model with a head"):
-            uncork.parameter_groups(model, lr=0.1, output_lr_scale=4.0)
-    with pytest.raises(ValueError, match="output_lr_scale: expected numbers of at least 0"):
-        uncork.parameter_groups(build_head("softmax", D, V), lr=0.1, output_lr_scale=-1.0)
-
-
 @pytest.mark.parametrize("maker", [LinearHead, MixtureHead, ContextMixtureHead])
 def test_from_linear_takes_on_the_dtype(maker):
     options = {"logit_function": uncork.PLIF()} | ({} if maker is LinearHead else {"num_components": 2})
@@ -396,12 +361,6 @@ def test_from_linear_takes_on_the_dtype(maker):
     if maker is not LinearHead:
         with pytest.raises(TypeError, match="latent_features: given by the linear layer"):
             maker.from_linear(nn.Linear(D, V), num_components=2, latent_features=3)
-
-
-def test_a_users_own_function_is_not_decayed():
-    head = LinearHead(D, V, logit_function=nn.Sequential(nn.Linear(1, 1)))
-    groups = uncork.parameter_groups(head, lr=1.0, weight_decay=0.1)
-    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(2, 0.1), (2, 0.0)]
 
 
 def test_a_plain_head_keeps_half_precision_and_a_users_module_gets_float32():

@@ -16,7 +16,6 @@ from uncork import (
     Scale,
     ScaledSigmoid,
     Softcap,
-    parameter_groups,
 )
 
 F64 = torch.float64
@@ -114,19 +113,6 @@ def test_bad_hyper_parameters_are_named(make, argument):
 def test_compose_takes_logit_functions():
     with pytest.raises(TypeError, match="expected LogitFunctions, got Tanh"):
         Compose(Scale(2.0), nn.Tanh())
-
-
-def test_parameter_groups():
-    tied = PLIF(5)
-    model = nn.ModuleDict({"a": tied, "b": tied, "c": nn.Linear(2, 3), "d": PLIF(4, frozen=True)})
-    rest, own = parameter_groups(model, lr=0.1, weight_decay=0.01, function_lr_scale=3.0)
-    assert [p.numel() for p in rest["params"]] == [6, 3]
-    assert (rest["lr"], rest["weight_decay"]) == (0.1, 0.01)
-    assert own["params"] == [tied.raw_slopes]
-    assert (round(own["lr"], 12), own["weight_decay"]) == (0.3, 0.0)
-    assert len(parameter_groups(nn.Linear(2, 3), lr=0.1)) == 1
-    with pytest.raises(ValueError, match="lr"):
-        parameter_groups(model, lr=-0.1)
 
 
 def test_a_subclass_with_another_equation_needs_its_own_operations():

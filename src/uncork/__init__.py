@@ -24,7 +24,6 @@ from uncork.logit_functions import (
     ScaledSigmoid,
     Sigsoftmax,
     Softcap,
-    parameter_groups,
 )
 from uncork.loss import (
     TokenStatistics,
@@ -33,6 +32,7 @@ from uncork.loss import (
     mixture_token_statistics,
     token_statistics,
 )
+from uncork.optim import parameter_groups
 
 __version__ = "0.1.0"  # read by the build; the package need not be installed to be used
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from uncork import PLIF
 from uncork.loss import linear_cross_entropy, mixture_cross_entropy, mixture_token_statistics, token_statistics
@@ -93,7 +94,6 @@ LOSSES = {
     "token weights complex": ({"token_weight": torch.ones(N).cfloat()}, TypeError, "token_weight: .*complex64"),
     "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
     "no reduction": ({"reduction": None}, ValueError, "reduction: .*None"),
-    "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index: .*NoneType"),
     "ignore_index 1.5": ({"ignore_index": 1.5}, TypeError, "ignore_index: .*float"),
     "smoothing of 1.1": ({"label_smoothing": 1.1}, ValueError, "label_smoothing: .*1.1"),
     "smoothing of -0.1": ({"label_smoothing": -0.1}, ValueError, "label_smoothing: .*-0.1"),
@@ -184,3 +184,21 @@ def test_good_arguments_pass(impl, mixture):
     """The table's base case is sound: what raises above raises for its own reason."""
     assert call(mixture, {"impl": impl}).isfinite()
     assert call(mixture, {"impl": impl}, statistics=True).entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_ignore_index_none_is_torchs(impl, kind):
+    """torch.nn.functional.linear_cross_entropy takes None for -100, or for nothing where targets are probabilities."""
+    input, weight = torch.randn(4, 3), torch.randn(6, 3)
+    target = torch.tensor([0, -100, 5, 2]) if kind == "index" else torch.rand(4, 6)
+    ours = linear_cross_entropy(input, weight, target, ignore_index=None, impl=impl)
+    torch.testing.assert_close(ours, F.cross_entropy(F.linear(input, weight), target))
+    if hasattr(F, "linear_cross_entropy"):
+        torch.testing.assert_close(ours, F.linear_cross_entropy(input, weight, target, ignore_index=None))
+
+
+def test_a_mixture_has_no_z_loss():
+    """Its logits are log-probabilities, whose logsumexp is 0."""
+    latent, weight, prior = torch.randn(2, 2, 3), torch.randn(5, 3), torch.zeros(2, 2)
+    with pytest.raises(TypeError, match=r"mixture_cross_entropy\(\) got an unexpected keyword argument 'z_loss'"):
+        mixture_cross_entropy(latent, weight, prior, torch.tensor([0, 1]), z_loss=0.1)

@@ -1,16 +1,13 @@
 """Optimisers, the learning rate's course, clipping in two groups, and averaged SGD."""
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import uncork
-from uncork.lab.errors import LabError
 from uncork.lab.presets import TrainingPreset
 
 TRIGGER_CHECKS = 5
@@ -27,20 +24,13 @@ def build_optimizer(
         training: gives optimizer, lr, output_lr_scale, weight_decay and what it applies to.
         function_lr_scale: factor on the learning rate for the logit functions' parameters.
     """
-    decay: dict[str, Any] = {"decay": training.decay}
-    if "decay" not in inspect.signature(uncork.parameter_groups).parameters:
-        if training.decay != "all":
-            raise LabError(
-                f"decay={training.decay!r}: uncork.parameter_groups does not tell matrices from the rest yet"
-            )
-        decay = {}
     groups = uncork.parameter_groups(
         model,
         lr=training.lr,
+        decay=training.decay,
         weight_decay=training.weight_decay,
         function_lr_scale=function_lr_scale,
         output_lr_scale=training.output_lr_scale,
-        **decay,
     )
     for group in groups:
         group["initial_lr"] = group["lr"]

@@ -1,6 +1,6 @@
 """Increasing functions on the logits, as modules, and the primitives that kernels know them by."""
 
-from uncork.logit_functions.base import Compose, LogitFunction, parameter_groups
+from uncork.logit_functions.base import Compose, LogitFunction
 from uncork.logit_functions.fixed import (
     AsymmetricSoftcap,
     GeneralizedSigsoftmax,
@@ -25,5 +25,4 @@ __all__ = [
     "ScaledSigmoid",
     "Sigsoftmax",
     "Softcap",
-    "parameter_groups",
 ]

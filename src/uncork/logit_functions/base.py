@@ -8,15 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from uncork.functional import at_least_float32
-from uncork.logit_functions.operations import Elementwise, Operation
+from uncork.logit_functions.operations import Elementwise, Operation, function_transforms, readable
 
 Spec = dict[str, Any]
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
+# What a function consists of: a class that brings none of it is its parent.
+_DEFINITION = {"__init__", "transform", "forward", "derivative", "operations", "tables", "options"}
+
+
+# Of a piecewise linear function or a network: more would fill gigabytes with tables, and float32 cannot number them.
+MOST_PARTS = 2**24
 
 
 def nowhere_impossible(scores: Tensor) -> bool:
-    """Whether no score is known to be -inf: a CPU can be asked without stopping, other devices are not."""
-    if scores.device.type != "cpu" or torch.compiler.is_compiling() or not scores.numel():
+    """Whether no score is known to be -inf: only scores that are `readable` are looked at."""
+    if not readable(scores) or not scores.numel():
         return False
     return bool(scores.detach().amin() > -torch.inf)
 
@@ -52,6 +58,10 @@ class LogitFunction(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # torch.nn.utils.parametrize and fully_shard subclass a module's class in passing, by type(), which leaves the
+        # metaclass's module as theirs: that is no other function, and `spec` names the one that it is.
+        if cls.__module__ == ABC.__module__ and not _DEFINITION & vars(cls).keys():
+            return
         known = _REGISTRY.get(cls.__name__)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"a LogitFunction called {cls.__name__} stands in {known.__module__}: choose another name")
@@ -68,13 +78,17 @@ class LogitFunction(nn.Module, ABC):
     def transform(self, scores: Tensor) -> Tensor:
         """f at scores of float32 or float64 that are not -inf: the chain of operations, unless a subclass knows better.
 
-        Under autograd it keeps the scores, and its parameter gradients do not depend on the number of threads.
+        Under autograd it keeps the scores, and its parameter gradients do not depend on the number of threads. Under
+        torch.func's transforms it is left to them, op by op.
         """
         operations = self.operations()
         if operations is None:
             raise NotImplementedError(f"{type(self).__name__} has neither operations() nor transform()")
         for operation, tables in with_tables(operations, self.tables(scores.dtype, scores.device), scores.device):
-            scores = Elementwise.apply(scores, operation, *tables)
+            if function_transforms():
+                scores = operation.forward(scores, tables)
+            else:
+                scores = Elementwise.apply(scores, operation, *tables)
         return scores
 
     @abstractmethod
@@ -153,7 +167,8 @@ class LogitFunction(nn.Module, ABC):
 
     def spec(self) -> Spec:
         """Name, version and hyper-parameters as plain JSON; parameters travel in the state_dict."""
-        return {"name": type(self).__name__, "version": self.version, "options": self.options()}
+        name = next(c.__name__ for c in type(self).__mro__ if _REGISTRY.get(c.__name__) is c)
+        return {"name": name, "version": self.version, "options": self.options()}
 
     def definition(self) -> Spec:
         """What decides f beside the values of its parameters: `spec()` without the start options."""
@@ -300,69 +315,11 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def positive_int(name: str, value: Any) -> int:
-    """The value if it is a whole number of at least 1; a ValueError that names it otherwise."""
+def positive_int(name: str, value: Any, most: int | None = None) -> int:
+    """The value if it is a whole number of at least 1 (and at most `most`); a ValueError that names it otherwise."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 1 <= value < float("inf") or int(value) != value:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    limit = float("inf") if most is None else most
+    if not number or not 1 <= value <= limit or value == float("inf") or int(value) != value:
+        expected = "of at least 1" if most is None else f"in [1, {most}]"
+        raise ValueError(f"{name}: expected a whole number {expected}, got {value!r}")
     return int(value)
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    function_lr_scale: float = 1.0,
-    output_lr_scale: float = 1.0,
-) -> list[dict[str, Any]]:
-    """An optimiser's groups: logit functions' parameters get their own learning rate and no weight decay.
-
-    Weight decay would pull a learned function back to its start; the published PLIF trains its slopes at 0.02 beside
-    20 or 30 for the rest (`function_lr_scale` = 1e-3). A larger rate for W and b alone is one half of what a fixed
-    factor on the scores does under Adam (docs/math.md, section 5), and leaves a trained model's logits as they are.
-
-    Args:
-        model: any module that holds LogitFunctions, or heads with a function of your own.
-        lr: learning rate of all other parameters. weight_decay: theirs too.
-        function_lr_scale: factor on lr for the functions' parameters.
-        output_lr_scale: factor on lr for weight and bias of the heads, tied embeddings with them. Other than 1 it makes
-            a group of them, the second one, with the weight decay of the rest.
-
-    Each group's "name" says what it holds: "rest", "output" or "function". An empty group is left out.
-
-    >>> from uncork import build_head
-    >>> groups = parameter_groups(build_head("plif", 8, 100), lr=1e-3, weight_decay=0.1, function_lr_scale=2.0)
-    >>> [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]
-    [('rest', 2, 0.001, 0.1), ('function', 1, 0.002, 0.0)]
-
-    Raises:
-        ValueError: a negative number, or an output_lr_scale where no head of this library trains its weight or bias.
-    """
-    numbers = (lr, weight_decay, function_lr_scale, output_lr_scale)
-    if min(numbers) < 0:
-        raise ValueError(
-            "lr, weight_decay, function_lr_scale, output_lr_scale: expected numbers of at least 0, "
-            f"got {', '.join(map(str, numbers))}"
-        )
-    modules = list(model.modules())
-    heads = [m for m in modules if hasattr(m, "logit_function")]
-    functions: list[nn.Module] = [m for m in modules if isinstance(m, LogitFunction)]
-    functions += [f for m in heads if isinstance(f := m.logit_function, nn.Module)]
-    own = {id(p): p for f in functions for p in f.parameters() if p.requires_grad}
-    output: dict[int, nn.Parameter] = {}
-    if output_lr_scale != 1:
-        projections = [getattr(head, name, None) for head in heads for name in ("weight", "bias")]
-        output = {id(p): p for p in projections if isinstance(p, nn.Parameter) and p.requires_grad}
-        if not output:
-            raise ValueError(
-                "output_lr_scale: expected a model with a head of this library that trains its weight or bias, "
-                f"found none in {type(model).__name__}"
-            )
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own and id(p) not in output]
-    groups = [
-        {"name": "rest", "params": rest, "lr": lr, "weight_decay": weight_decay},
-        {"name": "output", "params": list(output.values()), "lr": lr * output_lr_scale, "weight_decay": weight_decay},
-        {"name": "function", "params": list(own.values()), "lr": lr * function_lr_scale, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncork.functional import sech2, tanh
-from uncork.logit_functions.base import LogitFunction, checked_scores, positive, positive_int, table_dtype
-from uncork.logit_functions.operations import Operation, PiecewiseLinear, first_order, total
+from uncork.functional import monotone_tanh, sech2, tanh
+from uncork.logit_functions.base import MOST_PARTS, LogitFunction, checked_scores, positive, positive_int, table_dtype
+from uncork.logit_functions.operations import Operation, PiecewiseLinear, first_order, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 
 
@@ -33,7 +33,7 @@ class MonotoneNetwork(LogitFunction):
     Either starts as the identity to the bit, or at random (`init="random"`: weights scattered by `spread`).
 
     Args:
-        num_units: U >= 1 thresholds. bound: they start evenly spread over [-bound, bound], in logits.
+        num_units: U thresholds, in [1, 2^24]. bound: they start evenly spread over [-bound, bound], in logits.
         units: "relu" or "tanh". init: "identity" or "random". spread: standard deviation of the random start.
         frozen: keep the function as it starts.
 
@@ -46,6 +46,12 @@ class MonotoneNetwork(LogitFunction):
 
     start_options = frozenset({"init", "spread", "frozen"})
 
+    # Two of them, by `units`. Plain tensors where torch.func.functional_call or a parametrisation puts them.
+    raw_right: Tensor
+    raw_left: Tensor
+    raw_weights: Tensor
+    raw_rates: Tensor
+
     def __init__(
         self,
         num_units: int = 100,
@@ -57,7 +63,7 @@ class MonotoneNetwork(LogitFunction):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.num_units, self.bound = positive_int("num_units", num_units), positive("bound", bound)
+        self.num_units, self.bound = positive_int("num_units", num_units, MOST_PARTS), positive("bound", bound)
         if units not in ("relu", "tanh"):
             raise ValueError(f'units: expected "relu" or "tanh", got {units!r}')
         if init not in ("identity", "random"):
@@ -88,7 +94,11 @@ class MonotoneNetwork(LogitFunction):
 
     def transform(self, scores: Tensor) -> Tensor:
         if self.units == "tanh":
-            return _TanhNetwork.apply(scores, *(t.to(scores.device) for t in self._tanh_units(scores.dtype)))
+            units = tuple(t.to(scores.device) for t in self._tanh_units(scores.dtype))
+            if function_transforms():
+                t, w, r, t0, w0, r0 = units
+                return scores + (monotone_tanh(scores, t, w, r) - monotone_tanh(scores, t0, w0, r0))
+            return _TanhNetwork.apply(scores, *units)
         # z + r(z) is inf - inf at z = inf.
         return torch.where(scores == torch.inf, scores, super().transform(scores))
 
@@ -97,8 +107,8 @@ class MonotoneNetwork(LogitFunction):
         spacing = self._spacing()
         start = self._start_thresholds(dtype)
         weights0, rates0 = torch.full_like(start, spacing / 4), torch.full_like(start, 1 / spacing)
-        weights = weights0 * self.get_parameter("raw_weights").to(dtype).exp()
-        rates = rates0 * self.get_parameter("raw_rates").to(dtype).exp()
+        weights = weights0 * self.raw_weights.to(dtype).exp()
+        rates = rates0 * self.raw_rates.to(dtype).exp()
         return self.thresholds.to(dtype), weights, rates, start, weights0, rates0
 
     def derivative(self, scores: Tensor) -> Tensor:
@@ -124,8 +134,8 @@ class MonotoneNetwork(LogitFunction):
             return ()
         thresholds, order = self.thresholds.sort()
         wide = thresholds.dtype
-        right = excess_slope(self.get_parameter("raw_right").to(wide))[order] / self.num_units
-        left = excess_slope(self.get_parameter("raw_left").to(wide))[order] / self.num_units
+        right = excess_slope(self.raw_right.to(wide))[order] / self.num_units
+        left = excess_slope(self.raw_left.to(wide))[order] / self.num_units
         # Piece i lies right of its first i thresholds. Sums with no term are 0; all are 0 at the start.
         slopes = _sum_before(right) + _sum_after(left)
         intercepts = -(_sum_before(right * thresholds) + _sum_after(left * thresholds))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.functional import sech2
@@ -34,6 +34,31 @@ def total(x: Tensor) -> Tensor:
     blocks = flat[:whole].view(-1, _SUM_BLOCK).sum(-1, dtype=dtype)
     rest = flat[whole:].sum(dtype=dtype)
     return rest if not whole else rest + (blocks.sum() if blocks.numel() <= _SUM_BLOCK else total(blocks))
+
+
+def function_transforms() -> bool:
+    """Whether torch.func (vmap, grad, jacrev, jvp ...) transforms what is computed now."""
+    # A compiler cannot follow the question, and what it transforms it follows itself.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def recorded() -> bool:
+    """Whether torch follows what is computed now (compiles, traces, transforms, fakes it) beside running it."""
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or function_transforms()
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether x may be asked for its numbers: a GPU would stop, and a fake or followed tensor has none to give."""
+    # A compiler cannot follow the questions to torch._C: it is asked first.
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not recorded()
 
 
 class Operation(ABC):
@@ -106,7 +131,7 @@ class Tanh(Operation):
     ) -> tuple[Tensor, ...]:
         above = torch.zeros_like(x, dtype=torch.bool) if self.symmetric else x > 0
         # In float64: the difference is of the order of u^3.
-        u = wide(x) / self._cap(x, tables)
+        u = (wide(x) / self._cap(x, tables)).clamp(-400, 400)  # inf sech2(inf) is 0, not nan
         by_cap = grad * (torch.tanh(u) - u * sech2(u))
         return (torch.stack([total(by_cap.masked_fill(above, 0)), total(by_cap.masked_fill(~above, 0))]),)
 
@@ -131,7 +156,7 @@ class Sigmoid(Operation):
         self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         _, shift, width = tables[0]
-        u = (x + shift) / width
+        u = ((x + shift) / width).clamp(-400, 400)  # as in Tanh
         by_shift = grad * self.derivative(x, tables)
         return (torch.stack([total(grad * torch.sigmoid(u)), total(by_shift), -total(by_shift * u)]),)
 
@@ -184,7 +209,8 @@ class PiecewiseLinear(Operation):
             return torch.bucketize(x.contiguous(), knots[1:], right=True)
         # floor((x + T) P / 2T) with the addition made after the rounding down: near 0 the former loses the digits of x.
         piece = torch.floor(x * (num_pieces / (2 * self.bound)) + (num_pieces % 2) / 2) + num_pieces // 2
-        return piece.clamp_(0, num_pieces - 1).nan_to_num_(0).long()
+        clamp = torch.clamp if function_transforms() else torch.clamp_  # vmap has no rule for the second
+        return clamp(piece, 0, num_pieces - 1).nan_to_num_(0).long()
 
     def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
         index, distance = place or self.locate(x, tables)
@@ -212,7 +238,7 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
     """Sums of weight per bin, in an order that does not depend on threads."""
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(index):
         return torch.bincount(index.flatten(), weight.flatten(), minlength=size)
     # Elsewhere bincount adds atomically, in any order; accumulating index_put_ sorts first.
     total = torch.zeros(size, dtype=weight.dtype, device=weight.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import LogitFunction, positive, positive_int, table_dtype
+from uncork.logit_functions.base import MOST_PARTS, LogitFunction, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
 
 # Slopes are MIN_SLOPE + (1 - MIN_SLOPE) softplus(v), so that one plus their rounded distance to 1 stays positive.
@@ -44,7 +44,7 @@ class PLIF(LogitFunction):
         f = (z - knots[i]) * slopes[i] + delta * (slopes.cumsum(0) - slopes)[i] + constant
 
     Args:
-        num_pieces: P >= 1. bound: T > 0, in logits.
+        num_pieces: P, in [1, 2^24]. bound: T > 0, in logits.
         init: "identity", or "random" for the published start v_i ~ N(0, spread^2) + log(e - 1).
         spread: standard deviation of the random start.
         frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
@@ -75,7 +75,7 @@ class PLIF(LogitFunction):
         unit_slope: bool = False,
     ) -> None:
         super().__init__()
-        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces), positive("bound", bound)
+        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, MOST_PARTS), positive("bound", bound)
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)

@@ -6,7 +6,8 @@
 | "torch" | walks over chunks of tokens, the memory of a few (chunk, V) blocks | any device, any elementwise module |
 | "native" | the same walk in C++, the memory of one (chunk, V) block | a CPU with Linux, functions of the library |
 
-`impl=None` takes "native" where it can serve the call, and "torch" elsewhere (a missing build is said once). An
+`impl=None` takes "native" where it can serve the call, and "torch" elsewhere (a missing build is said once); under
+torch.func's transforms (vmap, grad, jacrev, jvp, hessian), which "reference" alone serves, it takes that. An
 implementation that is asked for and cannot serve a call raises; nothing falls back in silence.
 """
 
@@ -17,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from uncork.logit_functions.operations import function_transforms
 from uncork.loss import reference, tile_native, tile_torch
 from uncork.loss.call import Call, Statistics, build_call, check_number, checked_factor
 from uncork.loss.chunked import Chunked
@@ -68,7 +70,7 @@ def linear_cross_entropy(
     weight: Tensor | None = None,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     impl: str | None = None,
@@ -93,6 +95,7 @@ def linear_cross_entropy(
         input: (..., D), float64, float32, or half precision (raised to float32; under autocast cast down first).
         linear_weight: (V, D), the input's dtype. linear_bias: (V,) or None.
         target: integers (...) in [0, V) or ignore_index; or floating (..., V) probabilities, which need not sum to 1.
+        ignore_index: the target of tokens that do not count; None is -100, as torch's function has it.
         logit_function: a LogitFunction or any deterministic elementwise increasing module; None is the identity.
         weight: (V,) class weights. token_weight: (...) multiplies each token's loss, and its share in the mean.
         reduction: "none" (the shape of the tokens), "sum", or "mean": the CE part over the sum of the kept targets'
@@ -104,9 +107,12 @@ def linear_cross_entropy(
             for D < 64, between 32 and 512 (`loss.chunked.default_chunk_size`); "torch" has 16 blocks to share it.
 
     Returns:
-        float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0.
+        float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN
+        makes the loss and all gradients that its token reaches nan, as F.cross_entropy does; impossible words keep 0.
 
-    Second derivatives and torch.func transforms need impl="reference" (and a function with a closed form).
+    Second derivatives need impl="reference", and a function with a closed form or torch.func (`hessian`, say, of any
+    function); torch.func's transforms take "reference" by themselves. On the meta device and with fake tensors every
+    implementation but "native" gives shapes and dtypes, forward and backward.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what was expected and what came. The target's range is
@@ -146,7 +152,7 @@ def mixture_cross_entropy(
     weight: Tensor | None = None,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     impl: str | None = None,
     chunk_size: int | None = None,
@@ -280,11 +286,15 @@ def _implementation(impl: str | None, call: Call) -> _Implementation:
         raise ValueError(f"impl: expected one of {sorted(_IMPLEMENTATIONS)} or None, got {impl!r}")
     if impl == "native" and (reason := tile_native.refuses(call)):
         raise ValueError(f'impl="native" cannot serve this call: {reason}')
+    if impl == "torch" and function_transforms():
+        raise ValueError('impl="torch" cannot serve this call: torch.func\'s transforms need impl="reference"')
     return _IMPLEMENTATIONS[impl or _best(call)]
 
 
 def _best(call: Call) -> str:
     """The fastest implementation that serves a call."""
+    if function_transforms():
+        return "reference"
     if call.input.device.type != "cpu" or torch.compiler.is_compiling():
         return "torch"
     if tile_native.missing:

@@ -1,5 +1,6 @@
 """One validated call: what the public functions hand to an implementation, and the checks that make it one."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uncork.logit_functions.operations import readable
 from uncork.loss.target import IndexTarget, ProbabilityTarget, Target
 
 
@@ -17,6 +19,13 @@ class Statistics(NamedTuple):
     logsumexp: Tensor
     entropy: Tensor | None
     argmax: Tensor | None
+
+
+class ModuleState(NamedTuple):
+    """Of a user's module, when the loss was called: names of the tensors that train, and the other tensors by name."""
+
+    trained: tuple[str, ...]
+    constants: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Call:
     details: bool = False  # entropy and argmax too
     chunk_size: int | None = None  # rows of scores
     memory_budget: int | None = None  # bytes of scores at once, where chunk_size does not say
+    module_state: ModuleState | None = None  # of a function that only autograd can serve
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,9 +95,15 @@ def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that F.linear would compute in under the autocast in force, if any."""
-    if not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside; some devices (meta) have none to switch off."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _checked_matrix(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str) -> None:
@@ -134,7 +150,7 @@ def _checked_target(
     _expect(tuple(target.shape) == leading, "target", f"shape {leading} for indices", tuple(target.shape))
     # In int64: a short integer dtype would wrap V or ignore_index around.
     flat = target.reshape(-1).long()
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(flat):
         wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
         if bool(wrong.any()):
             where = int(wrong.int().argmax())
@@ -199,7 +215,7 @@ def build_call(
     linear_bias: Tensor | None = None,
     logit_function: nn.Module | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
@@ -215,6 +231,7 @@ def build_call(
     _tensor(name, input), _tensor("linear_weight", linear_weight)
     _checked_matrix(input, linear_weight, linear_bias, name)
     check_function(logit_function)
+    ignore_index = -100 if ignore_index is None else ignore_index
     check_number("ignore_index", ignore_index, Integral)
     check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from uncork.logit_functions.base import table_dtype
-from uncork.logit_functions.operations import first_order
-from uncork.loss.call import Call, Statistics
+from uncork.logit_functions.operations import first_order, readable
+from uncork.loss.call import Call, Statistics, without_autocast
 from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile import TileResult, Tiles, Upstream
-from uncork.loss.tile_torch import function_parameters
+from uncork.loss.tile_torch import function_parameters, module_state
 
 # Bytes of scores at once when the caller does not say. Products of few rows are slow, since each of them reads W (and
 # adds to its gradient) once; more than MOST_ROWS gain nothing. Over few features the products are as quick as the
@@ -215,7 +215,7 @@ class _WeightedSum(torch.autograd.Function):
         if made is None:  # the gradients were handed out by an earlier backward: they are made again
             x, weight, bias, prior_logits, *parameters = inputs
             call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 *_, made = _weighted(call, ctx.tiles, ctx.needs, ce_factor, lse_factor, parameters)
         grads = made.in_order()
         if not _is_one(grad):
@@ -226,8 +226,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether nothing needs to be multiplied; only a CPU can be asked without stopping."""
-    return grad.device.type == "cpu" and not torch.compiler.is_compiling() and bool(grad == 1)
+    """Whether nothing needs to be multiplied, as far as may be asked."""
+    return readable(grad) and bool(grad == 1)
 
 
 def _weighted(
@@ -278,7 +278,7 @@ class _TokenStatistics(torch.autograd.Function):
         inputs = ctx.saved_tensors[: len(needs)]
         x, weight, bias, prior_logits, *parameters = inputs
         call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
-        with torch.autocast(call.input.device.type, enabled=False):
+        with without_autocast(call.input.device):
             walk = Walk(call, ctx.tiles, parameters, needs)
             into = walk.gradients()
             by_ce, by_lse, by_entropy, _ = grads
@@ -293,7 +293,7 @@ class _TokenStatistics(torch.autograd.Function):
 def _kept(call: Call) -> Tensor | None:
     """The tokens that count, or None where all do. Only a CPU is asked which they are: a GPU would have to stop."""
     target = call.target
-    if target is None or target.kept.device.type != "cpu" or torch.compiler.is_compiling() or bool(target.kept.all()):
+    if target is None or not readable(target.kept) or bool(target.kept.all()):
         return None
     return target.kept.nonzero().squeeze(1)
 
@@ -325,7 +325,8 @@ class Chunked:
             assert ce is not None
             nothing = ce.new_zeros(call.tokens)
             return Statistics(nothing.index_copy(0, index, ce), nothing.index_copy(0, index, lse), None, None)
-        with torch.autocast(call.input.device.type, enabled=False):
+        call = replace(call, module_state=module_state(call.function))
+        with without_autocast(call.input.device):
             return Statistics(*_TokenStatistics.apply(call, self.tiles, *self._inputs(call)))
 
     def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
@@ -333,7 +334,8 @@ class Chunked:
         if (index := _kept(call)) is not None:
             call, ce_factor = _select(call, index), ce_factor[index]
             lse_factor = None if lse_factor is None else lse_factor[index]
+        call = replace(call, module_state=module_state(call.function))
         factors = (torch.is_grad_enabled(), ce_factor, lse_factor)
-        with torch.autocast(call.input.device.type, enabled=False):
+        with without_autocast(call.input.device):
             total: Tensor = _WeightedSum.apply(call, self.tiles, *factors, *self._inputs(call))
         return total

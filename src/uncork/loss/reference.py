@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from uncork.functional import at_least_float32, mixture_log_softmax
 from uncork.logit_functions.base import LogitFunction, pass_impossible
-from uncork.loss.call import Call, Statistics, checked_logits
+from uncork.loss.call import Call, Statistics, checked_logits, without_autocast
 from uncork.loss.target import highest
 
 
@@ -20,7 +20,7 @@ def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
 
 def statistics(call: Call) -> Statistics:
     """Per-token statistics, differentiable but for argmax."""
-    with torch.autocast(call.input.device.type, enabled=False):
+    with without_autocast(call.input.device):
         bias = None if call.bias is None else call.bias.to(call.dtype)
         scores = F.linear(call.input.to(call.dtype), call.weight.to(call.dtype), bias)
         logits = apply_function(call.function, scores)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from uncork.logit_functions.base import LogitFunction
-from uncork.logit_functions.operations import Affine, Operation, PiecewiseLinear, Sigmoid, Softplus, Tanh
+from uncork.logit_functions.operations import (
+    Affine,
+    Operation,
+    PiecewiseLinear,
+    Sigmoid,
+    Softplus,
+    Tanh,
+    recorded,
+)
 from uncork.loss.call import Call
 from uncork.loss.target import IndexTarget, ProbabilityTarget
 from uncork.loss.tile import TileResult, Upstream
@@ -135,20 +143,9 @@ def refuses(call: Call) -> str:
     odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
     if odd:
         return f"it needs plain tensors, not {odd[0]}"
-    if _is_recorded():
+    if recorded():
         return "it reads and writes memory, which no tracer, compiler or function transform sees"
     return _refuses_function(call.function)
-
-
-def _is_recorded() -> bool:
-    """Whether torch follows the operations of this call instead of only running them."""
-    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
-    )
 
 
 def _refuses_function(function: nn.Module | None) -> str:

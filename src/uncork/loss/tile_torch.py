@@ -5,10 +5,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from uncork.logit_functions.base import LogitFunction, nowhere_impossible, with_tables
-from uncork.logit_functions.operations import Operation
-from uncork.loss.call import Call, checked_logits
+from uncork.logit_functions.operations import Operation, readable
+from uncork.loss.call import Call, ModuleState, checked_logits
 from uncork.loss.target import IndexTarget, Target, highest
 from uncork.loss.tile import TileResult, Upstream
 
@@ -76,16 +77,22 @@ class OperationsRunner:
 
 
 class ModuleRunner:
-    """A user's own elementwise module, by autograd on the tile; its parameters are the leaves."""
+    """A user's own elementwise module, by autograd on the tile; copies of its parameters are the leaves.
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self.module, self.parameters = module, list(parameters)
+    The module is called with the tensors that it had when the loss was: by the time of the backward it may hold others
+    (torch.func.functional_call puts its own ones back, FSDP takes them away, hooks on saved tensors hand back copies).
+    """
+
+    def __init__(self, module: nn.Module, state: ModuleState, parameters: Sequence[Tensor]) -> None:
+        self.module = module
+        self.parameters = [p.detach().requires_grad_() for p in parameters]
+        self.state = state.constants | dict(zip(state.trained, self.parameters, strict=True))
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
         impossible = scores == -torch.inf
         with torch.enable_grad():
             leaf = scores.masked_fill(impossible, 0).requires_grad_()
-            logits = checked_logits(self.module(leaf), leaf)
+            logits = checked_logits(functional_call(self.module, self.state, (leaf,)), leaf)
         return logits.detach().masked_fill(impossible, -torch.inf), (impossible, leaf, logits)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -134,7 +141,7 @@ class LinearTile:
             unused = ~self.target.kept & (factor == 0)
             if upstream.entropy is not None:
                 unused &= upstream.entropy == 0
-            if unused.device.type != "cpu" or torch.compiler.is_compiling() or bool(unused.any()):
+            if not readable(unused) or bool(unused.any()):
                 grad.masked_fill_(unused[:, None], 0)
         by_scores, sums = self.runner.backward(self.context, grad)
         return by_scores, None, sums
@@ -223,7 +230,7 @@ class Tiles:
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
         self.call = call
         self.bias = None if call.bias is None else call.bias.detach().to(call.dtype)
-        self.runner = make_runner(call.function, parameters, needs)
+        self.runner = make_runner(call, parameters, needs)
 
     def block(self, rows: int) -> Tensor:
         """Memory for (rows, V) scores, not filled."""
@@ -256,20 +263,39 @@ class Tiles:
         return self._tile(scores, span).log_probabilities()
 
 
-def make_runner(function: nn.Module | None, parameters: Sequence[Tensor], needs: Sequence[bool]) -> FunctionRunner:
+def make_runner(call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> FunctionRunner:
     """The runner of a function whose differentiable tensors are `parameters` (see `function_parameters`)."""
-    if function is None:
+    if call.function is None:
         return NoFunction()
-    operations = function.operations() if isinstance(function, LogitFunction) else None
+    operations = _operations(call.function)
     if operations is None:
-        return ModuleRunner(function, parameters)  # type: ignore[arg-type]
+        assert call.module_state is not None
+        return ModuleRunner(call.function, call.module_state, parameters)
     return OperationsRunner(operations, parameters, needs) if operations else NoFunction()
 
 
+def _operations(function: nn.Module) -> Sequence[Operation] | None:
+    """A LogitFunction's primitives; None where only autograd can serve it."""
+    return function.operations() if isinstance(function, LogitFunction) else None
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def module_state(function: nn.Module | None) -> ModuleState | None:
+    """What a module that only autograd can serve holds now."""
+    if function is None or _operations(function) is not None:
+        return None
+    tensors = _tensors(function)
+    trained = tuple(name for name, t in tensors.items() if t.requires_grad)
+    return ModuleState(trained, {name: t for name, t in tensors.items() if not t.requires_grad})
+
+
 def function_parameters(function: nn.Module | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What a tile differentiates for: a LogitFunction's tables, or any other module's trainable parameters."""
+    """What a tile differentiates for: a LogitFunction's tables, or any other module's trainable tensors."""
     if function is None:
         return []
     if isinstance(function, LogitFunction) and function.operations() is not None:
         return [table.to(device) for table in function.tables(dtype, device)]
-    return [p for p in function.parameters() if p.requires_grad]
+    return [t for t in _tensors(function).values() if t.requires_grad]

@@ -202,6 +202,13 @@ void add_pieces(const Op<T>& op, const int32_t* piece, const Pair<T>* pairs, dou
   }
 }
 
+// u where nothing is lost by it, so that inf times a slope of 0 is 0 and not nan.
+template <class T>
+inline T bounded_(T u) {
+  u = u > T(400) ? T(400) : u;
+  return u < T(-400) ? T(-400) : u;
+}
+
 // tanh(u) - u sech(u)^2, which is of the order of u^3.
 inline float tanh_less_line(float u) {
   const float q = u * u;
@@ -230,13 +237,13 @@ inline Terms<T> affine_terms(const Op<T>&, T x) {
 template <class T>
 inline Terms<T> tanh_terms(const Op<T>& op, T x) {
   const bool above = x > T(0);
-  const T term = tanh_less_line(x / (above ? op.b : op.a));
+  const T term = tanh_less_line(bounded_(x / (above ? op.b : op.a)));
   return {above ? T(0) : term, above ? term : T(0), T(0)};
 }
 
 template <class T>
 inline Terms<T> sigmoid_terms(const Op<T>& op, T x) {
-  const T u = (x + op.b) / op.c, s = sigmoid_(u), by_shift = op.a / op.c * (s * sigmoid_(-u));
+  const T u = bounded_((x + op.b) / op.c), s = sigmoid_(u), by_shift = op.a / op.c * (s * sigmoid_(-u));
   return {s, by_shift, -by_shift * u};
 }
 

@@ -19,8 +19,9 @@ void finish_row(const Worker<T>& w, int64_t r, int k, double a, double c, int64_
   }
   if (w.chain.wanted) w.flush(k, weight, sums);
   double scale = weight;
-  if (weight != weight) {  // impossible words, and those whose exp is 0, get 0 from a row of NaN too
-    for (int64_t v = 0; v < w.tile.vocab; ++v) e[v] = e[v] == T(0) ? T(0) : static_cast<T>(weight);
+  if (weight != weight) {  // impossible words get 0 from a row of NaN too: they are the ones of -0 (see `exponentials`)
+    for (int64_t v = 0; v < w.tile.vocab; ++v)
+      e[v] = e[v] == T(0) && std::signbit(e[v]) ? T(0) : static_cast<T>(weight);
     put<T>(w.tile.scale, r, 1);
     return;
   }

@@ -31,7 +31,8 @@ void put(void* array, int64_t i, double value) {
   if (array) static_cast<T*>(array)[i] = static_cast<T>(value);
 }
 
-// exp(logit - top) of a block into e, 0 for impossible words; returns their sum.
+// exp(logit - top) of a block into e; returns their sum. Impossible words get -0, which tells them from those whose exp is
+// 0: slopes and exponentials have no sign.
 template <class T>
 double exponentials(const Worker<T>& w, int k, const T* y, T* e, int n, const Row<T>& row) {
   const T top = row.top;
@@ -39,7 +40,7 @@ double exponentials(const Worker<T>& w, int k, const T* y, T* e, int n, const Ro
   if (row.masked || full != n) {
 #pragma omp simd
     for (int j = 0; j < full; ++j) e[j] = exp_(y[j] - top);
-    w.fill(k, e, n, row.masked, T(0));
+    w.fill(k, e, n, row.masked, T(-0.0));
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < full; ++j) sum += e[j];
@@ -61,6 +62,8 @@ Row<T> sweep(const Worker<T>& w, int k, T* z, bool gradient, bool entropy) {
   Row<T> row = w.extremes(z);
   T slope;
   row.top = row.best == -kInfinity<T> ? T(0) : w.logit(k, row.best, &slope);
+  // inf - inf has no answer, and so have the words that it is taken off: nan in all that are possible.
+  if (row.top == kInfinity<T>) row.top = std::numeric_limits<T>::quiet_NaN();
   T* e = w.grads.get() + k * kBlock;
   const int64_t vocab = w.tile.vocab;
   for (int64_t start = 0; start < vocab; start += kBlock) {
