@@ -215,8 +215,8 @@ def _undecayed(model: Any, named: Named) -> set[int]:
     """Biases, norms, embeddings, and what has fewer than two dimensions."""
     found: set[int] = set()
     for name, p in named.items():
-        *_, module, last = ("", *name.split("."))
-        parts = [last] if isinstance(model, nn.Module) else [last, module]
+        *_, holder, last = ("", *name.split("."))
+        parts = [last] if isinstance(model, nn.Module) else [last, holder]
         embedding = any("embed" in part.lower() or part in _EMBEDDING_NAMES for part in parts)
         if p.dim() < 2 or "bias" in last or embedding:
             found.add(id(p))

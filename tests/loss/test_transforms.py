@@ -100,6 +100,7 @@ def test_copies(impl, function_name, how, make_problem):
     assert torch.equal(problem.loss(impl), twin.loss(impl))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own jvp
 def test_transforms_under_the_reference(function_name, make_problem):
     """Per-sample gradients, Jacobian, Hessian, forward mode: every function, whatever `impl=None` would take."""
     problem = make_problem(function_name, grad=False)
@@ -227,3 +228,22 @@ def test_what_serves_a_meta_call(make_problem):
     assert implementation(call) == "torch"
     with pytest.raises(ValueError, match='impl="native" cannot serve this call: it works on the CPU, not on meta'):
         _implementation("native", call)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("name", ["none", "softcap", "plif", "monotone-relu", "module", "monotone-tanh"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(name, reduction, make_problem):
+    """One graph where the function is made of primitives; a user's module breaks it, and keeps its gradients."""
+    problem = make_problem(name)
+    by_autograd = name in ("module", "monotone-tanh")
+    torch._dynamo.reset()
+
+    def loss():
+        return problem.loss(None, reduction=reduction)
+
+    upstream = torch.randn_like(loss())
+    wanted = torch.autograd.grad(problem.loss("reference", reduction=reduction), problem.operands(), upstream)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=not by_autograd)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(compiled(), problem.operands(), upstream), wanted)

@@ -201,4 +201,4 @@ def test_a_mixture_has_no_z_loss():
     """Its logits are log-probabilities, whose logsumexp is 0."""
     latent, weight, prior = torch.randn(2, 2, 3), torch.randn(5, 3), torch.zeros(2, 2)
     with pytest.raises(TypeError, match=r"mixture_cross_entropy\(\) got an unexpected keyword argument 'z_loss'"):
-        mixture_cross_entropy(latent, weight, prior, torch.tensor([0, 1]), z_loss=0.1)
+        mixture_cross_entropy(latent, weight, prior, torch.tensor([0, 1]), z_loss=0.1)  # type: ignore[call-arg]

@@ -5,6 +5,7 @@ its gradient: three matrix products. `statistics` (per-token results) learns its
 scores again in the backward: four. What happens between the products is a tile's (see `tile.py`).
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -290,6 +291,17 @@ class _TokenStatistics(torch.autograd.Function):
         return (None, None, *_cast(into.in_order(), inputs))
 
 
+def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..., Any]:
+    """Its `apply`, run as it is where a user's module is differentiated on the tile.
+
+    torch.compile cannot follow that: it breaks the graph there and compiles the parts, and the gradients to the
+    module's parameters came out wrong. Where nothing has been compiled there is no compiler to keep away.
+    """
+    if call.module_state is None or "torch._dynamo" not in sys.modules:
+        return function.apply  # type: ignore[no-any-return]
+    return torch.compiler.disable(function.apply)  # type: ignore[no-any-return]
+
+
 def _kept(call: Call) -> Tensor | None:
     """The tokens that count, or None where all do. Only a CPU is asked which they are: a GPU would have to stop."""
     target = call.target
@@ -327,7 +339,7 @@ class Chunked:
             return Statistics(nothing.index_copy(0, index, ce), nothing.index_copy(0, index, lse), None, None)
         call = replace(call, module_state=module_state(call.function))
         with without_autocast(call.input.device):
-            return Statistics(*_TokenStatistics.apply(call, self.tiles, *self._inputs(call)))
+            return Statistics(*_applied(_TokenStatistics, call)(call, self.tiles, *self._inputs(call)))
 
     def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
         """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; on a CPU ignored tokens cost nothing."""
@@ -337,5 +349,5 @@ class Chunked:
         call = replace(call, module_state=module_state(call.function))
         factors = (torch.is_grad_enabled(), ce_factor, lse_factor)
         with without_autocast(call.input.device):
-            total: Tensor = _WeightedSum.apply(call, self.tiles, *factors, *self._inputs(call))
+            total: Tensor = _applied(_WeightedSum, call)(call, self.tiles, *factors, *self._inputs(call))
         return total

@@ -58,6 +58,8 @@ class OperationsRunner:
         stages = []
         for operation, tables in self.chain:
             place = operation.locate(x, tables)
+            if place and len(self.chain) > 1:  # of x = inf: a later function may have a finite answer, nan has none
+                place[1].clamp_(max=torch.finfo(x.dtype).max)
             stages.append((x, place))
             x = operation.forward(x, tables, place)
         return _fill(x, impossible, -torch.inf), (impossible, stages)

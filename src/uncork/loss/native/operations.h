@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 
 #include "interface.h"
 #include "vector_math.h"
@@ -56,6 +57,10 @@ struct Stage {
   alignas(64) T distance[kBlock];
 };
 
+// The distance of x = inf from its knot, so that a line that falls below y = x does not make inf - inf of it.
+template <class T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+
 template <class T>
 void find_uniform(const Op<T>& op, Stage<T>& stage, int n) {
   const T per_unit = op.per_unit, half = op.half, most = T(op.num_pieces), spacing = op.spacing, rest = op.spacing_rest;
@@ -74,7 +79,8 @@ void find_uniform(const Op<T>& op, Stage<T>& stage, int n) {
     i = i < highest ? i : highest;
     piece[j] = i + middle;
     const T steps = static_cast<T>(i) - half;
-    distance[j] = x[j] - (steps * spacing + steps * rest);  // the knot as the table has it, rounded once
+    const T found = x[j] - (steps * spacing + steps * rest);  // the knot as the table has it, rounded once
+    distance[j] = found > kLargest<T> ? kLargest<T> : found;
   }
 }
 
@@ -103,7 +109,8 @@ void find_sorted(const Op<T>& op, Stage<T>& stage, int n) {
       count -= step;
     }
     piece[j] = low;
-    stage.distance[j] = x[j] - knots[low];
+    const T found = x[j] - knots[low];
+    stage.distance[j] = found > kLargest<T> ? kLargest<T> : found;
   }
 }
 
