@@ -204,7 +204,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match=r"model: expected .*, got 'a' of Tensor"):
         parameter_groups([("a", torch.ones(2))], lr=0.1)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="model: expected one parameter a name, got two of 'a'"):
-        parameter_groups([("a", head.weight), ("a", head.logit_function.raw_slopes)], lr=0.1)
+        parameter_groups([("a", p) for p in head.parameters()], lr=0.1)
     with pytest.raises(ValueError, match="output_lr_scale: expected 1 with named parameters"):
         parameter_groups(head.named_parameters(), lr=0.1, output_lr_scale=2.0)
 

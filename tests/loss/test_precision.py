@@ -261,4 +261,4 @@ def test_a_large_vocabulary_loses_no_digits(impl, name, size, make_function):
     truth = answers(torch.float64, fused=False)
     for ours, theirs, exact in zip(answers(torch.float32, True), answers(torch.float32, False), truth, strict=True):
         error, eager = ((t.double() - exact).norm() / exact.norm() for t in (ours, theirs))
-        assert error < max(1.5 * eager, 2e-7)
+        assert error < max(1.5 * eager, 4 * torch.finfo(torch.float32).eps)  # one number may be rounded luckily

@@ -298,8 +298,8 @@ def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..
     module's parameters came out wrong. Where nothing has been compiled there is no compiler to keep away.
     """
     if call.module_state is None or "torch._dynamo" not in sys.modules:
-        return function.apply  # type: ignore[no-any-return]
-    return torch.compiler.disable(function.apply)  # type: ignore[no-any-return]
+        return function.apply
+    return torch.compiler.disable(function.apply)
 
 
 def _kept(call: Call) -> Tensor | None:
