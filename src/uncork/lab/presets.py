@@ -148,7 +148,7 @@ _AWD_TRAINING_PTB = TrainingPreset(
 )
 # What every preset but the published ones has in common: bias and learning rate of the output layer move a perplexity
 # further than most logit functions do, so that no head is to be compared without them.
-_OWN: dict[str, Any] = {"bias_prior": True, "output_lr_scale": 1.0}
+_OWN: dict[str, Any] = {"bias_prior": True, "output_lr_scale": 1.0, "decay": "matrices"}
 
 PRESETS: dict[str, Preset] = {
     "awd-lstm-ptb": Preset(
