@@ -42,12 +42,18 @@ _JOINERS = r"\u200c\u200d"
 _LETTER = r"[\p{L}\p{Nl}\p{No}--\p{DI}]"
 _LETTERS = rf"{_LETTER}[\p{{L}}\p{{Nl}}\p{{No}}\p{{M}}{_JOINERS}]*"
 _DIGITS = r"\p{Nd}[\p{Nd}\p{M}]*"
+_SEEN = r"(?![\s\p{M}\p{DI}])"
 _RAW_WORD = regex.compile(
-    rf"(?i:<unk>|<num>)|{_LETTERS}(?:['’-]{_LETTERS})*|{_DIGITS}(?:[.,]{_DIGITS})*|(?![\s\p{{M}}\p{{DI}}])\X", regex.V1
+    rf"(?i:<unk>|<num>)|{_LETTERS}(?:['’-]{_LETTERS})*|{_DIGITS}(?:[.,]{_DIGITS})*"
+    rf"|\p{{GCB=Prepend}}|{_SEEN}\X",  # a sign like U+0600 would make a cluster with the space after it
+    regex.V1,
 )
 # What is neither seen nor spelled with (soft hyphens, byte order marks, marks of direction, control characters), and
-# the halves of characters that UTF-8 cannot hold. The zero-width space stands between words, as a space does.
+# the halves of characters that UTF-8 cannot hold. The zero-width space stands between words, as a space does, and so do
+# the ASCII separators, which Python counts among the spaces.
 _INVISIBLE = regex.compile(rf"[[\p{{DI}}\p{{Cc}}]--[\p{{M}}\p{{L}}\s{_JOINERS}]]+", regex.V1)
+_SPACES = re.compile("[\x1c-\x1f\u200b]")
+_HAS_WORD = regex.compile(rf"{_SEEN}\S", regex.V1)
 _TRAILING = "\u200c\u200d"  # joiners that join nothing
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SPACE_BEFORE = re.compile(r" (?=[,.;:!?%)\]}])")
@@ -58,9 +64,9 @@ _BATCH_LINES = 4096
 def normalize(text: str, style: Style) -> str:
     r"""The text that a corpus counts: its lines, each ended by a newline.
 
-    Raw text loses blank lines, spaces at the ends of lines and characters that nobody sees, and is brought to Unicode's
-    composed form (NFC). Spaced text keeps blank lines and has one space between words. Surrogates, which are no
-    characters, become U+FFFD.
+    Raw text loses lines without a word, spaces at the ends of lines and characters that nobody sees, and is brought to
+    Unicode's composed form (NFC). Spaced text keeps blank lines and has one space between words. Surrogates, which are
+    no characters, become U+FFFD.
 
     >>> normalize("One line.  \r\n\r\nAnother", "raw")
     'One line.\nAnother\n'
@@ -69,9 +75,8 @@ def normalize(text: str, style: Style) -> str:
     """
     text = _SURROGATE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
     if style == "raw":
-        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text.replace("\u200b", " ")))
-        lines = [line.rstrip() for line in text.split("\n")]
-        return "".join(line + "\n" for line in lines if line)
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", _SPACES.sub(" ", text)))
+        return "".join(line.rstrip() + "\n" for line in text.split("\n") if _HAS_WORD.search(line))
     lines = [" ".join(line.split()) for line in text.split("\n")]
     if not lines[-1]:
         lines.pop()
@@ -171,12 +176,14 @@ def _string_list(value: JSON) -> list[str]:
 
 def _check_words(tokens: Sequence[str], style: Style) -> None:
     """Refuse a vocabulary whose words are none here: it was made when combining marks were words of their own."""
-    for token in tokens:
-        if style == "raw" and token not in (UNK, EOS) and split_words(token, style) != [token, EOS]:
-            raise LabError(
-                f"tokenizer spec: {token!r} is not one word by today's rule for raw text; it is damaged or was written "
-                "by an earlier version of uncork, which split words at combining marks: train anew"
-            )
+    words = [token for token in tokens if token not in (UNK, EOS)]
+    if style == "spaced" or split_words("\n".join(words), style) == [part for word in words for part in (word, EOS)]:
+        return
+    wrong = next((word for word in words if split_words(word, style) != [word, EOS]), words[0])
+    raise LabError(
+        f"tokenizer spec: {wrong!r} is not one word by today's rule for raw text; it is damaged or was written by an "
+        "earlier version of uncork, which split words at combining marks: train anew"
+    )
 
 
 class WordTokenizer(Tokenizer):
