@@ -231,9 +231,11 @@ def test_a_tied_head_adds_both_gradients():
     torch.testing.assert_close(embedding.weight.grad, w.grad)
 
 
-def test_bias_starts_at_the_log_unigram():
-    counts = torch.arange(V)
-    head = build_head("plif", D, V, bias_init=counts)
+@pytest.mark.parametrize("options", [{}, {"scale": 4.0}])
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_bias_starts_at_the_log_unigram(name, options):
+    counts = torch.arange(V) ** 3
+    head = build_head(name, D, V, bias_init=counts, **options)
     with torch.no_grad():
         head.weight.zero_()
     expected = counts.double().clamp(min=0.5)

@@ -234,13 +234,11 @@ class HeadSpec:
         head = kind.layer(in_features, vocab_size, logit_function=function, **options)
         if bias_init is not None:
             start_at_unigram(head, bias_init)
-            with torch.no_grad():
-                head.bias.div_(scale * self.resolved.get("factor", 1.0))  # type: ignore[union-attr]
         return head
 
 
 def start_at_unigram(head: Head, counts: Tensor) -> None:
-    """Sets the bias to log(counts / total), and a count of 0 to 1/2 first.
+    """Sets the bias to where f of it is log(counts / total) up to a constant, and a count of 0 to 1/2 first.
 
     Args:
         head: with a bias. counts: (V,), at least 0, not all 0.
@@ -255,7 +253,25 @@ def start_at_unigram(head: Head, counts: Tensor) -> None:
         raise ValueError("bias_init: expected finite counts of at least 0 that are not all 0")
     smoothed = counts.double().clamp(min=0.5)
     with torch.no_grad():
-        head.bias.copy_((smoothed / smoothed.sum()).log())
+        head.bias.copy_(_scores_for(head.logit_function, (smoothed / smoothed.sum()).log()))
+
+
+def _scores_for(function: torch.nn.Module | None, logits: Tensor) -> Tensor:
+    """Scores that the function maps to these logits, up to a constant that softmax cannot see.
+
+    Raises:
+        ValueError: the logits lie further apart than the function's image.
+    """
+    if not isinstance(function, LogitFunction):
+        return logits
+    middle = 0.0 if function.unbounded else (logits.max() + logits.min()) / 2  # of a bounded image, about
+    scores = function.inverse(logits - middle)
+    if not bool(scores.isfinite().all()):
+        apart = float(logits.max() - logits.min())
+        raise ValueError(
+            f"bias_init: expected counts whose logarithms lie within the image of {function}, got {apart:.3g} apart"
+        )
+    return scores
 
 
 def titled(name: str, settings: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
     is_grid = product or len(part.shapes) > max(len(words), len(features))
     if dirichlet and len(part.targets) == 1 and is_grid and base is not None:
         for head in (head for head in heads if head != base):
-            for stem, columns in (("mode-matching", ["mode_matching"]), ("heat-maps", tables.MEASURES)):
+            for stem, columns in (("kl", ["kl"]), ("heat-maps", ["kl", "mode_matching", "cross_entropy"])):
                 drawn = partial(figures.heat_maps, frame, head, part.targets[0], columns=columns)
                 made[f"{stem}-{slug(head)}"] = drawn
     compared = bool((frame.loc[frame["head"] != base, "pairs"] > 0).any())
