@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -159,12 +158,10 @@ def test_the_likeliest_word_of_saturated_logits_is_that_of_the_scores(impl):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nothing_reads_a_value(impl, function_name, mixture, reduction, make_problem, monkeypatch):
+def test_nothing_reads_a_value(impl, function_name, mixture, reduction, make_problem):
     """Meta tensors hold no values: what would stall a GPU (a scan for nan, a check of the target, item()) raises."""
     if impl == "native":
         pytest.skip("works on the CPU alone, where looking at a value stalls nothing")
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     problem = make_problem(function_name, mixture=mixture, dtype=torch.float32)
     for name in ("input", "weight", "bias", "prior"):
         t = getattr(problem, name)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from uncork.loss import _IMPLEMENTATIONS, TokenStatistics, _check_reduction, _reduce
-from uncork.loss.call import Call, Statistics, build_call
+from uncork.loss.call import Call, Statistics, build_call, without_autocast
 from uncork.loss.reference import statistics_of_logits
 
 
@@ -18,7 +17,7 @@ class _Given:
     logits: Tensor  # (N, V)
 
     def statistics(self, call: Call) -> Statistics:
-        with torch.autocast(self.logits.device.type, enabled=False):
+        with without_autocast(self.logits.device):
             return statistics_of_logits(call, self.logits.to(call.dtype), self.logits)
 
     def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
