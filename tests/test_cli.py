@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from uncork import build_head, cli
+from uncork.lab import compare, training
 from uncork.lab.compare import Event, TimeLeft, make_tasks, parse_head
 from uncork.lab.errors import LabError
 from uncork.lab.train_config import TrainConfig
@@ -60,6 +62,26 @@ def test_train_evaluate_generate(text, tmp_path, capsys):
     assert first.startswith("the cat")
     run("generate", out, "--prompt", "the cat", "--max-tokens", "5")
     assert last_json(capsys)["text"] == first
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_files_of_a_folder_that_were_read_are_said(command, text, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "texts"
+    for name in ("a.txt", "B.TXT", ".hidden.txt", "notes.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text.read_text())
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_all", stop)
+    monkeypatch.setattr(training, "train", stop)
+    heads = ["--heads", "softmax"] if command == "compare" else []
+    assert run(command, "--corpus", folder, "--out-dir", tmp_path / "out", *heads, *SMALL) == 130
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^texts \(2 files of [\d,]+ bytes; .*hidden.*\): [\d,]+ tokens to train on, V = \d+; d = ", said, re.M
+    )
 
 
 def test_compare_reports_and_does_not_run_rows_twice(text, tmp_path, capsys):

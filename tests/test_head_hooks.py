@@ -1,5 +1,6 @@
 """Hooks, parametrisations, wrappers and adapters: every answer of a head goes through its own call."""
 
+import contextlib
 import copy
 import functools
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -449,3 +451,31 @@ def _train_sharded(rank: int, size: int, meeting: str, name: str) -> None:
 def test_fully_shard_with_the_head_as_a_unit(size, name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the new processes look for this module
     torch.multiprocessing.spawn(_train_sharded, (size, str(tmp_path / "meeting"), name), nprocs=size)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", uncork.HEAD_NAMES)
+def test_a_head_without_numbers(name, hooked, kind):
+    """On the meta device and under a FakeTensorMode each answer has the shape and dtype that it has with numbers."""
+
+    def shapes(make, on):
+        with on():
+            head = make()
+            if hooked:
+                head.register_forward_hook(lambda module, input, output: output - 1)
+            h, target = torch.randn(2, 3, D), torch.randint(V, (2, 3))
+            h.requires_grad_()
+            loss = head.loss(h, target)
+            s = head.statistics(h, target)
+            found = [loss, *torch.autograd.grad(loss, [h, *(p for p in head.parameters() if p.requires_grad)])]
+            found += [s.log_prob, s.entropy, s.argmax, head.log_prob(h), head.predict(h), *head.topk(h, 4)]
+            return [(t.shape, t.dtype) for t in found], head
+
+    real, _ = shapes(lambda: build_head(name, D, V), contextlib.nullcontext)
+    if kind == "meta":
+        found, head = shapes(lambda: build_head(name, D, V), lambda: torch.device("meta"))
+        assert head.implementation().split(" ")[0] == ("reference" if hooked else "torch")
+    else:
+        found, _ = shapes(lambda: build_head(name, D, V), FakeTensorMode)
+    assert found == real

@@ -47,6 +47,15 @@ def _announce_preset(command: Experiment, config: Any) -> None:
         say(f"  {'resolved':18} {', '.join(shown)}")
 
 
+def _announce_corpus(corpus: Any, features: int | None, more: str = "") -> None:
+    """What was read, from which of a user's files, and how tight the bottleneck is."""
+    origin = f" ({corpus.origin})" * bool(corpus.origin)
+    say(
+        f"\n{corpus.name}{origin}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
+        f"d = {features}, V / d = {corpus.vocab_size // (features or 1)}{more}\n"
+    )
+
+
 def _command_line() -> str:
     return shlex.join(["uncork", *sys.argv[1:]])
 
@@ -89,10 +98,7 @@ def compare(command: Compare) -> dict[str, Any]:
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
     features = tasks[0].config.resolved().in_features
-    say(
-        f"\n{corpus.name}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
-        f"d = {features}, V / d = {corpus.vocab_size // (features or 1)}; {len(tasks)} runs\n"
-    )
+    _announce_corpus(corpus, features, f"; {len(tasks)} runs")
     left, last_line = TimeLeft(len(tasks)), dict[str, float]()
 
     def tell(event: Event) -> None:
@@ -150,6 +156,7 @@ def train(command: Train) -> dict[str, Any]:
     if command.resume and not (out_dir / "config.json").exists():
         raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
     corpus = config.load_corpus(data_dir=command.data_dir)
+    _announce_corpus(corpus, config.resolved().in_features)
     run = RunStore(out_dir.parent).run(out_dir.name, config.stored(text_record(corpus)))
     if run.result is not None:
         say(f"{out_dir} was trained before, with the same settings on the same text: nothing is trained")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from uncork.loss import _IMPLEMENTATIONS, TokenStatistics, _check_reduction, _reduce
