@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from train_step import Case, build_step, publish  # type: ignore[import-not-found]
 
-from uncork.lab.bench.tables import quantiles, with_quartiles
-from uncork.lab.bench.timing import interleave
+from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
+from uncork.lab.experiments.bench.timing import interleave
 from uncork.lab.terminal import cores, resident
 
 _STUDIED = {("ptb", d): Case("lstm-small", 10_000, None, 0.0, d) for d in (16, 64)} | {

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import uncork
-from uncork.lab.bench.contenders import Step, training_step
-from uncork.lab.bench.tables import provenance, quantiles, with_quartiles, write_tables
-from uncork.lab.bench.timing import interleave
+from uncork.lab.experiments.bench.contenders import Step, training_step
+from uncork.lab.experiments.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.experiments.bench.timing import interleave
 
 SHAPES = ((1536, 16, 10000), (1536, 400, 10000))
 EAGER = "eager softmax"

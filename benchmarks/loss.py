@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from uncork.lab.bench.run import Plan, run
-from uncork.lab.bench.settings import CONTENDERS, Bench, Shape
-from uncork.lab.bench.tables import SHAPE_COLUMNS, display_table, shape_columns
+from uncork.lab.experiments.bench.run import Plan, run
+from uncork.lab.experiments.bench.settings import CONTENDERS, Bench, Shape
+from uncork.lab.experiments.bench.tables import SHAPE_COLUMNS, display_table, shape_columns
 
 LARGE, WIDE, MEDIUM, NARROW = (
     Shape(1024, 768, 50257), Shape(2048, 400, 33278), Shape(2048, 400, 10000), Shape(2048, 64, 33278),

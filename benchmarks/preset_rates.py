@@ -18,11 +18,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from uncork.lab.bench.tables import provenance
-from uncork.lab.files import atomic_write_text, write_json
-from uncork.lab.runs import RunStore
-from uncork.lab.train_config import TrainConfig, text_record
-from uncork.lab.training import train
+from uncork.lab.experiments.bench.tables import provenance
+from uncork.lab.run.files import atomic_write_text, write_json
+from uncork.lab.run.store import RunStore
+from uncork.lab.train.config import TrainConfig, text_record
+from uncork.lab.train.training import train
 
 SEED = 100
 EPOCHS = {"lstm-laptop": 1.0, "lstm-small": 2.0, "transformer-small": 2.0, "transformer-laptop": 1.0}

@@ -17,14 +17,14 @@ import pandas as pd
 import torch
 
 import uncork
-from uncork.lab.bench.contenders import Step
-from uncork.lab.bench.tables import provenance, quantiles, with_quartiles, write_tables
-from uncork.lab.bench.timing import interleave
-from uncork.lab.compare import parse_head
+from uncork.lab.experiments.bench.contenders import Step
+from uncork.lab.experiments.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.experiments.bench.timing import interleave
+from uncork.lab.experiments.compare import parse_head
 from uncork.lab.models import build_model
-from uncork.lab.optimisation import build_optimizer, clip_gradients
-from uncork.lab.presets import get_preset
 from uncork.lab.terminal import cores
+from uncork.lab.train.optimisation import build_optimizer, clip_gradients
+from uncork.lab.train.presets import get_preset
 
 
 class Case(NamedTuple):

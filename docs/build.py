@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from uncork.lab.summary import to_markdown
+from uncork.lab.report.summary import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

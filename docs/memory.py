@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from uncork import PLIF, linear_cross_entropy
 from uncork.heads import HeadSpec
-from uncork.lab.bench.naive import naive_plif
-from uncork.lab.plot_style import FONT, INK, MUTED, UNKNOWN, dress, to_png
+from uncork.lab.experiments.bench.naive import naive_plif
+from uncork.lab.report.style import FONT, INK, MUTED, UNKNOWN, dress, to_png
 from uncork.loss.chunked import default_chunk_size
 
 N, D, V, PIECES, BOUND = 2048, 400, 33278, 1000, 20.0

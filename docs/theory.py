@@ -17,10 +17,10 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from uncork import PLIF, Sigsoftmax, Softcap, functional, linear_cross_entropy
-from uncork.lab.bench.tables import provenance, write_tables
-from uncork.lab.plot_style import FONT, INK, MUTED, dress, label_ends, new_axes, plain_log_ticks, strokes, to_png
-from uncork.lab.rank import effective_rank, numerical_rank, singular_values, tail_energy
-from uncork.lab.reachability import reachable_words
+from uncork.diagnose.rank import effective_rank, numerical_rank, singular_values, tail_energy
+from uncork.diagnose.reachability import reachable_words
+from uncork.lab.experiments.bench.tables import provenance, write_tables
+from uncork.lab.report.style import FONT, INK, MUTED, dress, label_ends, new_axes, plain_log_ticks, strokes, to_png
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "results" / "theory"

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from uncork import build_head, cli
-from uncork.lab import compare, training
-from uncork.lab.compare import Event, TimeLeft, make_tasks, parse_head
 from uncork.lab.errors import LabError
-from uncork.lab.train_config import TrainConfig
-from uncork.lab.trainer import Progress
+from uncork.lab.experiments import compare
+from uncork.lab.experiments.compare import Event, TimeLeft, make_tasks, parse_head
+from uncork.lab.train import training
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.trainer import Progress
 
 LINES = ["the cat sat on the mat", "a dog sat on a log", "the dog saw the cat", "a cat saw a dog on the mat"]
 SMALL = [
@@ -254,7 +255,7 @@ def test_resume_of_nothing_is_an_error(text, tmp_path, capsys, monkeypatch):
     assert "holds no run, so there is nothing to resume" in capsys.readouterr().err
     assert not out.exists()
     with monkeypatch.context() as patched:  # before the first checkpoint
-        patched.setattr("uncork.lab.training.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("uncork.lab.train.training.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*command) == 130
     assert "no checkpoint was written yet" in capsys.readouterr().err
     assert run(*command, "--resume") == 0
@@ -331,7 +332,7 @@ def test_tasks_go_seed_by_seed():
 
 def test_time_left_counts_what_was_done_in_this_session(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("uncork.lab.compare.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("uncork.lab.experiments.compare.time.monotonic", lambda: now[0])
     left = TimeLeft(runs=2)
 
     def at(step):

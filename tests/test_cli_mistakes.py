@@ -14,10 +14,10 @@ import pytest
 import uncork
 from uncork import cli
 from uncork.lab.command_line import parse
-from uncork.lab.compare import with_head
-from uncork.lab.preset_settings import known_settings
-from uncork.lab.presets import PRESETS
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.experiments.compare import with_head
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.preset_settings import known_settings
+from uncork.lab.train.presets import PRESETS
 
 COMMANDS = {kind.__name__.lower(): kind for kind in cli._COMMANDS}
 NUMBERS = ("-1", "0", "1", "1.5", "nan", "inf", "-inf", "1e400", "1e-400", "9" * 19, "9" * 40)

@@ -22,7 +22,7 @@ from uncork import (
     Softcap,
     functional,
 )
-from uncork.lab.rank import effective_rank, numerical_rank, singular_values, tail_energy
+from uncork.diagnose.rank import effective_rank, numerical_rank, singular_values, tail_energy
 
 F64 = torch.float64
 N, V, D = 60, 80, 5

@@ -29,11 +29,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from uncork.lab.compare import Texts
 from uncork.lab.errors import LabError
-from uncork.lab.files import atomic_write_text, plain
-from uncork.lab.run_key import flat, key_of
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.experiments.compare import Texts
+from uncork.lab.run.files import atomic_write_text, plain
+from uncork.lab.run.key import flat, key_of
+from uncork.lab.train.config import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -67,7 +67,7 @@ def _resolve(source: str, configs: list[dict[str, Any]]) -> list[list[Any]]:
         del sys.modules[name]
     sys.path.insert(0, source)
     importlib.invalidate_caches()
-    of_then = importlib.import_module("uncork.lab.train_config")
+    of_then = importlib.import_module("uncork.lab.train.config")
     heads = importlib.import_module("uncork.heads")
     assert str(of_then.__file__).startswith(source)
     found = []

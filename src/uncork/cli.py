@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from uncork.lab.errors import LabError, in_one_line
-from uncork.lab.interrupts import Interrupted, handled, interrupt
+from uncork.lab.run.interrupts import Interrupted, handled, interrupt
 from uncork.lab.terminal import NobodyReads, complain, cores, progress_line, ready_streams, say
 
 try:
-    from uncork.lab.bench.settings import Bench
     from uncork.lab.command_line import flag, parse, with_flags
+    from uncork.lab.experiments.bench.settings import Bench
+    from uncork.lab.experiments.study.settings import Study
+    from uncork.lab.experiments.synthetic.settings import Synthetic
     from uncork.lab.settings import Compare, Evaluate, Experiment, Generate, Presets, Train
-    from uncork.lab.study.settings import Study
-    from uncork.lab.synthetic.settings import Synthetic
 except ModuleNotFoundError as error:
     complain(f"uncork: the command line {in_one_line(error)}")
     raise SystemExit(2) from None
@@ -82,12 +82,12 @@ def compare(command: Compare) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from uncork.lab.compare import Event, TimeLeft, check_stored, make_tasks, run_all, started_runs
-    from uncork.lab.files import write_json
-    from uncork.lab.findings import caveats, headline
-    from uncork.lab.report import write_report
-    from uncork.lab.runs import RunStore
-    from uncork.lab.summary import print_table, runs_table, summarise
+    from uncork.lab.experiments.compare import Event, TimeLeft, check_stored, make_tasks, run_all, started_runs
+    from uncork.lab.report.findings import caveats, headline
+    from uncork.lab.report.page import write_report
+    from uncork.lab.report.summary import print_table, runs_table, summarise
+    from uncork.lab.run.files import write_json
+    from uncork.lab.run.store import RunStore
 
     _require_counts(command, "seeds", "workers", "contexts", "threads")
     base = command.base()
@@ -142,12 +142,12 @@ def train(command: Train) -> dict[str, Any]:
     """Trains one run; returns its result."""
     import torch
 
-    from uncork.lab.compare import with_head
-    from uncork.lab.report import write_report
-    from uncork.lab.run_result import epochs_told
-    from uncork.lab.runs import RunStore
-    from uncork.lab.training import text_record
-    from uncork.lab.training import train as train_run
+    from uncork.lab.experiments.compare import with_head
+    from uncork.lab.report.page import write_report
+    from uncork.lab.run.store import RunStore
+    from uncork.lab.train.result import epochs_told
+    from uncork.lab.train.training import text_record
+    from uncork.lab.train.training import train as train_run
 
     _require_counts(command, "threads")
     config = with_head(command.base(), command.head, command.seed)
@@ -183,8 +183,8 @@ def train(command: Train) -> dict[str, Any]:
 
 def presets(command: Presets) -> dict[str, Any]:
     """Prints the presets, or the settings of one; returns them."""
-    from uncork.lab.preset_settings import known_settings
-    from uncork.lab.presets import PRESETS
+    from uncork.lab.train.preset_settings import known_settings
+    from uncork.lab.train.presets import PRESETS
 
     if not command.name:
         for name, preset in PRESETS.items():
@@ -209,7 +209,7 @@ def _require_run(path: Path) -> None:
 
 def evaluate(command: Evaluate) -> dict[str, Any]:
     """Evaluates a run; returns the numbers."""
-    from uncork.lab.evaluation import evaluate_run
+    from uncork.lab.train.evaluation import evaluate_run
 
     _require_run(command.run)
     found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
@@ -221,8 +221,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
 
 def generate(command: Generate) -> dict[str, Any]:
     """Prints what the model says; returns it."""
-    from uncork.lab.checkpoints import load_trained
-    from uncork.lab.generation import generate as sample
+    from uncork.lab.train.checkpoints import load_trained
+    from uncork.lab.train.generation import generate as sample
 
     _require_counts(command, "max_tokens")
     if not 0 <= command.seed < 2**63:
@@ -246,8 +246,8 @@ def generate(command: Generate) -> dict[str, Any]:
 
 def bench(command: Bench) -> dict[str, Any]:
     """Measures the loss; returns the median ratios to G."""
-    from uncork.lab.bench.run import plan_of, run
-    from uncork.lab.bench.tables import median_ratios, terminal_table
+    from uncork.lab.experiments.bench.run import plan_of, run
+    from uncork.lab.experiments.bench.tables import median_ratios, terminal_table
 
     tables = run(command, plan_of(command), _command_line())
     say(f"\n{terminal_table(tables)}\n")
@@ -256,14 +256,14 @@ def bench(command: Bench) -> dict[str, Any]:
 
 def synthetic(command: Synthetic) -> dict[str, Any]:
     """Fits heads to given distributions; returns where the tables are."""
-    from uncork.lab.synthetic import experiment
+    from uncork.lab.experiments.synthetic import experiment
 
     return experiment.run(command, _command_line())
 
 
 def study(command: Study) -> dict[str, Any]:
     """Trains a part of the language-model study; returns where the tables are."""
-    from uncork.lab.study import experiment
+    from uncork.lab.experiments.study import experiment
 
     return experiment.run(command)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from uncork.lab import trainer as trainer_module
-from uncork.lab.corpora import load_corpus
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.data.corpora import load_corpus
+from uncork.lab.train import trainer as trainer_module
+from uncork.lab.train.config import TrainConfig
 
 WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(48)]
 LSTM: dict[str, Any] = {

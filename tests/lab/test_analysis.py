@@ -8,7 +8,7 @@ import torch
 
 from uncork import HEAD_NAMES, build_head
 from uncork.lab.analysis import analyse, frequency_deciles
-from uncork.lab.batching import evaluation_batches
+from uncork.lab.data.batching import evaluation_batches
 from uncork.lab.errors import LabError
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
 

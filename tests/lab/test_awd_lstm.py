@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from uncork.lab.models import AWDLSTM, AWDLSTMConfig, build_model
 from uncork.lab.models.awd_lstm import WeightDropLSTM, in_one_block, locked_dropout
-from uncork.lab.presets import get_preset
+from uncork.lab.train.presets import get_preset
 
 V = 23
 CONFIG = AWDLSTMConfig(embedding_size=6, hidden_sizes=(7, 5))

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from uncork.lab.batching import TokenStreams, evaluation_batches
+from uncork.lab.data.batching import TokenStreams, evaluation_batches
 from uncork.lab.errors import LabError
 from uncork.lab.models import AWDLSTMConfig, build_model
 

@@ -16,12 +16,13 @@ import torch
 import uncork
 from uncork import cli
 from uncork.heads import HeadSpec
-from uncork.lab.bench import gate, instructions, memory, timing
-from uncork.lab.bench.contenders import Inputs, Step, Unavailable, build_step, is_ours
-from uncork.lab.bench.naive import naive_mixture_loss, naive_plif
-from uncork.lab.bench.run import plan_of
-from uncork.lab.bench.settings import CONTENDERS, Bench, Setup, Shape
-from uncork.lab.bench.tables import (
+from uncork.lab.errors import LabError
+from uncork.lab.experiments.bench import gate, instructions, memory, timing
+from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step, is_ours
+from uncork.lab.experiments.bench.naive import naive_mixture_loss, naive_plif
+from uncork.lab.experiments.bench.run import plan_of
+from uncork.lab.experiments.bench.settings import CONTENDERS, Bench, Setup, Shape
+from uncork.lab.experiments.bench.tables import (
     display_table,
     median_ratios,
     memory_frame,
@@ -30,8 +31,7 @@ from uncork.lab.bench.tables import (
     time_rows,
     write_tables,
 )
-from uncork.lab.bench.worker import in_fresh_process
-from uncork.lab.errors import LabError
+from uncork.lab.experiments.bench.worker import in_fresh_process
 
 TINY = Setup(Shape(10, 4, 50), threads=1)
 RUNNABLE = [name for name in CONTENDERS if name not in ("compile", "torch-best")] + ["torch-4", "naive-mos-2", "mos-3"]
@@ -327,7 +327,7 @@ def test_the_cost_of_an_epoch_is_that_of_its_steps(monkeypatch, tmp_path):
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     ballast = torch.ones(2**28)  # 1 GiB
-    code = "import torch; from uncork.lab.run_result import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    code = "import torch; from uncork.lab.train.result import peak_memory_bytes as p; print(p(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < ballast.nbytes
     # Logits of a step of `ptb d=16`, kept eagerly: 768 rows of 10,000 floats.
@@ -355,7 +355,7 @@ def test_the_eager_softmax_needs_three_times_its_scores():
 
 
 def test_a_contender_that_does_not_fit_into_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr("uncork.lab.bench.contenders._free_bytes", lambda: 5_000)
+    monkeypatch.setattr("uncork.lab.experiments.bench.contenders._free_bytes", lambda: 5_000)
     with pytest.raises(Unavailable, match="needs about"):
         build_step("naive-mos-4", Inputs(TINY))
     found = timing.task(TINY.to_dict(), {"G": "G", "eager": "eager"}, rounds=1, max_seconds=1.0, seed=0)

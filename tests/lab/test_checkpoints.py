@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import uncork
-from uncork.lab import checkpoints as ckpt
-from uncork.lab.checkpoints import build_untrained, load_trained
-from uncork.lab.compare import parse_head
 from uncork.lab.errors import LabError
-from uncork.lab.evaluation import evaluate
+from uncork.lab.experiments.compare import parse_head
 from uncork.lab.models import AWDLSTMConfig, build_model
-from uncork.lab.optimisation import build_optimizer
-from uncork.lab.presets import TrainingPreset
-from uncork.lab.runs import RunStore
+from uncork.lab.run.store import RunStore
 from uncork.lab.settings import Compare
-from uncork.lab.training import text_record, train
+from uncork.lab.train import checkpoints as ckpt
+from uncork.lab.train.checkpoints import build_untrained, load_trained
+from uncork.lab.train.evaluation import evaluate
+from uncork.lab.train.optimisation import build_optimizer
+from uncork.lab.train.presets import TrainingPreset
+from uncork.lab.train.training import text_record, train
 
 V, D = 50, 6
 TIED = AWDLSTMConfig(embedding_size=D, hidden_sizes=(D,), tie_weights=True)
@@ -159,7 +159,7 @@ def copied(tmp_path, finished):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_corpus, tiny_folder):
-    from uncork.lab.train_config import TrainConfig
+    from uncork.lab.train.config import TrainConfig
 
     config = TrainConfig(
         corpus=str(tiny_folder), head="mop", head_options={"num_pieces": 9}, in_features=4, max_steps=6, batch_size=8,
@@ -233,6 +233,6 @@ def test_a_checkpoint_of_something_else(tmp_path):
 
 
 def uncork_tokenizer():
-    from uncork.lab.tokenization import WordTokenizer
+    from uncork.lab.data.tokenization import WordTokenizer
 
     return WordTokenizer(["<unk>", "<eos>", "a", "b"], "raw")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from uncork.lab.compare import Event, Texts, check_stored, is_done, make_tasks, run_all
 from uncork.lab.errors import LabError
-from uncork.lab.files import read_json, write_json
-from uncork.lab.presets import PRESETS
-from uncork.lab.runs import Run, RunStore
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.experiments.compare import Event, Texts, check_stored, is_done, make_tasks, run_all
+from uncork.lab.run.files import read_json, write_json
+from uncork.lab.run.store import Run, RunStore
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.presets import PRESETS
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_
     assert is_done(stored, 1000)
     assert not is_done(stored, 20)
     write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}})
-    monkeypatch.setattr("uncork.lab.compare._start", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr("uncork.lab.experiments.compare._start", lambda *_: pytest.fail("a process was started"))
     assert run(tmp_path, tasks) == {}
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from uncork.lab import corpora
-from uncork.lab.corpora import encode_text, load_corpus
+from uncork.lab.data import corpora
+from uncork.lab.data.corpora import encode_text, load_corpus
+from uncork.lab.data.sources import SPLITS
+from uncork.lab.data.tokenization import BPETokenizer, Tokenizer, WordTokenizer
 from uncork.lab.errors import LabError
-from uncork.lab.files import atomic_write_text
-from uncork.lab.runs import RunStore
-from uncork.lab.sources import SPLITS
-from uncork.lab.tokenization import BPETokenizer, Tokenizer, WordTokenizer
+from uncork.lab.run.files import atomic_write_text
+from uncork.lab.run.store import RunStore
 
 LINES = [
     f"Line {i}: the {word} of {other}." for i in range(10) for word in ("war", "peace") for other in ("men", "law")

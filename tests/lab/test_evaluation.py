@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import uncork
+from uncork.lab.data.tokenization import BPETokenizer, WordTokenizer
 from uncork.lab.errors import LabError
-from uncork.lab.evaluation import Evaluation, evaluate, evaluate_run, unknown_share
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
-from uncork.lab.runs import RunStore
-from uncork.lab.tokenization import BPETokenizer, WordTokenizer
-from uncork.lab.training import text_record, train
+from uncork.lab.run.store import RunStore
+from uncork.lab.train.evaluation import Evaluation, evaluate, evaluate_run, unknown_share
+from uncork.lab.train.training import text_record, train
 
 V, D = 50, 4
 LSTM = AWDLSTMConfig(embedding_size=6, hidden_sizes=(8,), out_features=D, output_dropout=0.5)
@@ -99,7 +99,7 @@ def test_too_short_a_text():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_corpus, tiny_folder):
-    from uncork.lab.train_config import TrainConfig
+    from uncork.lab.train.config import TrainConfig
 
     options = {"embedding_size": 6, "hidden_sizes": [8]}
     config = TrainConfig(
@@ -144,7 +144,7 @@ def test_evaluate_run_mistakes(finished, tmp_path, tiny_cache):
 
 
 def test_evaluate_run_on_a_corpus_that_changed(finished, tiny_cache):
-    from uncork.lab.checkpoints import load_trained
+    from uncork.lab.train.checkpoints import load_trained
 
     run, _ = finished
     other = dataclasses.replace(load_trained(run.path), fingerprint="another")

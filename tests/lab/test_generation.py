@@ -5,10 +5,10 @@ import torch
 from scipy import stats
 
 import uncork
+from uncork.lab.data.tokenization import BPETokenizer, WordTokenizer
 from uncork.lab.errors import LabError
-from uncork.lab.generation import generate, prompt_ids, sample_ids
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
-from uncork.lab.tokenization import BPETokenizer, WordTokenizer
+from uncork.lab.train.generation import generate, prompt_ids, sample_ids
 
 V, D = 12, 4
 LSTM = AWDLSTMConfig(embedding_size=6, hidden_sizes=(8,), out_features=D)

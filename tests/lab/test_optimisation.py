@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import uncork
-from uncork.lab.optimisation import (
+from uncork.lab.train.optimisation import (
     WeightAverage,
     averaging_triggered,
     build_optimizer,
@@ -17,7 +17,7 @@ from uncork.lab.optimisation import (
     lr_factor,
     set_lr,
 )
-from uncork.lab.presets import TrainingPreset
+from uncork.lab.train.presets import TrainingPreset
 
 ADAM = TrainingPreset(optimizer="adam", lr=0.01, weight_decay=0.1)
 SGD = TrainingPreset(optimizer="sgd", lr=20.0, weight_decay=1e-6, schedule="constant")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from uncork.lab.errors import LabError
 from uncork.lab.models import TransformerConfig, build_model, model_config_from_dict
-from uncork.lab.presets import PRESETS, Preset, TrainingPreset, get_preset
+from uncork.lab.train.presets import PRESETS, Preset, TrainingPreset, get_preset
 
 
 class SoftmaxHead(nn.Linear):

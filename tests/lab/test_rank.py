@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from uncork.lab.rank import effective_rank, numerical_rank, singular_values, tail_energy
+from uncork.diagnose.rank import effective_rank, numerical_rank, singular_values, tail_energy
 
 
 def matrix_of(values, rows, columns, seed=0):

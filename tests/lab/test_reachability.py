@@ -7,7 +7,7 @@ import torch
 from scipy.spatial import ConvexHull
 
 from uncork import AsymmetricSoftcap, GeneralizedSigsoftmax, functional
-from uncork.lab.reachability import MARGIN, reachable_words, winning_margin
+from uncork.diagnose.reachability import MARGIN, reachable_words, winning_margin
 
 F64 = torch.float64
 

@@ -10,8 +10,9 @@ import pytest
 
 from uncork.heads import HEAD_NAMES, HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.figures import pictures
-from uncork.lab.plot_style import (
+from uncork.lab.report.figures import pictures
+from uncork.lab.report.page import write_report
+from uncork.lab.report.style import (
     INK,
     LONGEST,
     MUTED,
@@ -22,9 +23,8 @@ from uncork.lab.plot_style import (
     spread,
     strokes,
 )
-from uncork.lab.report import write_report
-from uncork.lab.runs import Run, RunStore
-from uncork.lab.summary import summarise
+from uncork.lab.report.summary import summarise
+from uncork.lab.run.store import Run, RunStore
 
 LEVELS = {
     "softmax": 130.1,

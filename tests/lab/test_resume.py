@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from uncork.lab import trainer as trainer_module
 from uncork.lab.errors import LabError
-from uncork.lab.evaluation import evaluate
-from uncork.lab.runs import RunStore
-from uncork.lab.training import text_record, train
+from uncork.lab.run.store import RunStore
+from uncork.lab.train import trainer as trainer_module
+from uncork.lab.train.evaluation import evaluate
+from uncork.lab.train.training import text_record, train
 
 TIMES = {"tokens_per_second", "seconds", "train_seconds", "peak_memory_bytes"}
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
@@ -141,9 +141,9 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing_half_done(tmp_path, tin
 KILLED = """
 import json, sys
 from pathlib import Path
-from uncork.lab.runs import RunStore
-from uncork.lab.train_config import TrainConfig
-from uncork.lab.training import text_record, train
+from uncork.lab.run.store import RunStore
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.training import text_record, train
 root, cache, config = Path(sys.argv[1]), Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
 corpus = config.load_corpus(cache_dir=cache)
 run = RunStore(root).run("killed", config.stored(text_record(corpus)))
@@ -238,9 +238,9 @@ def test_the_last_checkpoint_of_another_training_is_refused(tmp_path, tiny_corpu
 TWO_PROCESSES = """
 import json, signal, sys
 from pathlib import Path
-from uncork.lab.runs import RunStore
-from uncork.lab.train_config import TrainConfig
-from uncork.lab.training import text_record, train
+from uncork.lab.run.store import RunStore
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.training import text_record, train
 root, cache, config = Path(sys.argv[1]), Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
 corpus = config.load_corpus(cache_dir=cache)
 run = RunStore(root).run("two", config.stored(text_record(corpus)))

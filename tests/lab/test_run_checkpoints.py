@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from uncork.lab.errors import LabError
-from uncork.lab.runs import RunStore
+from uncork.lab.run.store import RunStore
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_write_that_the_system_cuts_short_keeps_the_old_file(run):
     code = (
         "import resource, sys, torch\n"
         "from uncork.lab.errors import LabError\n"
-        "from uncork.lab.runs import Run\n"
+        "from uncork.lab.run.store import Run\n"
         "run = Run.open(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "for action in (lambda: run.save_checkpoint(2, {'w': torch.zeros(10000)}, {}),\n"
@@ -270,7 +270,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_training(run
 # Forks one training process a line of its input, so that torch is imported once, and says when that one is dead.
 TRAINERS = """
 import os, sys, torch
-from uncork.lab.runs import Run
+from uncork.lab.run.store import Run
 
 def train(run):
     checkpoint = run.load_checkpoint()

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from uncork.lab import run_key
-from uncork.lab.presets import PRESETS
-from uncork.lab.run_key import differences, key_of, told
-from uncork.lab.train_config import TrainConfig
+from uncork.lab.run import key as run_key
+from uncork.lab.run.key import differences, key_of, told
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.presets import PRESETS
 
 TEXT = {"sha256": "aa", "tokens": {"train": 100}}
 

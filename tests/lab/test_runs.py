@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from uncork.lab.errors import LabError
-from uncork.lab.runs import Run, RunStore, atomic_write_bytes, atomic_write_text, read_json, write_json
+from uncork.lab.run.store import Run, RunStore, atomic_write_bytes, atomic_write_text, read_json, write_json
 
 CONFIG = {"head": "plif", "lr": 0.1, "seed": 3}
 
@@ -215,7 +215,7 @@ def test_a_lock_keeps_others_out_and_is_given_back(run):
 
 def test_a_killed_process_gives_its_lock_back(run):
     code = (
-        "import sys, time; from uncork.lab.runs import Run\n"
+        "import sys, time; from uncork.lab.run.store import Run\n"
         "with Run.open(sys.argv[1]).lock(): print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, run.path], stdout=subprocess.PIPE) as process:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from uncork.lab import sources
-from uncork.lab.corpora import load_corpus
+from uncork.lab.data import sources
+from uncork.lab.data.corpora import load_corpus
+from uncork.lab.data.sources import SPLITS
 from uncork.lab.errors import LabError
-from uncork.lab.sources import SPLITS
 
 TOY = {
     "train": " the <unk> of N men \n = law = \n \n the war \n",

@@ -15,10 +15,8 @@ from scipy import stats
 from uncork import cli
 from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.presets import PRESETS
-from uncork.lab.run_key import differences, key_of
-from uncork.lab.study import experiment, figures, plan, tables
-from uncork.lab.study.plan import (
+from uncork.lab.experiments.study import experiment, figures, plan, tables
+from uncork.lab.experiments.study.plan import (
     CONFIRMED,
     FRESH_SEEDS,
     PARTS,
@@ -30,10 +28,12 @@ from uncork.lab.study.plan import (
     narrowed,
     row_key,
 )
-from uncork.lab.study.run import Cell, run_cells
-from uncork.lab.study.settings import Study
-from uncork.lab.study.store import RowStore, outdated, rounded
-from uncork.lab.train_config import TrainConfig, text_record
+from uncork.lab.experiments.study.run import Cell, run_cells
+from uncork.lab.experiments.study.settings import Study
+from uncork.lab.experiments.study.store import RowStore, outdated, rounded
+from uncork.lab.run.key import differences, key_of
+from uncork.lab.train.config import TrainConfig, text_record
+from uncork.lab.train.presets import PRESETS
 
 
 @pytest.fixture
@@ -248,8 +248,8 @@ def test_wrong_flags_say_what_there_is(flags, message, tmp_path, capsys):
 def test_every_part_can_be_named_and_its_heads_can_be_built():
     from typing import get_args
 
-    from uncork.lab.checkpoints import check_head
-    from uncork.lab.study.settings import StudyPart
+    from uncork.lab.experiments.study.settings import StudyPart
+    from uncork.lab.train.checkpoints import check_head
 
     assert set(get_args(StudyPart)) == set(PARTS)
     rows = _tuned([1.0, 2.0, 3.0])

@@ -9,9 +9,9 @@ from rich.console import Console
 from scipy import stats
 
 from uncork.lab.errors import LabError
-from uncork.lab.findings import caveats, control_sentence, headline
-from uncork.lab.runs import RunStore
-from uncork.lab.summary import baseline, heads_of, print_table, run_labels, runs_table, summarise, to_markdown
+from uncork.lab.report.findings import caveats, control_sentence, headline
+from uncork.lab.report.summary import baseline, heads_of, print_table, run_labels, runs_table, summarise, to_markdown
+from uncork.lab.run.store import RunStore
 
 SOFTMAX = [100.0, 102.0, 101.0, 99.0, 103.0]
 PLIF = [95.0, 96.5, 97.0, 93.0, 98.0]

@@ -6,8 +6,8 @@ import pytest
 
 from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.synthetic import figures
-from uncork.lab.synthetic.tables import rows_frame, summary
+from uncork.lab.experiments.synthetic import figures
+from uncork.lab.experiments.synthetic.tables import rows_frame, summary
 
 FITTING = {"learning_rate": 0.1, "function_scale": 0.1, "first_round": 250, "rounds": 5, "tolerance": 0.01,
            "optimizer": "adam"}  # fmt: skip

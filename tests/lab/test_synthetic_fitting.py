@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from uncork.lab.errors import LabError
-from uncork.lab.synthetic import fitting, targets
-from uncork.lab.synthetic.fitting import Fitting, fit, measure, start
+from uncork.lab.experiments.synthetic import fitting, targets
+from uncork.lab.experiments.synthetic.fitting import Fitting, fit, measure, start
 
 LONG = Fitting(first_round=500, rounds=5, tolerance=1e-4)
 

@@ -15,15 +15,15 @@ import torch
 
 from uncork import cli
 from uncork.lab.errors import LabError
-from uncork.lab.run_key import differences, key_of
-from uncork.lab.synthetic import cells as cells_module
-from uncork.lab.synthetic import run as run_module
-from uncork.lab.synthetic.cells import Cell, run_cell
-from uncork.lab.synthetic.experiment import cells_of, part_of
-from uncork.lab.synthetic.fitting import Fitting
-from uncork.lab.synthetic.parts import PARTS
-from uncork.lab.synthetic.run import CellStore, estimate, run_cells
-from uncork.lab.synthetic.settings import PartName, Synthetic
+from uncork.lab.experiments.synthetic import cells as cells_module
+from uncork.lab.experiments.synthetic import run as run_module
+from uncork.lab.experiments.synthetic.cells import Cell, run_cell
+from uncork.lab.experiments.synthetic.experiment import cells_of, part_of
+from uncork.lab.experiments.synthetic.fitting import Fitting
+from uncork.lab.experiments.synthetic.parts import PARTS
+from uncork.lab.experiments.synthetic.run import CellStore, estimate, run_cells
+from uncork.lab.experiments.synthetic.settings import PartName, Synthetic
+from uncork.lab.run.key import differences, key_of
 
 SHORT = Fitting(first_round=5, rounds=2)
 CELL = Cell("dirichlet:0.1", 30, 12, 3, "plif:num_pieces=20", 0, SHORT)

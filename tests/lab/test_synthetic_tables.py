@@ -6,7 +6,7 @@ import pytest
 
 from uncork.heads import HEAD_NAMES, build_head
 from uncork.lab.errors import LabError
-from uncork.lab.synthetic import tables
+from uncork.lab.experiments.synthetic import tables
 
 FITTING = {"learning_rate": 0.1, "function_scale": 0.1, "first_round": 250, "rounds": 5, "tolerance": 0.01,
            "optimizer": "adam"}  # fmt: skip

@@ -9,10 +9,10 @@ from scipy import stats
 from scipy.special import digamma
 
 import uncork
+from uncork.diagnose.rank import numerical_rank, singular_values, tail_energy
 from uncork.lab.errors import LabError
-from uncork.lab.rank import numerical_rank, singular_values, tail_energy
-from uncork.lab.synthetic import targets as module
-from uncork.lab.synthetic.targets import (
+from uncork.lab.experiments.synthetic import targets as module
+from uncork.lab.experiments.synthetic.targets import (
     PLANTED_OPTIONS,
     dirichlet,
     known_rank,

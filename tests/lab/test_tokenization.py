@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uncork.lab.data.tokenization import EOS, UNK, BPETokenizer, Tokenizer, WordTokenizer, normalize, split_words
 from uncork.lab.errors import LabError
-from uncork.lab.tokenization import EOS, UNK, BPETokenizer, Tokenizer, WordTokenizer, normalize, split_words
 
 TEXT = (
     "Four score and seven years ago our fathers brought forth, on this continent, a new nation.\n"
@@ -185,7 +185,7 @@ def test_min_count_limits_the_merges():
 
 def test_another_process_learns_the_same_subwords(bpe):
     code = (
-        "import json, sys; from uncork.lab.tokenization import BPETokenizer;"
+        "import json, sys; from uncork.lab.data.tokenization import BPETokenizer;"
         "print(json.dumps(BPETokenizer.train(json.loads(sys.argv[1]), 'raw', vocab_size=300).spec()))"
     )
     run = subprocess.run(

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from uncork.lab import train_config
+from uncork.lab.data.tokenization import WordTokenizer
 from uncork.lab.errors import LabError
-from uncork.lab.presets import PRESETS, TrainingPreset, get_preset
-from uncork.lab.run_key import key_of
-from uncork.lab.tokenization import WordTokenizer
-from uncork.lab.train_config import RULES, TrainConfig, text_record
+from uncork.lab.run.key import key_of
+from uncork.lab.train import config as train_config
+from uncork.lab.train.config import RULES, TrainConfig, text_record
+from uncork.lab.train.presets import PRESETS, TrainingPreset, get_preset
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from uncork.lab import training
 from uncork.lab.analysis import SLOPE_GRID
-from uncork.lab.checkpoints import load_trained
 from uncork.lab.errors import LabError
-from uncork.lab.evaluation import evaluate
-from uncork.lab.run_result import epochs_told
-from uncork.lab.runs import RunStore
-from uncork.lab.training import Progress, TrainingDiverged, text_record, train
+from uncork.lab.run.store import RunStore
+from uncork.lab.train import training
+from uncork.lab.train.checkpoints import load_trained
+from uncork.lab.train.evaluation import evaluate
+from uncork.lab.train.result import epochs_told
+from uncork.lab.train.training import Progress, TrainingDiverged, text_record, train
 
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
 

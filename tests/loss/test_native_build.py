@@ -90,7 +90,7 @@ def test_wheel_holds_the_library_and_not_its_sources(tree):
     wanted = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/uncork").rglob("*") if path.is_file()}
     wanted = {name for name in wanted if not re.search(r"__pycache__|/native/|\.so$", name)} | {LIBRARY}
     assert {name for name in names if ".dist-info/" not in name} == wanted
-    assert {"uncork/py.typed", "uncork/lab/report_template.html"} <= wanted
+    assert {"uncork/py.typed", "uncork/lab/report/template.html"} <= wanted
     assert "Root-Is-Purelib: false" in about
 
 

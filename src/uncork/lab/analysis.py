@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from uncork.diagnose.rank import effective_rank, rank_of, singular_values, tail_energy
 from uncork.heads import Head
-from uncork.lab.batching import IGNORE_INDEX, evaluation_batches
+from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
-from uncork.lab.rank import effective_rank, rank_of, singular_values, tail_energy
 from uncork.logit_functions import LogitFunction
 
 __all__ = ["SLOPE_GRID", "analyse", "frequency_deciles", "learned_slopes"]

@@ -63,8 +63,8 @@ class Experiment:
         """The TrainConfig of these flags, with no head yet."""
         from uncork.heads.spec import parse_value
         from uncork.lab.command_line import close_to
-        from uncork.lab.preset_settings import known_settings
-        from uncork.lab.train_config import TrainConfig
+        from uncork.lab.train.config import TrainConfig
+        from uncork.lab.train.preset_settings import known_settings
 
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         settable = known_settings(self.preset)

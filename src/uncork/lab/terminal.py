@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:  # the help must not wait for torch
-    from uncork.lab.trainer import Progress
+    from uncork.lab.train.trainer import Progress
 
 
 class NobodyReads(KeyboardInterrupt):

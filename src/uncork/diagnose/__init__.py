@@ -1,0 +1,1 @@
+"""What limits an output layer: arrays in, results out."""

@@ -1,0 +1,1 @@
+"""Text: where it comes from, its words, and batches of them."""

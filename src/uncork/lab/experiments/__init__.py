@@ -1,0 +1,1 @@
+"""What the laboratory measures, a module or a folder each."""

@@ -1,0 +1,50 @@
+"""Peak memory of one step, in a process of its own.
+
+extra = peak resident memory during the step - resident memory before it - the gradients that it leaves
+
+Before the step the inputs and parameters are there and touched, and the libraries are loaded and warm from a tiny step
+of the same kind. Who reaches the peak before its gradients are made (the eager softmax) needs a little more than that.
+"""
+
+import ctypes
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step
+from uncork.lab.experiments.bench.settings import Setup, Shape
+from uncork.lab.terminal import STATUS, resident
+
+_RESET = Path("/proc/self/clear_refs")
+_TINY = Shape(8, 8, 32)
+
+
+def measurable() -> bool:
+    """Whether this system can say a process's peak and forget it: Linux."""
+    return STATUS.exists() and _RESET.exists()
+
+
+def peak_of(step: Step) -> dict[str, int]:
+    """`extra` and `gradients` of one run, in bytes."""
+    step.clear()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _RESET.write_text("5", encoding="utf-8")  # the peak becomes what is resident now
+    before = resident("VmRSS")
+    step.run()
+    peak = resident("VmHWM")
+    gradients = sum(leaf.grad.nbytes for leaf in step.leaves.values() if leaf.grad is not None)
+    return {"extra": max(0, peak - before - gradients), "gradients": gradients}
+
+
+def task(setup: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a process that measures memory is asked for."""
+    chosen = Setup.from_dict(setup)
+    torch.set_num_threads(chosen.threads)
+    try:
+        build_step(name, Inputs(Setup(_TINY, chosen.threads, chosen.dtype, chosen.impl))).run()
+        return {**peak_of(build_step(name, Inputs(chosen))), "note": ""}
+    except Unavailable as error:
+        return {"extra": None, "gradients": None, "note": f"left out: {error}"}

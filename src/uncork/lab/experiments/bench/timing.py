@@ -1,0 +1,76 @@
+"""Time: contenders take turns within one process, in another order every round."""
+
+import random
+import time
+from typing import Any
+
+import torch
+
+from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step
+from uncork.lab.experiments.bench.settings import PRODUCTS, Setup
+
+SLOW = 4.0
+"""Who needs more than this many times the products takes part in every third round."""
+SLOW_EVERY = 3
+QUICK = 0.5
+"""Seconds below which a contender warms up twice."""
+
+
+def seconds(step: Step) -> float:
+    """One run, its gradients new."""
+    step.clear()
+    start = time.perf_counter()
+    step.run()
+    return time.perf_counter() - start
+
+
+def _warm_up(step: Step) -> float:
+    """The time of a second call where the first is quick: that one may have loaded a library."""
+    first = seconds(step)
+    return seconds(step) if first < QUICK else first
+
+
+def interleave(
+    steps: dict[str, Step], rounds: int, *, unit: str | None = None, max_seconds: float = float("inf"), seed: int = 0
+) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Seconds of each step in each round, and notes on who was not in all of them.
+
+    Args:
+        rounds: after one that warms up and is not counted.
+        unit: the step whose warm-up, times SLOW, is slow; None: everyone is in every round.
+        max_seconds: who takes longer to warm up is left out.
+        seed: of the orders.
+    """
+    order, shuffle = list(steps), random.Random(seed)
+    warm, notes = {name: _warm_up(steps[name]) for name in order}, dict[str, str]()
+    for name in order:
+        if warm[name] > max_seconds:
+            notes[name] = f"left out: one call took {warm[name]:.0f} s, the limit is {max_seconds:g} s"
+        elif unit is not None and warm[name] > SLOW * warm[unit] and rounds > 1:
+            notes[name] = f"slow: in every {SLOW_EVERY}rd round"
+    times: dict[str, dict[int, float]] = {name: {} for name in order}
+    for turn in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            slow, out = notes.get(name, "").startswith("slow"), notes.get(name, "").startswith("left out")
+            if not out and not (slow and turn % SLOW_EVERY):
+                times[name][turn] = seconds(steps[name])
+    return times, notes
+
+
+def task(
+    setup: dict[str, Any], contenders: dict[str, str], rounds: int, max_seconds: float, seed: int
+) -> dict[str, Any]:
+    """What a process that times is asked for; contenders: label -> name."""
+    chosen = Setup.from_dict(setup)
+    torch.set_num_threads(chosen.threads)
+    inputs = Inputs(chosen)
+    steps, missing = dict[str, Step](), dict[str, str]()
+    for label, name in contenders.items():
+        try:
+            steps[label] = build_step(name, inputs)
+        except Unavailable as error:
+            missing[label] = f"left out: {error}"
+    unit = PRODUCTS if PRODUCTS in steps else None
+    times, notes = interleave(steps, rounds, unit=unit, max_seconds=max_seconds, seed=seed)
+    return {"times": times, "notes": {**notes, **missing}}

@@ -1,0 +1,112 @@
+"""One part of the study from flags to files."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from uncork.lab.errors import LabError
+from uncork.lab.experiments.bench.tables import provenance
+from uncork.lab.experiments.study import figures, tables
+from uncork.lab.experiments.study.plan import PARTS, Part, narrowed
+from uncork.lab.experiments.study.run import Cell, is_kept, require_finished, run_cells
+from uncork.lab.experiments.study.settings import Study
+from uncork.lab.experiments.study.store import Rows, RowStore, outdated
+from uncork.lab.report.style import to_png
+from uncork.lab.run.files import atomic_write_text, os_errors, write_json
+from uncork.lab.terminal import cores, say
+from uncork.loss import tile_native
+
+COSTS = "cost-study/cost.csv"
+"""Beside the parts: `python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study`."""
+
+
+def run(settings: Study) -> dict[str, Any]:
+    """Trains what the part still lacks, then writes its tables and figures to out_dir/part, over what was there.
+
+    Raises:
+        LabError: a bad flag, a part that needs another one first, runs that fail, a folder that cannot be written.
+    """
+    for name in ("seeds", "workers"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise LabError(f"{name}: expected at least 1, got {value}")
+    part = narrowed(
+        PARTS[settings.part],
+        heads=settings.heads,
+        corpora=settings.corpora,
+        in_features=settings.in_features,
+        seeds=settings.seeds,
+    )
+    store = RowStore(settings.out_dir)
+    say(f"part {settings.part}: {part.about}")
+    failed: dict[str, str] = {}
+    if not settings.report_only:
+        cells = part.cells(store.rows())
+        failed = run_cells(
+            cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
+        )
+    # The tables are of the whole part, also where the flags have run some of it.
+    command = f"uncork study --part {settings.part}"  # without what only says where, or which part of it
+    told = report(settings.part, PARTS[settings.part], store, settings.out_dir / settings.part, command)
+    require_finished(failed)
+    return told
+
+
+def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -> dict[str, Any]:
+    """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
+    rows = store.rows()
+    kept = part.kept_cells(rows)
+    for line in outdated(((c.config, c.text) for c in part.tuned_cells(rows) if not is_kept(c, rows)), rows):
+        say(line)
+    told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": part.size}
+    if not kept:
+        return told
+    with os_errors(folder, "cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    costs = {} if part.own_model else _costs(folder.parent / COSTS)
+    for stem, frame in _frames(part, kept, rows, costs).items():
+        if len(frame):
+            frame = frame.drop(columns=["name", "baseline"], errors="ignore")
+            atomic_write_text(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
+            if stem in ("table", "verdict"):
+                say(f"\n{frame.to_string(index=False)}")
+    commits = sorted({rows[cell.key]["commit"] for cell in kept})
+    origin = provenance(command, 1, native_instructions=tile_native.instructions())
+    write_json(folder / "provenance.json", {**origin, "commit": commits[0], "commits_of_runs": commits})
+    for old in folder.glob("*.png"):
+        old.unlink()
+    if part.test:
+        for stem, figure in figures.pictures(kept, rows, costs).items():
+            to_png(figure, folder / f"{stem}.png")
+    return told
+
+
+def _costs(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a step costs, by place and head; nothing where it was not measured."""
+    if not path.exists():
+        return {}
+    wanted = ["place", "head", "milliseconds", "tokens", "peak_mib"]
+    try:
+        with os_errors(path, "cannot be read"):
+            measured = pd.read_csv(path, usecols=wanted)
+    except ValueError as error:
+        raise LabError(f"{path}: expected the columns {', '.join(wanted)}; {error}") from error
+    records: list[dict[str, Any]] = measured.to_dict("records")  # type: ignore[assignment]
+    return {(row["place"], row["head"]): row for row in records}
+
+
+def _frames(part: Part, kept: list[Cell], rows: Rows, costs: tables.Costs) -> dict[str, pd.DataFrame]:
+    runs = tables.runs_frame(kept, rows)
+    summary = tables.summary(runs)
+    if not part.test:
+        return {"runs": runs, "summary": summary, "table": tables.display_table(summary, "valid")}
+    tests = tables.bars(runs)
+    return {
+        "runs": runs,
+        "summary": summary,
+        "table": tables.display_table(summary),
+        "columns": tables.published_columns(summary, runs, costs),
+        "tests": tests,
+        "verdict": tables.display_tests(tests) if len(tests) else tests,
+    }

@@ -1,0 +1,1 @@
+"""Runs as tables, figures, sentences and a page."""

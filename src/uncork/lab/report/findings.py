@@ -1,0 +1,230 @@
+"""What a comparison says, in words computed from its numbers, and what stands against believing it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from uncork.heads import HEAD_NAMES, HeadSpec
+from uncork.lab.report.summary import BASELINE, MIN_SEEDS_FOR_TEST, baseline, heads_of, perplexity, probability
+
+__all__ = ["caveats", "control_sentence", "headline"]
+
+SIGNIFICANT = 0.05
+SHORT_EPOCHS = 10
+MORE_PARAMETERS = 0.02
+
+
+def headline(summary: pd.DataFrame) -> str:
+    """The result in one sentence: every head's mean test perplexity against the softmax's, tested from 5 seeds on.
+
+    With a test, a head is said to be lower or higher only where p < 0.05 after Holm's correction.
+    """
+    done = summary[summary["seeds"] > 0] if len(summary) else summary
+    if done.empty:
+        return "No run has finished, so there is nothing to compare yet."
+    rows = [row for _, row in done.sort_values("test_perplexity", kind="stable").iterrows()]
+    base = baseline(heads_of(summary))
+    softmax = next((row for row in rows if row["head"] == base), None)
+    if softmax is None:
+        if len(rows) == 1:
+            lacking = "there is no softmax" if base is None else f"{base} has not finished,"
+            reached = f"{rows[0]['head']} reaches a test perplexity of {_level(rows[0])} on {_seeds(rows[0])}"
+            return f"{reached}; {lacking} to compare it with."
+        lacking = "without a softmax to compare with" if base is None else f"before {base} has finished to compare with"
+        return f"Test perplexity {lacking}: {', '.join(_value(row) for row in rows)}."
+    others = [row for row in rows if row["head"] != base and not _is_control(row["name"])]
+    others = others or [row for row in rows if row["head"] != base]
+    if not others:
+        return (
+            f"{base} reaches a test perplexity of {_level(softmax)} on {_seeds(softmax)}; no other head has finished."
+        )
+    against = f"Against the softmax's test perplexity of {_level(softmax)} ({_seeds(softmax)}):"
+    if base != BASELINE:
+        against = f"Against {base} with a test perplexity of {_level(softmax)} ({_seeds(softmax)}):"
+    return f"{against} {_verdicts(others, softmax)}."
+
+
+def control_sentence(summary: pd.DataFrame, runs: pd.DataFrame) -> str | None:
+    """What the controls reach, and how the learned PLIF stands against its frozen one; None without a control."""
+    if summary.empty:
+        return None
+    rows = {row["head"]: row for _, row in summary.iterrows() if row["seeds"] > 0}
+    names = heads_of(summary)
+    controls = [label for label in rows if _is_control(names[label])]
+    if not controls or len(controls) == len([label for label in rows if names[label] != BASELINE]):
+        return None
+    named = [f"{_as_control(label, names[label])} {_level(rows[label])}{_tested(rows[label])}" for label in controls]
+    sentence = f"Controls: {', '.join(named)}."
+    frozen = next((label for label in controls if names[label] == "plif-frozen"), None)
+    learned = next((label for label in rows if names[label] == "plif"), None)
+    if frozen is None or learned is None:
+        return sentence
+    wins, pairs = _wins(runs, learned, frozen)
+    if pairs == 0:
+        return sentence
+    sentence += f" {learned} is below the frozen random one in {wins} of {pairs} seeds"
+    if not rows[learned]["test_perplexity"] < rows[frozen]["test_perplexity"]:
+        sentence += ", and not below it in the mean: these runs do not show that learning the function helps"
+    return f"{sentence}."
+
+
+def caveats(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """What stands against the headline, one sentence each: short training, few seeds, missing controls and runs."""
+    notes = [*_training_caveats(runs), *_seed_caveats(summary)]
+    unfinished = runs[~runs["done"]]
+    if len(unfinished):
+        names = ", ".join(unfinished["run"])
+        notes.append(f"Not finished, and left out of every number here: {names}.")
+    for _, row in summary.iterrows() if len(summary) else ():
+        if row["not_finite"]:
+            notes.append(
+                f"{row['head']}: {row['not_finite']:.0f} of {row['seeds']:.0f} finished runs have a test "
+                "perplexity that is not a finite number, so no mean is given and no test made."
+            )
+    return notes + _control_caveats(summary)
+
+
+def _training_caveats(runs: pd.DataFrame) -> list[str]:
+    done = runs[runs["done"]]
+    if done.empty:
+        return []
+    notes = []
+    epochs = done["epochs"].max()
+    unit = "epoch" if epochs == 1 else "epochs"
+    at_end = int((done["best_step"] >= done["steps"]).sum())
+    if epochs < SHORT_EPOCHS:
+        notes.append(
+            f"Training was short ({epochs:.3g} {unit}): a head that merely learns faster "
+            "looks better here, and the order may change with longer training."
+        )
+    if at_end:
+        notes.append(
+            f"In {at_end} of {len(done)} runs validation was best at the very last step: "
+            f"{'that run' if at_end == 1 else 'those runs'} may not have converged."
+        )
+    early = int((done["state"] != "finished").sum())
+    if early:
+        notes.append(f"{early} of {len(done)} runs stopped before the planned number of steps.")
+    return notes
+
+
+def _seed_caveats(summary: pd.DataFrame) -> list[str]:
+    done = summary[summary["seeds"] > 0] if len(summary) else summary
+    if done.empty:
+        return []
+    notes = []
+    low, high = int(done["seeds"].min()), int(done["seeds"].max())
+    if low == 1:
+        notes.append(
+            "A head with one seed has no spread: a difference of the size that another seed makes means nothing."
+        )
+    if low != high:
+        notes.append(
+            f"The heads have between {low} and {high} finished seeds; differences are taken over the seeds that a head "
+            "and the softmax share."
+        )
+    return notes
+
+
+def _control_caveats(summary: pd.DataFrame) -> list[str]:
+    """Controls that are missing, given which heads are there."""
+    if summary.empty:
+        return []
+    known = [HeadSpec(name) for name in HEAD_NAMES if name in set(summary["name"])]
+    wanted = {control for head in known if head.learns_function for control in head.controls}
+    missing = [name for name in HEAD_NAMES if name in wanted - {head.name for head in known}]
+    notes = []
+    if missing:
+        notes.append(
+            f"Not run: {', '.join(missing)}. A gain of a learned function is only shown beside the frozen random PLIF, "
+            "a temperature and a tuned softcap."
+        )
+    softmax = summary[summary["baseline"]]["parameters"]
+    if len(softmax) and not math.isnan(softmax.iloc[0]):
+        size = float(softmax.iloc[0])
+        larger = summary[summary["parameters"] > (1 + MORE_PARAMETERS) * size]
+        shown = [f"{row['head']} {row['parameters'] / size - 1:+.0%}" for _, row in larger.iterrows()]
+        if shown:
+            notes.append(
+                f"More parameters than the softmax's model: {', '.join(shown)}. A gain of theirs needs a softmax of "
+                "the same size beside it."
+            )
+    return notes
+
+
+def _verdicts(others: Sequence[Any], softmax: Any) -> str:
+    """The heads in groups by what may be said of them."""
+    groups: dict[str, list[str]] = {"lower": [], "higher": [], "not told apart from it": []}
+    untested, broken = [], []
+    for row in others:
+        if math.isnan(row["test_perplexity"]) or math.isnan(softmax["test_perplexity"]):
+            broken.append(f"{row['head']} has no finite mean")
+        elif math.isnan(row["p_holm"]):
+            untested.append(f"{_value(row)}{_in_seeds(row)}")
+        else:
+            way = "lower" if row["difference"] < 0 else "higher"
+            verdict = way if row["p_holm"] < SIGNIFICANT else "not told apart from it"
+            groups[verdict].append(f"{_value(row)}{_tested(row)}")
+    parts = [
+        f"{_listed(group)} {'is' if len(group) == 1 else 'are'} {verdict}" for verdict, group in groups.items() if group
+    ]
+    if parts:
+        parts[-1] += " (paired t-tests on log-perplexity, p after Holm's correction)"
+    if untested:
+        reason = f"no test was made, since that takes {MIN_SEEDS_FOR_TEST} seeds"
+        parts.append(f"{_listed(untested)}; {reason}")
+    return "; ".join([*parts, *broken])
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _wins(runs: pd.DataFrame, first: str, second: str) -> tuple[int, int]:
+    """Seeds in which the first head's test perplexity is the lower one, and seeds that both have."""
+    done = runs[runs["done"]]
+    both = done[done["head"] == first].merge(done[done["head"] == second], on="seed")
+    return int((both["test_perplexity_x"] < both["test_perplexity_y"]).sum()), len(both)
+
+
+def _is_control(name: str) -> bool:
+    """Whether a head is there to be compared with, not to win: a cheap or an empty form of another one."""
+    return name in HEAD_NAMES and HeadSpec(name).is_control
+
+
+def _as_control(label: str, name: str) -> str:
+    return HeadSpec(name).as_control + label.removeprefix(name)
+
+
+def _level(row: Any) -> str:
+    return perplexity(row["test_perplexity"], row["test_perplexity_std"])
+
+
+def _value(row: Any) -> str:
+    return f"{row['head']} {_level(row)}"
+
+
+def _seeds(row: Any) -> str:
+    return f"{row['seeds']:.0f} seed{'' if row['seeds'] == 1 else 's'}"
+
+
+def _in_seeds(row: Any) -> str:
+    if not row["pairs"]:
+        return f" ({_seeds(row)}, none shared with the softmax)"
+    if row["difference"] > 0:
+        return f" (higher in {row['losses']:.0f} of {_shared(row)})"
+    return f" (lower in {row['wins']:.0f} of {_shared(row)})"
+
+
+def _shared(row: Any) -> str:
+    return f"{row['pairs']:.0f} seed{'' if row['pairs'] == 1 else 's'}"
+
+
+def _tested(row: Any) -> str:
+    p_value = row["p_holm"]
+    if math.isnan(p_value):
+        return ""
+    shown = probability(p_value)
+    return f" (p {shown})" if shown.startswith("<") else f" (p = {shown})"

@@ -1,0 +1,1 @@
+"""What every experiment rests on: a run's key, its folder, files, signals, variables."""

@@ -1,0 +1,1 @@
+"""One language model trained with one output layer, evaluated and sampled."""

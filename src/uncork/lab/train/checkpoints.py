@@ -1,0 +1,271 @@
+"""Model, optimiser and random generators to and from the checkpoints of a run, and a trained model from its folder.
+
+A run keeps two kinds of checkpoint: "last", everything that training needs to go on to the same bits, and "best", the
+weights that did best in validation. Either holds in its header what the model is, so that it can be rebuilt.
+
+    model.KEY           the state_dict, tied weights once          optimizer.INDEX.KEY   the optimiser's tensors
+    average.KEY         the mean weights of averaged SGD           hidden.INDEX          the recurrent state
+    rng.cpu, rng.cuda   a row for each process
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import uncork
+from uncork.heads.state import KEY as HEAD_SPEC
+from uncork.lab.data.corpora import Corpus
+from uncork.lab.data.tokenization import Tokenizer
+from uncork.lab.errors import LabError
+from uncork.lab.models import LanguageModel, ModelConfig, build_model, model_config_from_dict
+from uncork.lab.run import key as run_key
+from uncork.lab.run.files import plain, read_json, write_json
+from uncork.lab.run.store import Checkpoint, Run
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.presets import TrainingPreset
+
+FORMAT = 1
+LAST, BEST = "last", "best"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass
+class TrainState:
+    """Where training stands: the part of a checkpoint that is JSON."""
+
+    step: int = 0
+    epoch: int = 0
+    """Whole passes over the text so far."""
+    segment: int = 0
+    """Batches of the present pass so far."""
+    tokens: int = 0
+    """Tokens that all processes trained on."""
+    seconds: float = 0.0
+    """Spent in training steps, over all the sessions of the run."""
+    row_tokens: int = 0
+    """Tokens of this process since the last row of the metrics; the next ones are that row's too."""
+    row_steps: int = 0
+    row_seconds: float = 0.0
+    row_totals: list[float] = dataclasses.field(default_factory=list)
+    """Sums since the last row: of nats, and of each group's gradient norm."""
+    validated_step: int = 0
+    history: list[float] = dataclasses.field(default_factory=list)
+    """Cross-entropy of every validation."""
+    best_step: int = 0
+    averaged: int | None = None
+    """Steps in the mean of averaged SGD; None while there is no mean."""
+    stopped: bool = False
+    """Validation was out of patience."""
+
+    @property
+    def best(self) -> float | None:
+        """The least cross-entropy in validation."""
+        return min(self.history, default=None)
+
+    @property
+    def checks_since_best(self) -> int:
+        """Validations after the first that reached the best cross-entropy."""
+        return len(self.history) - 1 - self.history.index(min(self.history)) if self.history else 0
+
+
+def build_untrained(config: TrainConfig, corpus: Corpus) -> LanguageModel:
+    """The model that training starts from. The seed alone decides on the backbone's weights, whatever the head.
+
+    Raises LabError for a head option that does not exist or does not fit.
+    """
+    preset = config.resolved_preset()
+    prior = {"bias_init": corpus.counts} if preset.training.bias_prior else {}
+    torch.manual_seed(derived_seed(config.seed, "head"))
+    head = config.build_head(corpus.vocab_size, **prior)
+    torch.manual_seed(derived_seed(config.seed, "backbone"))
+    return build_model(preset.model, head, corpus.vocab_size)
+
+
+def check_head(config: TrainConfig) -> None:
+    """Raise LabError for a head option that does not exist or does not fit, before a run is made or trained."""
+    config.head_record()
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that no draw of one shifts another's."""
+    return random.Random(f"{seed} {purpose}").getrandbits(63)
+
+
+def describe(config: TrainConfig, model: LanguageModel, model_config: ModelConfig, corpus: Corpus) -> dict[str, Any]:
+    """What a model is and how it is trained, as plain JSON, from which `load_trained` rebuilds it."""
+    head: Any = model.head
+    description = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "training": config.resolved_preset().training.to_dict(),
+        "model": model_config.to_dict(),
+        "head": head.spec(),
+        "vocab_size": corpus.vocab_size,
+        "fingerprint": corpus.fingerprint,
+    }
+    return dict(plain(description))
+
+
+def check_description(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
+    """Raise LabError that lists what differs, unless the checkpoint is of the very same training."""
+    stored = checkpoint.state.get("description")
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise LabError(f"{checkpoint.path}: was not written by this version of uncork's training")
+    ours, theirs = run_key.flat(expected), run_key.flat(stored)
+    harmless = {f"config.{name}" for name in TrainConfig.HARMLESS}
+    different = [k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k) and k not in harmless]
+    if different:
+        shown = [f"{name} was {theirs.get(name, 'absent')}, is {ours.get(name, 'absent')}" for name in different]
+        raise LabError(f"{checkpoint.path}: is of another training: {run_key.told(shown)}")
+
+
+def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The model's state, each tied tensor once."""
+    tied = model.tied_keys()
+    return {f"model.{key}": tensor for key, tensor in model.state_dict().items() if key not in tied}
+
+
+def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    """Give the model the checkpoint's weights. Raises LabError when they are not those of such a model."""
+    prefix = "model."
+    given = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
+    tied = model.tied_keys()
+    wanted = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    said = f"head.{HEAD_SPEC}"
+    if said not in given and isinstance(model.head, uncork.heads.Head):
+        # Of 0.1.0, where the description alone says which head it is of.
+        described = checkpoint.state.get("description", {}).get("head")
+        with torch.device("meta"):
+            head = model.head if described is None else uncork.head_from_spec(described)
+        given = uncork.heads.convert_state_0_1(given, head, "head.")
+    wrong = sorted((wanted.keys() ^ given.keys()) - {said})
+    if wrong:
+        raise LabError(
+            f"{checkpoint.path}: is of another model or head, only one of the two has {', '.join(wrong[:3])}"
+        )
+    for key, tensor in wanted.items():
+        if tensor.shape != given[key].shape and key != said:
+            raise LabError(
+                f"{checkpoint.path}: is of another model or head, {key} is {tuple(given[key].shape)} there, "
+                f"{tuple(tensor.shape)} here"
+            )
+    try:
+        model.load_state_dict({**given, **{key: given[source] for key, source in tied.items()}})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise LabError(f"{checkpoint.path}: is of another model or head: {reason}") from error
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, the rest as JSON) of an optimiser. Learning rates are left out: they follow from the step."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            (tensors if isinstance(value, Tensor) else rest)[f"optimizer.{index}.{key}"] = value
+    return tensors, rest
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Give the optimiser what `optimizer_state` took from one with the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **rest}.items():
+        kind, _, place = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = place.partition(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators, (1, bytes) uint8 each; training draws from no other generator."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return {key: state.unsqueeze(0) for key, state in states.items()}
+
+
+def load_rng(tensors: dict[str, Tensor], device: torch.device, rank: int) -> None:
+    """Set the generators of the process `rank` back to where `rng_tensors` found them."""
+    # Cloned: torch crashes on a state that is a view into the middle of its storage.
+    torch.set_rng_state(tensors["rng.cpu"][rank].clone())
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"][rank].clone(), device)
+
+
+def numbered(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The tensors NAME.0, NAME.1 ... in order."""
+    count = sum(key.startswith(f"{name}.") for key in tensors)
+    return tuple(tensors[f"{name}.{index}"] for index in range(count))
+
+
+def save_best(run: Run, step: int, model: LanguageModel, description: dict[str, Any]) -> None:
+    """Keep the model's present weights as the run's best."""
+    run.save_checkpoint(step, model_tensors(model), {"description": description}, keep=1, name=BEST)
+
+
+def save_tokenizer(run: Run, tokenizer: Tokenizer) -> None:
+    """Keep in the run's folder what any other text is tokenised with."""
+    write_json(run.path / TOKENIZER_FILE, tokenizer.spec())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and all that it takes to use it."""
+
+    model: LanguageModel
+    """With the best weights, in evaluation mode."""
+    tokenizer: Tokenizer
+    config: TrainConfig
+    training: TrainingPreset
+    """How it was trained; `bptt` and `eval_batch_size` are how it is evaluated."""
+    step: int
+    """After which these weights were reached."""
+    fingerprint: str
+    """Of the corpus; see `Corpus.fingerprint`."""
+    result: dict[str, Any] | None
+    """The run's result.json; None while it still trains."""
+
+
+def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") -> Trained:
+    """The model with the best validation, rebuilt from a run's folder alone.
+
+    Raises:
+        LabError: no such run, no validation yet, a damaged file, or a checkpoint of another head than the run's.
+    """
+    run = Run.open(run_path)
+    checkpoint = run.load_checkpoint(BEST)
+    if checkpoint is None:
+        raise LabError(
+            f"{run.path}: holds no trained model yet; it has one after the first validation of `uncork train`"
+        )
+    tokenizer_path = run.path / TOKENIZER_FILE
+    spec = read_json(tokenizer_path)
+    try:
+        tokenizer = Tokenizer.from_spec(spec)
+    except LabError as error:
+        raise LabError(f"{tokenizer_path}: {error}") from error
+    try:
+        description = checkpoint.state["description"]
+        config = TrainConfig.from_dict(description["config"])
+        training = TrainingPreset.from_dict(description["training"])
+        with torch.random.fork_rng(devices=[]):
+            head = uncork.head_from_spec(description["head"])
+            model = build_model(model_config_from_dict(description["model"]), head, description["vocab_size"])
+        fingerprint = str(description["fingerprint"])
+    except (KeyError, TypeError, ValueError, LabError) as error:
+        raise LabError(f"{checkpoint.path}: does not describe a model of this version of uncork ({error})") from error
+    if run.config.get("head", config.head) != config.head:
+        raise LabError(f"{checkpoint.path}: has the head {config.head}, but the run is of {run.config['head']}")
+    if tokenizer.vocab_size != description["vocab_size"]:
+        raise LabError(
+            f"{tokenizer_path}: has {tokenizer.vocab_size} ids, but the model predicts {description['vocab_size']}"
+        )
+    load_model(model, checkpoint)
+    model.to(device).eval()
+    return Trained(model, tokenizer, config, training, checkpoint.step, fingerprint, run.result)

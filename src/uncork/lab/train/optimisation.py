@@ -1,0 +1,146 @@
+"""Optimisers, the learning rate's course, clipping in two groups, and averaged SGD."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import uncork
+from uncork.lab.train.presets import TrainingPreset
+
+TRIGGER_CHECKS = 5
+"""Validations that the non-monotone trigger of averaged SGD leaves out of its comparison (arXiv 1708.02182)."""
+
+
+def build_optimizer(
+    model: nn.Module, training: TrainingPreset, *, function_lr_scale: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW or SGD as `training` says, over the groups of `uncork.parameter_groups`.
+
+    Args:
+        model: on its device already.
+        training: gives optimizer, lr, output_lr_scale, weight_decay and what it applies to.
+        function_lr_scale: factor on the learning rate for the logit functions' parameters.
+    """
+    groups = uncork.parameter_groups(
+        model,
+        lr=training.lr,
+        decay=training.decay,
+        weight_decay=training.weight_decay,
+        function_lr_scale=function_lr_scale,
+        output_lr_scale=training.output_lr_scale,
+    )
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def lr_factor(step: int, steps_total: int, *, schedule: str, warmup: float) -> float:
+    """Factor on the learning rate at `step` (from 0): up a line over the warm-up, then constant or down half a cosine.
+
+        (step + 1) / w  for step < w = round(warmup * steps_total),   else 1  or  (1 + cos(pi (step - w) / (S - w))) / 2
+
+    >>> [round(lr_factor(step, 6, schedule="cosine", warmup=1 / 3), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    rising = round(warmup * steps_total)
+    if step < rising:
+        return (step + 1) / rising
+    if schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (step - rising) / (steps_total - rising))) / 2
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set each group's learning rate to `factor` times its first one, and return that of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    lr: float = optimizer.param_groups[0]["lr"]
+    return lr
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, clip: float, function_clip: float) -> list[Tensor]:
+    """Scale the gradients of functions and of all else down to their norm bounds; return the norms before.
+
+    The logit functions' gradients sum over every score of the batch. Clipped together with the rest they would set the
+    scale of everybody's step, so they have a bound of their own.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        clip: bound of all else, an output layer with a rate of its own too. function_clip: of the functions. 0: no
+            clipping.
+    """
+    bounds = zip(clipped_together(optimizer), (clip, function_clip), strict=False)
+    return [nn.utils.clip_grad_norm_(own, bound if bound > 0 else math.inf) for own, bound in bounds]
+
+
+def clipped_together(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The parameters that share a norm bound: all but the functions', and theirs, where there are any."""
+    functions: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        (functions if group["name"] == "function" else others).extend(group["params"])
+    return [own for own in (others, functions) if own]
+
+
+def averaging_triggered(history: Sequence[float], checks: int = TRIGGER_CHECKS) -> bool:
+    """Whether averaging shall begin: the last validation is worse than the best of all but the last `checks` before it.
+
+    >>> averaging_triggered([4.0, 4.3, 4.2, 4.1], checks=2), averaging_triggered([4.0, 4.3, 4.2, 3.9], checks=2)
+    (True, False)
+
+    Merity et al. (2017), arXiv 1708.02182, algorithm 1.
+    """
+    before = history[:-1]
+    return len(before) > checks and history[-1] > min(before[:-checks])
+
+
+class WeightAverage:
+    """The running mean of a model's trainable weights since it was made, averaged SGD's result.
+
+        mean_n = mean_{n-1} + (w_n - mean_{n-1}) / n
+
+    torch.optim.ASGD keeps such a mean too, but applies a learning rate that changes from step to step one step late.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> average = WeightAverage(model)
+    >>> for value in (1.0, 2.0, 6.0):
+    ...     _ = nn.init.constant_(model.weight, value)
+    ...     average.update()
+    >>> with average.applied():
+    ...     print(model.weight.item())
+    3.0
+    >>> model.weight.item()
+    6.0
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.count = 0
+        self.tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present weights into the mean."""
+        self.count += 1
+        for name, parameter in self._parameters.items():
+            self.tensors[name].lerp_(parameter, 1 / self.count)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the mean while the block runs, and its own weights back afterwards."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        try:
+            self._set(self.tensors)
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])

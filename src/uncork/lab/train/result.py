@@ -1,0 +1,111 @@
+"""What a finished run says of itself: result.json."""
+
+import platform
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import uncork
+from uncork.lab.data.corpora import Corpus
+from uncork.lab.models import LanguageModel
+from uncork.lab.terminal import STATUS, resident
+from uncork.lab.train.checkpoints import TrainState
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.evaluation import Evaluation
+
+
+def run_result(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: LanguageModel,
+    state: TrainState,
+    *,
+    epochs: float,
+    valid: Evaluation,
+    test: Evaluation,
+    rows: list[dict[str, Any]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The contents of result.json, in JSON's types.
+
+    `peak_memory_of` says what `peak_memory_bytes` is: "gpu" is what this training allocated there at most, "process"
+    the most memory that the whole process ever held, earlier runs in it included. `epochs` is what was trained, in
+    whole steps, and `epochs_asked` what was asked for.
+    """
+    embedding = model.backbone.embedding.weight
+    head_parameters = sum(p.numel() for p in model.head.parameters() if p is not embedding)
+    speeds = [row["tokens_per_second"] for row in rows if row["kind"] == "train"]
+    return {
+        "head": config.head,
+        "seed": config.seed,
+        "corpus": corpus.name,
+        "in_features": config.in_features,
+        "vocab_size": corpus.vocab_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "head_parameters": head_parameters,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "epochs": epochs,
+        "epochs_asked": config.epochs,
+        "best_step": state.best_step,
+        "train_seconds": state.seconds,
+        "tokens_per_second": statistics.median(speeds),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_of": "gpu" if device.type == "cuda" else "process",
+        "valid": valid.to_dict(),
+        "test": test.to_dict(),
+        "stopped": "early" if state.stopped else "finished",
+        "versions": {"torch": torch.__version__, "uncork": uncork.__version__, "python": platform.python_version()},
+        "machine": machine_name(device),
+        "threads": torch.get_num_threads(),
+        "loss": model.head.implementation(),  # type: ignore[operator]
+    }
+
+
+def epochs_told(result: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """One line where other epochs were trained than asked for, and why; None where they are the same.
+
+    Args:
+        result: of a run. config: of it.
+    """
+    asked, done = result.get("epochs_asked"), result["epochs"]
+    if asked is None or abs(done - asked) < 1e-9:
+        return None
+    steps, bptt = f"{result['steps']:,} steps", config.resolved().bptt
+    if result["stopped"] == "early":
+        why = f"validation was out of patience after {steps}"
+    elif config.max_steps is not None and result["steps"] >= config.max_steps:
+        why = f"max_steps ended it after {steps}"
+    else:
+        why = f"a step takes {bptt} tokens of each stream, so training ends after a whole number of them, {steps}"
+    return f"{done:.3g} epochs were trained, {asked:.3g} were asked for: {why}"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most bytes allocated on a GPU since its count was reset, or ever held by this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        return resident("VmHWM")  # Linux's ru_maxrss starts at what the process held that started this one
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

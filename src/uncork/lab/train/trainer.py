@@ -1,0 +1,389 @@
+"""The loop that trains: steps, rows of metrics, validations and checkpoints, over one process or several."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uncork.lab.analysis import learned_slopes
+from uncork.lab.data.batching import TokenStreams
+from uncork.lab.data.corpora import Corpus
+from uncork.lab.errors import LabError
+from uncork.lab.run.interrupts import InterruptGuard
+from uncork.lab.run.store import Checkpoint, Run
+from uncork.lab.train import checkpoints as ckpt
+from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.evaluation import Evaluation, evaluate, unknown_share
+from uncork.lab.train.optimisation import (
+    WeightAverage,
+    averaging_triggered,
+    build_optimizer,
+    clip_gradients,
+    clipped_together,
+    lr_factor,
+    set_lr,
+)
+from uncork.lab.train.result import run_result
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands; `train` hands one to `on_progress` with every row of the metrics."""
+
+    step: int
+    steps_total: int
+    epoch: float
+    cross_entropy: float
+    """Mean nats per token since the last row."""
+    valid_perplexity: float | None
+    """Per word, at the last validation; None before the first."""
+    tokens_per_second: float
+    seconds_left: float
+    """To the end of training, validations and checkpoints included, at the speed of this session so far."""
+
+
+class TrainingDiverged(LabError):
+    """The loss or a gradient is NaN or infinite. The last checkpoint, where one was written before, stays.
+
+    Attributes: `step` and `epoch` at which it was seen; `last_loss`, the last finite cross-entropy (nats), or None.
+    """
+
+    def __init__(
+        self, what: str, step: int, epoch: float, last_loss: float | None, lr: float, kept: int | None
+    ) -> None:
+        self.step, self.epoch, self.last_loss = step, epoch, last_loss
+        before = "no loss was finite before" if last_loss is None else f"the last finite loss was {last_loss:.4g}"
+        checkpoint = "No checkpoint was written before" if kept is None else f"The checkpoint of step {kept} is kept"
+        super().__init__(
+            f"training diverged: {what} at step {step} (epoch {epoch:.2f}); {before}. {checkpoint}. "
+            f"Try a lower lr (now {lr:g}), output_lr_scale or function_lr_scale, or a smaller clip"
+        )
+
+
+class Trainer:
+    """One session of `uncork.lab.train.training.train`: `start`, `train`, `finish`; the arguments are its own.
+
+    Args:
+        accelerator: accelerate's, for device, processes and precision.
+        interrupt: entered already.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        run: Run,
+        accelerator: Any,
+        interrupt: InterruptGuard,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.config, self.corpus, self.run = config.resolved(), corpus, run
+        self.accelerator, self.interrupt, self.on_progress = accelerator, interrupt, on_progress
+        self.board: Any = None  # TensorBoard's SummaryWriter, where wanted
+        self.main: bool = accelerator.is_main_process
+        self.device: torch.device = accelerator.device
+        preset = self.config.resolved_preset()
+        self.training = preset.training
+        self.streams = TokenStreams(
+            corpus.splits["train"],
+            self.training.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self.model = ckpt.build_untrained(self.config, corpus)
+        self.description = ckpt.describe(self.config, self.model, preset.model, corpus)
+        self.description["processes"] = accelerator.num_processes
+        self.wrapped = accelerator.prepare(self.model)
+        self.optimizer = build_optimizer(self.model, self.training, function_lr_scale=self.config.function_lr_scale)
+        self.average: WeightAverage | None = None
+        self.hidden: tuple[Tensor, ...] = ()
+        self.state = ckpt.TrainState()
+        self.totals = self._zero_totals()
+        self.last_loss: float | None = None
+        self.steps_total = self._count_steps()
+        torch.manual_seed(ckpt.derived_seed(self.config.seed, f"training {accelerator.process_index}"))
+
+    def start(self, resume: bool) -> None:
+        """Go to where the last checkpoint was written, or to the beginning."""
+        checkpoint = self.run.load_checkpoint(ckpt.LAST) if resume else None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if self.main:
+            at, validated = self.state.step, self.state.validated_step
+            self.run.truncate_metrics(lambda row: row["step"] <= (validated if row["kind"] == "valid" else at))
+            ckpt.save_tokenizer(self.run, self.corpus.tokenizer)
+        self.segments = self._segments(self.state.epoch)
+        self.session_start = self.saved_at = time.perf_counter()
+        self.session_first_step = self.state.step
+        # A second process must not read checkpoints that the first one is about to replace.
+        self.accelerator.wait_for_everyone()
+
+    def train(self) -> None:
+        """Steps, validations, rows and checkpoints to the end, or to Ctrl-C."""
+        self.wrapped.train()
+        try:
+            while True:
+                if self._validation_due():
+                    self._validate()
+                if self.interrupt.requested and self.accelerator.num_processes == 1:
+                    raise KeyboardInterrupt
+                if self.state.step == self.steps_total or self.state.stopped:
+                    break
+                self._step()
+                if self.state.step % self.config.log_every == 0 or self.state.step == self.steps_total:
+                    self._row()
+            if self.state.row_steps:
+                self._row()
+        except KeyboardInterrupt:
+            if not self.interrupt.torn:
+                self._save()
+            raise
+        self._save()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best weights on the test split and write the result."""
+        self.accelerator.wait_for_everyone()
+        best = self.run.load_checkpoint(ckpt.BEST)
+        if best is None:
+            raise LabError(
+                f"{self.run.path}: the checkpoint of the best weights is gone; remove the folder and start again"
+            )
+        ckpt.load_model(self.model, best)
+        with self._interruptible():
+            test = self._evaluate("test")
+        assert self.state.best is not None
+        result = run_result(
+            self.config, self.corpus, self.model, self.state,
+            epochs=self._epoch(), valid=self._evaluation("valid", self.state.best), test=test, rows=self.run.metrics(),
+            device=self.device,
+        )  # fmt: skip
+        if self.main:
+            self.run.finish(result)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _step(self) -> None:
+        state, started = self.state, time.perf_counter()
+        if state.segment == 0:
+            self._begin_epoch()
+        start, length = self.segments[state.segment]
+        tokens, target = (part.to(self.device) for part in self.streams.batch(start, length))
+        factor = self._lr_factor(state.step) * (length / self.training.bptt if self.training.variable_bptt else 1.0)
+        set_lr(self.optimizer, factor)
+        output = self.wrapped(tokens, target, self.hidden)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(output.loss)
+        norms = clip_gradients(self.optimizer, self.config.clip or 0.0, self.config.function_clip or 0.0)
+        reading = torch.stack([output.cross_entropy.double() * tokens.numel(), *(norm.double() for norm in norms)])
+        if self.device.type == "cpu":
+            self._require_finite(reading)
+            self.last_loss = output.cross_entropy.item()
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        self.hidden = tuple(part.detach() for part in output.state)
+        self.totals += reading
+        state.step += 1
+        state.tokens += tokens.numel() * self.accelerator.num_processes
+        state.row_tokens += tokens.numel()
+        state.row_steps += 1
+        state.segment += 1
+        if state.segment == len(self.segments):
+            state.epoch, state.segment = state.epoch + 1, 0
+        state.row_seconds += time.perf_counter() - started
+
+    def _begin_epoch(self) -> None:
+        self.segments = self._segments(self.state.epoch)
+        self.hidden = ()  # the streams start again
+        asgd = self.training.asgd
+        if isinstance(asgd, int) and self.state.epoch + 1 >= asgd and self.average is None:
+            self.average = WeightAverage(self.model)
+
+    def _row(self) -> None:
+        """Write a row of the metrics; then, if it is time, a checkpoint."""
+        state, started = self.state, time.perf_counter()
+        due = self.main and time.perf_counter() - self.saved_at >= self.config.checkpoint_every
+        asked = torch.tensor([self.interrupt.requested, due], dtype=torch.float64, device=self.device)
+        # One message for all: what was asked of any process, all of them do.
+        summed = self.accelerator.reduce(torch.cat([self.totals, asked]), reduction="sum")
+        self._require_finite(summed)
+        *totals, requested, due_count = summed.tolist()
+        nats, *norms = (total / self.accelerator.num_processes for total in totals)
+        state.row_seconds += time.perf_counter() - started
+        state.seconds += state.row_seconds
+        self.last_loss = nats / state.row_tokens
+        row = {
+            "kind": "train",
+            "step": state.step,
+            "epoch": self._epoch(),
+            "tokens": state.tokens,
+            "cross_entropy": self.last_loss,
+            "lr": self.training.lr * self._lr_factor(state.step - 1),
+            "grad_norm": norms[0] / state.row_steps,
+            "function_grad_norm": norms[1] / state.row_steps if norms[1:] else None,
+            "tokens_per_second": state.row_tokens * self.accelerator.num_processes / state.row_seconds,
+            "seconds": state.seconds,
+        }
+        self._write(row)
+        self.totals = self._zero_totals()
+        state.row_tokens = state.row_steps = 0
+        state.row_seconds = 0.0
+        if due_count > 0:
+            self._save()
+        if self.on_progress is not None and self.main:
+            self.on_progress(self._progress(row))
+        if requested > 0:
+            self.interrupt.requested = True
+            raise KeyboardInterrupt
+
+    def _validation_due(self) -> bool:
+        state = self.state
+        if state.validated_step == state.step:
+            return False
+        if state.step == self.steps_total:
+            return True
+        return state.segment == 0 if self.config.eval_every is None else state.step % self.config.eval_every == 0
+
+    def _validate(self) -> None:
+        state = self.state
+        with self.average.applied() if self.average is not None else nullcontext():
+            with self._interruptible():
+                valid = self._evaluate("valid")
+            if not math.isfinite(valid.cross_entropy):
+                raise self._diverged("the validation loss is not finite")
+            if state.best is None or valid.cross_entropy < state.best:
+                state.best_step = state.step
+                if self.main:
+                    ckpt.save_best(self.run, state.step, self.model, self.description)
+        state.history.append(valid.cross_entropy)
+        state.validated_step = state.step
+        row: dict[str, Any] = {
+            "kind": "valid", "step": state.step, "epoch": self._epoch(), "tokens": state.tokens,
+            "cross_entropy": valid.cross_entropy, "perplexity": valid.perplexity,
+        }  # fmt: skip
+        slopes = learned_slopes(self.model)
+        self._write(row if slopes is None else {**row, "slopes": slopes})
+        if self.training.asgd == "trigger" and self.average is None and averaging_triggered(state.history):
+            self.average = WeightAverage(self.model)
+        state.stopped = self.config.patience is not None and state.checks_since_best >= self.config.patience
+
+    def _evaluate(self, split: str) -> Evaluation:
+        """Every process evaluates; the first one's number counts, so that all of them decide alike."""
+        found = evaluate(
+            self.model,
+            self.corpus.splits[split],
+            batch_size=self.training.eval_batch_size,
+            bptt=self.training.bptt,
+        )
+        shared = torch.tensor(found.cross_entropy, dtype=torch.float64, device=self.device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast(shared, 0)
+        return self._evaluation(split, shared.item())
+
+    def _evaluation(self, split: str, cross_entropy: float) -> Evaluation:
+        corpus = self.corpus
+        return Evaluation.of(
+            cross_entropy,
+            len(corpus.splits[split]),
+            words=corpus.words[split],
+            bytes=None if corpus.bytes is None else corpus.bytes[split],
+            unknown=unknown_share(corpus.splits[split], corpus.tokenizer),
+        )
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """Where Ctrl-C may come at once; of several processes none may leave the others waiting."""
+        return self.interrupt.raising() if self.accelerator.num_processes == 1 else nullcontext()
+
+    def _save(self) -> None:
+        """Write the "last" checkpoint, never one of a model that diverged."""
+        self._require_finite(self.totals)
+        state = self.state
+        state.row_totals = self.totals.tolist()
+        state.averaged = None if self.average is None else self.average.count
+        shared = ckpt.rng_tensors(self.device) | {f"hidden.{i}": part for i, part in enumerate(self.hidden)}
+        gathered = {key: self.accelerator.gather(t.to(self.device)) for key, t in shared.items()}
+        if self.main:
+            tensors, rest = ckpt.optimizer_state(self.optimizer)
+            tensors |= ckpt.model_tensors(self.model) | gathered
+            if self.average is not None:
+                tensors |= {f"average.{key}": tensor for key, tensor in self.average.tensors.items()}
+            stored = {"description": self.description, "state": vars(state), "optimizer": rest}
+            self.run.save_checkpoint(state.step, tensors, stored, name=ckpt.LAST)
+        self.saved_at = time.perf_counter()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        ckpt.check_description(checkpoint, self.description)
+        tensors, rank = checkpoint.tensors, self.accelerator.process_index
+        self.state = state = ckpt.TrainState(**checkpoint.state["state"])
+        ckpt.load_model(self.model, checkpoint)
+        ckpt.load_optimizer(self.optimizer, tensors, checkpoint.state["optimizer"])
+        self.totals = torch.tensor(state.row_totals, dtype=torch.float64, device=self.device)
+        if state.averaged is not None:
+            self.average = WeightAverage(self.model)
+            self.average.count = state.averaged
+            for key, tensor in self.average.tensors.items():
+                tensor.copy_(tensors[f"average.{key}"])
+        mine = slice(rank * self.streams.num_streams, (rank + 1) * self.streams.num_streams)
+        self.hidden = tuple(part[mine].to(self.device) for part in ckpt.numbered("hidden", tensors))
+        ckpt.load_rng(tensors, self.device, rank)
+
+    def _segments(self, epoch: int) -> list[tuple[int, int]]:
+        training = self.training
+        return self.streams.segments(training.bptt, variable=training.variable_bptt, seed=self.config.seed, epoch=epoch)
+
+    def _count_steps(self) -> int:
+        part, whole = math.modf(self.config.epochs or 0.0)
+        if self.training.variable_bptt:
+            steps = sum(len(self._segments(epoch)) for epoch in range(int(whole)))
+        else:
+            steps = int(whole) * len(self._segments(0))
+        if part:
+            steps += max(1, round(part * len(self._segments(int(whole)))))
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def _lr_factor(self, step: int) -> float:
+        training = self.training
+        return lr_factor(step, self.steps_total, schedule=training.schedule, warmup=training.warmup)
+
+    def _epoch(self) -> float:
+        """Passes over the text so far, with the part of the present one."""
+        if self.state.segment == 0:
+            return float(self.state.epoch)
+        return self.state.epoch + self.segments[self.state.segment][0] / self.streams.length
+
+    def _progress(self, row: dict[str, Any]) -> Progress:
+        state, taken = self.state, time.perf_counter() - self.session_start
+        per_step = taken / max(1, state.step - self.session_first_step)
+        valid = self._evaluation("valid", state.history[-1]).perplexity if state.history else None
+        return Progress(
+            state.step, self.steps_total, row["epoch"], row["cross_entropy"], valid, row["tokens_per_second"],
+            per_step * (self.steps_total - state.step),
+        )  # fmt: skip
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        self.run.append_metrics(row)
+        if self.board is not None:
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+
+    def _zero_totals(self) -> Tensor:
+        return torch.zeros(1 + len(clipped_together(self.optimizer)), dtype=torch.float64, device=self.device)
+
+    def _require_finite(self, numbers: Tensor) -> None:
+        nats, *norms = numbers.tolist()
+        if not math.isfinite(nats):
+            raise self._diverged("the loss is not finite")
+        if not all(map(math.isfinite, norms)):
+            raise self._diverged("the gradient is not finite")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        kept = self.run.last_step(ckpt.LAST)
+        return TrainingDiverged(what, self.state.step, self._epoch(), self.last_loss, self.training.lr, kept)
