@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from uncork import HEAD_NAMES, build_head
-from uncork.lab.analysis import analyse, frequency_deciles
+from uncork.diagnose.output_layer import frequency_deciles
 from uncork.lab.data.batching import evaluation_batches
 from uncork.lab.errors import LabError
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
+from uncork.lab.train.analysis import analyse
 
 V, D = 90, 5
 CONFIGS = {

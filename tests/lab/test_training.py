@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uncork.lab.analysis import SLOPE_GRID
+from uncork.diagnose.output_layer import SLOPE_GRID
 from uncork.lab.errors import LabError
 from uncork.lab.run.store import RunStore
 from uncork.lab.train import training

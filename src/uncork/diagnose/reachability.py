@@ -6,8 +6,6 @@ from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor
 
-from uncork.lab.errors import LabError
-
 __all__ = ["reachable_words", "winning_margin"]
 
 MARGIN = 1e-6  # a word that wins by less counts as a tie: HiGHS keeps constraints to 1e-7
@@ -37,7 +35,7 @@ def reachable_words(weight: Tensor, bias: Tensor | None = None, *, seed: int = 0
 
     Raises:
         ValueError: for other shapes, no words, or numbers that are not finite.
-        LabError: HiGHS gave up.
+        RuntimeError: HiGHS gave up.
 
     >>> corners = [[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]]
     >>> reachable_words(torch.tensor([*corners, [0.0, 0.0]]))
@@ -134,5 +132,5 @@ def _solve(gaps: Array, low: Array) -> tuple[Array, float]:
         method="highs",
     )
     if result.status != 0 or result.x is None:
-        raise LabError(f"the linear program of a word's reachability was not solved: {result.message}")
+        raise RuntimeError(f"the linear program of a word's reachability was not solved: {result.message}")
     return result.x[:-1], float(result.x[-1])

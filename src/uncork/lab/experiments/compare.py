@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from uncork.heads.spec import HeadSpec, parse_text
-from uncork.lab.analysis import analyse
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.run.files import read_json, write_json
 from uncork.lab.run.interrupts import become_worker
 from uncork.lab.run.key import key_of
 from uncork.lab.run.store import Run, RunStore
 from uncork.lab.run.variables import refuse_variables
+from uncork.lab.train.analysis import analyse
 from uncork.lab.train.checkpoints import check_head, load_trained
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.evaluation import evaluate

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncork.lab.analysis import learned_slopes
+from uncork.diagnose.output_layer import learned_slopes
 from uncork.lab.data.batching import TokenStreams
 from uncork.lab.data.corpora import Corpus
 from uncork.lab.errors import LabError
@@ -266,7 +266,7 @@ class Trainer:
             "kind": "valid", "step": state.step, "epoch": self._epoch(), "tokens": state.tokens,
             "cross_entropy": valid.cross_entropy, "perplexity": valid.perplexity,
         }  # fmt: skip
-        slopes = learned_slopes(self.model)
+        slopes = learned_slopes(self.model.head)
         self._write(row if slopes is None else {**row, "slopes": slopes})
         if self.training.asgd == "trigger" and self.average is None and averaging_triggered(state.history):
             self.average = WeightAverage(self.model)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from uncork.lab.analysis import SLOPE_GRID
+from uncork.diagnose.output_layer import SLOPE_GRID
 from uncork.lab.experiments.study.run import Cell
 from uncork.lab.experiments.study.store import Rows
 from uncork.lab.experiments.study.tables import Costs, measured_as

@@ -1,23 +1,18 @@
-"""What the output layer of one trained model does: its rank, its function, its scores, and which words it serves.
+"""What the output layer of a trained model does: the rank it reaches, its function, its scores, the words it serves.
 
-Shapes in comments: N tokens, C sampled contexts, V vocabulary, D features, B streams, T time.
+Shapes in comments: C contexts, V vocabulary, D features, K components, N tokens.
 """
 
 import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from uncork.diagnose.rank import effective_rank, rank_of, singular_values, tail_energy
 from uncork.heads import Head
-from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches
-from uncork.lab.errors import LabError
-from uncork.lab.models import LanguageModel
 from uncork.logit_functions import LogitFunction
-
-__all__ = ["SLOPE_GRID", "analyse", "frequency_deciles", "learned_slopes"]
 
 EFFECTIVE = ("1e-2", "1e-4", "1e-6")
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
@@ -29,70 +24,39 @@ SLOPE_GRID = tuple(range(-20, 21, 2))
 CHUNK = 50  # contexts at once: (CHUNK, K, V) float64 scores stay below about 200 MB at K = 15, V = 33,000
 
 
-def analyse(
-    model: LanguageModel,
-    tokens: Tensor,
-    counts: Tensor,
-    *,
-    batch_size: int,
-    bptt: int,
-    contexts: int = 1000,
-) -> dict[str, Any]:
-    """What the head of a trained model does on held-out text, as plain JSON (the run's analysis.json).
+@torch.no_grad()
+def describe_head(head: Head, features: Tensor, target: Tensor) -> dict[str, Any]:
+    """Rank, function and scores of a head over sampled contexts, as plain JSON.
 
-    The rank is that of the matrix log Q of C contexts, evenly spread over the text, times all V words. Features,
-    weights and the function's parameters are taken as they were trained, and log Q is computed from them in float64:
-    float32 logits are rounded, which alone fills the rank.
+    The rank is that of the matrix log Q of C contexts times all V words. Features, weights and the function's
+    parameters are taken as they were trained, and log Q is computed from them in float64: float32 logits are rounded,
+    which alone fills the rank.
 
     Args:
-        model: a language model whose head is a `uncork.heads.Head`; it is evaluated, and left in the mode it was in.
-        tokens: (N,) integers, held-out text. counts: (V,) how often each word stands in the training text.
-        batch_size, bptt: how the text is read, see `evaluation_batches`.
-        contexts: C; fewer where the text is shorter. The numerical rank is at most min(C, V).
+        head: a head, in the mode in which it is to be described.
+        features: (C, D) what the head receives in each context. target: (C,) the word that came next.
 
     Returns:
         rank: contexts, in_features, vocab_size, linear_rank (what a linear softmax on these word vectors can reach:
-            their size + 1, + 1 with a bias), numerical, effective (eps -> k), tail_energy (share of the squared
-            singular values beyond linear_rank), singular_values.
+            their size + 1, + 1 with a bias), numerical (at most min(C, V)), effective (eps -> k), tail_energy (share
+            of the squared singular values beyond linear_rank), singular_values.
         function: x, y with f(0) = 0, and slope f', over the range of the sampled scores; None without a function.
         histogram: edges, counts and quantiles of the scores of 200 contexts (a mixture's of all components);
             target_quantiles of those of their targets. Impossible words (-inf) are left out.
-        deciles: of the words by training frequency, see `frequency_deciles`: decile (1 holds the most frequent words),
-            words, min_count and max_count in training, tokens in this text and their mean cross_entropy (nats).
-        cross_entropy, entropy: means over the text's tokens (nats). target_log_prob_quantiles.
-
-    Raises:
-        LabError: the text is too short, or contexts is below 1.
-        ValueError: counts has another shape than (V,).
-        TypeError: the model's head is no Head.
     """
-    head = _checked_head(model, counts)
-    if contexts < 1:
-        raise LabError(f"contexts must be at least 1, got {contexts}")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            features, sampled_target, per_token = _read(model, head, tokens, batch_size, bptt, contexts)
-            wide = _in_float64(head)
-            function = wide.logit_function
-            histogram = _histogram(wide, features, sampled_target)
-            return {
-                "rank": _rank(wide, features),
-                "function": _function(function, histogram["edges"]) if isinstance(function, LogitFunction) else None,
-                "histogram": histogram,
-                "deciles": _deciles(counts, per_token["target"], per_token["log_prob"]),
-                "cross_entropy": -float(per_token["log_prob"].mean()),
-                "entropy": float(per_token["entropy"].mean()),
-                "target_log_prob_quantiles": _quantiles(per_token["log_prob"]),
-            }
-    finally:
-        model.train(training)
+    wide = _in_float64(head)
+    function = wide.logit_function
+    histogram = _histogram(wide, features, target)
+    return {
+        "rank": _rank(wide, features),
+        "function": _function(function, histogram["edges"]) if isinstance(function, LogitFunction) else None,
+        "histogram": histogram,
+    }
 
 
-def learned_slopes(model: LanguageModel) -> list[float] | None:
+def learned_slopes(head: object) -> list[float] | None:
     """f' at the scores of SLOPE_GRID, of a head whose function is trained; None for any other."""
-    function = getattr(model.head, "logit_function", None)
+    function = getattr(head, "logit_function", None)
     if not isinstance(function, LogitFunction) or not any(p.requires_grad for p in function.parameters()):
         return None
     grid = torch.tensor(SLOPE_GRID, dtype=torch.float32, device=next(function.parameters()).device)
@@ -124,48 +88,11 @@ def frequency_deciles(counts: Tensor) -> Tensor:
     return decile.masked_fill(counts == 0, DECILES - 1)
 
 
-def _checked_head(model: LanguageModel, counts: Tensor) -> Head:
-    head = model.head
-    if not isinstance(head, Head):
-        raise TypeError(f"model.head: expected a uncork.heads.Head, got {type(head).__name__}")
-    if tuple(counts.shape) != (head.vocab_size,):
-        raise ValueError(f"counts: expected shape ({head.vocab_size},), got {tuple(counts.shape)}")
-    return head
-
-
 def _in_float64(head: Head) -> Head:
     """A copy of the head in float64, on the CPU where the device has no float64."""
     parameter = next(head.parameters())
     device = "cpu" if parameter.device.type == "mps" else parameter.device
     return copy.deepcopy(head).to(device).double().eval()
-
-
-def _read(
-    model: LanguageModel, head: Head, tokens: Tensor, batch_size: int, bptt: int, contexts: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Features (C, D) and targets (C,) of the sampled contexts; target, log_prob and entropy (N - 1,) of every one."""
-    device = next(model.parameters()).device
-    total = len(tokens) - 1
-    # Sampled places, of the N - 1 targets in the order of the batches.
-    wanted = torch.arange(min(contexts, max(total, 1))) * total // min(contexts, max(total, 1))
-    state: tuple[Tensor, ...] = ()
-    sampled: list[tuple[Tensor, Tensor]] = []
-    columns: dict[str, list[Tensor]] = {"target": [], "log_prob": [], "entropy": []}
-    seen = 0
-    for batch, batch_target in evaluation_batches(tokens, batch_size, bptt):
-        features, state = model.features(batch.to(device), state)
-        kept = (batch_target != IGNORE_INDEX).flatten()
-        rows = features.flatten(0, 1)[kept.to(device)]  # (kept, D)
-        target = batch_target.flatten()[kept]
-        statistics = head.statistics(rows, target.to(device))
-        columns["target"].append(target.cpu())
-        columns["log_prob"].append(cast(Tensor, statistics.log_prob).cpu().double())
-        columns["entropy"].append(statistics.entropy.cpu().double())
-        here = wanted[(wanted >= seen) & (wanted < seen + len(rows))] - seen
-        sampled.append((rows[here.to(device)], target[here]))
-        seen += len(rows)
-    chosen, chosen_target = (torch.cat(column) for column in zip(*sampled, strict=True))
-    return chosen, chosen_target, {name: torch.cat(parts) for name, parts in columns.items()}
 
 
 def _wide_chunks(head: Head, features: Tensor) -> Iterator[Tensor]:
@@ -213,8 +140,8 @@ def _histogram(head: Head, features: Tensor, target: Tensor) -> dict[str, Any]:
         "contexts": count,
         "edges": edges.tolist(),
         "counts": binned.tolist(),
-        "quantiles": _quantiles(everything),
-        "target_quantiles": _quantiles(torch.cat(of_target)),
+        "quantiles": quantiles_of(everything),
+        "target_quantiles": quantiles_of(torch.cat(of_target)),
     }
 
 
@@ -227,7 +154,16 @@ def _function(function: LogitFunction, edges: list[float]) -> dict[str, list[flo
     return {"x": x.tolist(), "y": y.tolist(), "slope": slope.tolist()}
 
 
-def _deciles(counts: Tensor, target: Tensor, log_prob: Tensor) -> list[dict[str, Any]]:
+def loss_by_frequency(counts: Tensor, target: Tensor, log_prob: Tensor) -> list[dict[str, Any]]:
+    """The mean loss of the words of each decile by training frequency, see `frequency_deciles`.
+
+    Args:
+        counts: (V,) how often each word stands in the training text. target: (N,) ids. log_prob: (N,) of the targets.
+
+    Returns:
+        For each decile: decile (1 holds the most frequent words), words, min_count and max_count in training, tokens
+        among the targets and their mean cross_entropy (nats); None where there are none.
+    """
     counts = counts.cpu()
     decile = frequency_deciles(counts)
     tokens = torch.bincount(decile[target], minlength=DECILES)
@@ -249,7 +185,7 @@ def _deciles(counts: Tensor, target: Tensor, log_prob: Tensor) -> list[dict[str,
     return rows
 
 
-def _quantiles(values: Tensor) -> dict[str, float]:
+def quantiles_of(values: Tensor) -> dict[str, float]:
     """Quantiles by sorting: torch.quantile refuses more than 2^24 numbers."""
     ordered = values.sort().values
     return {f"{q:g}": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES}
