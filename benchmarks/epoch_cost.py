@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from train_step import Case, build_step, publish  # type: ignore[import-not-found]
+from train_step import Case, build_step, write  # type: ignore[import-not-found]
 
 from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
@@ -125,7 +125,7 @@ def main() -> None:
         rounds, cut = (2, 4) if arguments.quick else (arguments.rounds, None)
         rows += measure(place, names, rounds, cut)
         costs = pd.DataFrame(rows)
-        publish(arguments, "cost", costs, display_table(costs))
+        write(arguments, "cost", costs, display_table(costs))
 
 
 if __name__ == "__main__":

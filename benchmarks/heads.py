@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 import uncork
 from uncork.lab.experiments.bench.contenders import Step, training_step
-from uncork.lab.experiments.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
+from uncork.lab.report.publish import publish
+from uncork.lab.run.provenance import provenance
 
 SHAPES = ((1536, 16, 10000), (1536, 400, 10000))
 EAGER = "eager softmax"
@@ -84,7 +86,7 @@ def main() -> None:
     times = pd.DataFrame([row for shape in SHAPES for row in measure(*shape, arguments.rounds)])
     print(times.to_string(index=False))
     origin = provenance(shlex.join(["python", *sys.argv]), torch.get_num_threads())
-    write_tables(arguments.out, {"times": times, "table": by_head(times)}, origin)
+    publish(arguments.out, {"times": times, "table": by_head(times)}, origin)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from uncork.lab.experiments.bench.tables import provenance
 from uncork.lab.run.files import atomic_write_text, write_json
+from uncork.lab.run.provenance import provenance
 from uncork.lab.run.store import RunStore
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.training import train

@@ -18,11 +18,13 @@ import torch
 
 import uncork
 from uncork.lab.experiments.bench.contenders import Step
-from uncork.lab.experiments.bench.tables import provenance, quantiles, with_quartiles, write_tables
+from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
-from uncork.lab.experiments.compare import parse_head
 from uncork.lab.models import build_model
+from uncork.lab.report.publish import publish
+from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import cores
+from uncork.lab.train.head import parse_head
 from uncork.lab.train.optimisation import build_optimizer, clip_gradients
 from uncork.lab.train.presets import get_preset
 
@@ -126,11 +128,11 @@ def display_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def publish(arguments: argparse.Namespace, name: str, rows: pd.DataFrame, table: pd.DataFrame) -> None:
+def write(arguments: argparse.Namespace, name: str, rows: pd.DataFrame, table: pd.DataFrame) -> None:
     """Prints the table, and writes it and the rows with their origin."""
     print(table.to_string(index=False))
     origin = provenance(shlex.join(["python", *sys.argv]), arguments.threads, rounds=arguments.rounds)
-    write_tables(arguments.out, {name: rows, "table": table}, origin)
+    publish(arguments.out, {name: rows, "table": table}, origin)
 
 
 def main() -> None:
@@ -150,7 +152,7 @@ def main() -> None:
             rows += measure(case, HEADS, rounds, tokens_a_stream=cut)
             print(f"{case.preset}: {rows[-1]['ratio_median']:.3f} x", flush=True)
     steps = pd.DataFrame(rows)
-    publish(arguments, "trainstep", steps, display_table(steps))
+    write(arguments, "trainstep", steps, display_table(steps))
 
 
 if __name__ == "__main__":

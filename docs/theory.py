@@ -19,8 +19,9 @@ from torch import Tensor
 from uncork import PLIF, Sigsoftmax, Softcap, functional, linear_cross_entropy
 from uncork.diagnose.rank import effective_rank, numerical_rank, singular_values, tail_energy
 from uncork.diagnose.reachability import reachable_words
-from uncork.lab.experiments.bench.tables import provenance, write_tables
+from uncork.lab.report.publish import publish
 from uncork.lab.report.style import FONT, INK, MUTED, dress, label_ends, new_axes, plain_log_ticks, strokes, to_png
+from uncork.lab.run.provenance import provenance
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "results" / "theory"
@@ -272,7 +273,7 @@ def main() -> None:
         print(f"theory-{name}.png: {time.perf_counter() - began:.0f} s", flush=True)
     origin = provenance("python docs/theory.py", 1, seeds="in each row of the tables")
     origin["versions"] |= {"numpy": np.__version__, "scipy": scipy.__version__}
-    write_tables(RESULTS, tables, origin)
+    publish(RESULTS, tables, origin)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import pytest
 from uncork import build_head, cli
 from uncork.lab.errors import LabError
 from uncork.lab.experiments import compare
-from uncork.lab.experiments.compare import Event, TimeLeft, make_tasks, parse_head
+from uncork.lab.experiments.compare import make_cells
+from uncork.lab.run.pool import Event, TimeLeft
 from uncork.lab.train import training
 from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.head import parse_head
 from uncork.lab.train.trainer import Progress
 
 LINES = ["the cat sat on the mat", "a dog sat on a log", "the dog saw the cat", "a cat saw a dog on the mat"]
@@ -75,7 +77,7 @@ def test_the_files_of_a_folder_that_were_read_are_said(command, text, tmp_path, 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "run_all", stop)
+    monkeypatch.setattr(compare, "train_all", stop)
     monkeypatch.setattr(training, "train", stop)
     heads = ["--heads", "softmax"] if command == "compare" else []
     assert run(command, "--corpus", folder, "--out-dir", tmp_path / "out", *heads, *SMALL) == 130
@@ -323,17 +325,17 @@ def test_heads_as_the_command_line_writes_them():
                 parse_head(bad)
 
 
-def test_tasks_go_seed_by_seed():
-    tasks = make_tasks(["softmax", "softcap:cap=15"], [0, 1], TrainConfig())
-    assert [t.name for t in tasks] == ["softmax-seed0", "softcap_cap_15-seed0", "softmax-seed1", "softcap_cap_15-seed1"]
-    assert tasks[3].config.head_options == {"cap": 15}
-    assert tasks[3].config.seed == 1
+def test_cells_go_seed_by_seed():
+    cells = make_cells(["softmax", "softcap:cap=15"], [0, 1], TrainConfig())
+    assert [t.name for t in cells] == ["softmax-seed0", "softcap_cap_15-seed0", "softmax-seed1", "softcap_cap_15-seed1"]
+    assert cells[3].config.head_options == {"cap": 15}
+    assert cells[3].config.seed == 1
 
 
 def test_time_left_counts_what_was_done_in_this_session(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("uncork.lab.experiments.compare.time.monotonic", lambda: now[0])
-    left = TimeLeft(runs=2)
+    monkeypatch.setattr("uncork.lab.run.pool.time.monotonic", lambda: now[0])
+    left = TimeLeft({"a": 1.0, "b": 1.0}, started=0.0)
 
     def at(step):
         return Event("a", "progress", Progress(step, 100, 0.0, 1.0, None, 1.0, 0.0))

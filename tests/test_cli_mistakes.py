@@ -14,8 +14,8 @@ import pytest
 import uncork
 from uncork import cli
 from uncork.lab.command_line import parse
-from uncork.lab.experiments.compare import with_head
 from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.head import with_head
 from uncork.lab.train.preset_settings import known_settings
 from uncork.lab.train.presets import PRESETS
 

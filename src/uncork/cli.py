@@ -78,11 +78,9 @@ _NEXT = (
 
 def compare(command: Compare) -> dict[str, Any]:
     """Runs the comparison; returns what the last line says."""
-    import time
-
     from rich.console import Console
 
-    from uncork.lab.experiments.compare import Event, TimeLeft, check_stored, make_tasks, run_all, started_runs
+    from uncork.lab.experiments.compare import Texts, check_stored, make_cells, started_runs, train_all
     from uncork.lab.report.findings import caveats, headline
     from uncork.lab.report.page import write_report
     from uncork.lab.report.summary import print_table, runs_table, summarise
@@ -92,33 +90,22 @@ def compare(command: Compare) -> dict[str, Any]:
     _require_counts(command, "seeds", "workers", "contexts", "threads")
     base = command.base()
     _announce_preset(command, base)
-    tasks = make_tasks(command.heads, range(command.seeds), base)
-    store = RunStore(command.out_dir / "runs")
-    check_stored(store.root, tasks, data_dir=command.data_dir)
+    cells = make_cells(command.heads, range(command.seeds), base)
+    store, texts = RunStore(command.out_dir / "runs"), Texts(command.data_dir)
+    check_stored(store.root, cells, texts)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
-    corpus = tasks[0].config.load_corpus(data_dir=command.data_dir)
-    features = tasks[0].config.resolved().in_features
-    _announce_corpus(corpus, features, f"; {len(tasks)} runs")
-    left, last_line = TimeLeft(len(tasks)), dict[str, float]()
-
-    def tell(event: Event) -> None:
-        remaining = left.update(event)
-        if event.progress is None:
-            say(f"{event.name:28} {event.kind} {event.message}".rstrip())
-        elif time.monotonic() - last_line.get(event.name, -1e9) > 10:
-            last_line[event.name] = time.monotonic()
-            say(progress_line(event.name, event.progress, remaining))
-
-    failed = run_all(
+    corpus = cells[0].config.load_corpus(data_dir=command.data_dir)
+    features = cells[0].config.resolved().in_features
+    _announce_corpus(corpus, features, f"; {len(cells)} runs")
+    failed = train_all(
         store.root,
-        tasks,
-        data_dir=command.data_dir,
+        cells,
+        texts,
         contexts=command.contexts,
         workers=command.workers,
         threads=command.threads or max(1, cores() // command.workers),
-        on_event=tell,
     )
-    runs = started_runs(store.root, tasks)
+    runs = started_runs(store.root, cells)
     if all(run.result is None for run in runs):
         raise LabError(f"no run finished: {next(iter(failed.values()), 'nothing was run')}")
     title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
@@ -142,9 +129,9 @@ def train(command: Train) -> dict[str, Any]:
     """Trains one run; returns its result."""
     import torch
 
-    from uncork.lab.experiments.compare import with_head
     from uncork.lab.report.page import write_report
     from uncork.lab.run.store import RunStore
+    from uncork.lab.train.head import with_head
     from uncork.lab.train.result import epochs_told
     from uncork.lab.train.training import text_record
     from uncork.lab.train.training import train as train_run

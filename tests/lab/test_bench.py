@@ -26,12 +26,12 @@ from uncork.lab.experiments.bench.tables import (
     display_table,
     median_ratios,
     memory_frame,
-    provenance,
     terminal_table,
     time_rows,
-    write_tables,
 )
 from uncork.lab.experiments.bench.worker import in_fresh_process
+from uncork.lab.report.publish import publish
+from uncork.lab.run.provenance import provenance
 
 TINY = Setup(Shape(10, 4, 50), threads=1)
 RUNNABLE = [name for name in CONTENDERS if name not in ("compile", "torch-best")] + ["torch-4", "naive-mos-2", "mos-3"]
@@ -234,7 +234,7 @@ def script(folder, name):
 
 
 def test_the_readme_can_show_what_is_written(tables, tmp_path, monkeypatch):
-    write_tables(tmp_path / "results" / "bench", tables, provenance("python x.py", 1))
+    publish(tmp_path / "results" / "bench", tables, provenance("python x.py", 1))
     build = script("docs", "build")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     shown = build.block("bench")

@@ -9,13 +9,13 @@ import torch
 
 import uncork
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.compare import parse_head
 from uncork.lab.models import AWDLSTMConfig, build_model
 from uncork.lab.run.store import RunStore
 from uncork.lab.settings import Compare
 from uncork.lab.train import checkpoints as ckpt
 from uncork.lab.train.checkpoints import build_untrained, load_trained
 from uncork.lab.train.evaluation import evaluate
+from uncork.lab.train.head import parse_head
 from uncork.lab.train.optimisation import build_optimizer
 from uncork.lab.train.presets import TrainingPreset
 from uncork.lab.train.training import text_record, train

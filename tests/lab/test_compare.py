@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.compare import Event, Texts, check_stored, is_done, make_tasks, run_all
+from uncork.lab.experiments import base as base_module
+from uncork.lab.experiments.compare import Texts, check_stored, is_done, make_cells, train_all
 from uncork.lab.run.files import read_json, write_json
 from uncork.lab.run.store import Run, RunStore
 from uncork.lab.train.config import TrainConfig
@@ -29,20 +31,39 @@ def base(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-def stored_config(task):
-    return task.config.stored(Texts(None).of(task.config))
+def stored_config(cell):
+    return cell.config.stored(Texts(None).of(cell.config))
 
 
 def quick(base):
     return dataclasses.replace(base, max_steps=20)
 
 
-def run(root, tasks, on_event=lambda event: None, workers=1):
-    return run_all(root, tasks, data_dir=None, contexts=20, workers=workers, threads=1, on_event=on_event)
+def run(root, cells, **options):
+    return train_all(root, cells, Texts(), contexts=20, workers=1, threads=1, **options)
 
 
-def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path):
-    victim, other = *make_tasks(["softmax"], [0], base), *make_tasks(["plif"], [0], quick(base))
+@pytest.fixture
+def on_event(monkeypatch):
+    """Calls a function with everything that is heard of the workers."""
+
+    def install(function):
+        heard = base_module.run_jobs
+
+        def run_jobs(jobs, *, on_event, **options):
+            def both(event):
+                function(event)
+                on_event(event)
+
+            return heard(jobs, on_event=both, **options)
+
+        monkeypatch.setattr(base_module, "run_jobs", run_jobs)
+
+    return install
+
+
+def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path, on_event):
+    victim, other = *make_cells(["softmax"], [0], base), *make_cells(["plif"], [0], quick(base))
     kinds = []
 
     def kill(event):
@@ -51,7 +72,8 @@ def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path):
             for child in multiprocessing.active_children():
                 os.kill(child.pid, signal.SIGKILL)
 
-    failed = run(tmp_path, [victim, other], kill)
+    on_event(kill)
+    failed = run(tmp_path, [victim, other])
     assert list(failed) == [victim.name]
     assert "killed (SIGKILL)" in failed[victim.name]
     assert kinds[-1] == (other.name, "done")
@@ -59,8 +81,8 @@ def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path):
 
 
 def test_an_unexpected_error_is_reported_in_one_line(base, tmp_path, capfd):
-    (broken,) = make_tasks(["softmax"], [0], base)
-    object.__setattr__(broken.config, "corpus", 5)  # no user can do this; it stands for a mistake of ours
+    (broken,) = make_cells(["softmax"], [0], base)
+    object.__setattr__(broken.config, "log_every", "x")  # no user can do this; it stands for a mistake of ours
     failed = run(tmp_path, [broken])
     assert list(failed) == [broken.name]
     assert failed[broken.name].startswith(("TypeError: ", "AttributeError: "))
@@ -68,22 +90,26 @@ def test_an_unexpected_error_is_reported_in_one_line(base, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_the_same_command_gives_the_same_numbers(base, tmp_path):
-    tasks = make_tasks(["softmax"], [0], base)
+def test_ctrl_c_ends_the_workers_and_the_same_command_gives_the_same_numbers(base, tmp_path, on_event):
+    cells = make_cells(["softmax"], [0], base)
+
+    interrupted: list[Any] = []
 
     def interrupt(event):
-        if event.progress is not None:
+        if event.progress is not None and not interrupted:
+            interrupted.append(event)
             raise KeyboardInterrupt
 
+    on_event(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "interrupted", tasks, interrupt)
+        run(tmp_path / "interrupted", cells)
     assert not multiprocessing.active_children()
-    name = tasks[0].name
+    name = cells[0].name
     stopped = Run.open(tmp_path / "interrupted" / name)
     assert not (stopped.path / "result.json").exists()
     assert 0 < stopped.load_checkpoint().step < base.max_steps
-    assert run(tmp_path / "interrupted", tasks) == {}
-    assert run(tmp_path / "whole", tasks) == {}
+    assert run(tmp_path / "interrupted", cells) == {}
+    assert run(tmp_path / "whole", cells) == {}
     whole = Run.open(tmp_path / "whole" / name)
     assert stopped.result is not None
     assert whole.result is not None
@@ -92,8 +118,8 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_gives_the_same_numbers(bas
 
 
 def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_again(base, tmp_path, monkeypatch):
-    tasks = make_tasks(["softmax"], [0], quick(base))
-    stored = RunStore(tmp_path).run(tasks[0].name, stored_config(tasks[0]))
+    cells = make_cells(["softmax"], [0], quick(base))
+    stored = RunStore(tmp_path).run(cells[0].name, stored_config(cells[0]))
     assert not is_done(stored, 20)
     stored.finish({"test": {}})
     assert not is_done(stored, 20)
@@ -108,13 +134,13 @@ def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_
     assert is_done(stored, 1000)
     assert not is_done(stored, 20)
     write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}})
-    monkeypatch.setattr("uncork.lab.experiments.compare._start", lambda *_: pytest.fail("a process was started"))
-    assert run(tmp_path, tasks) == {}
+    monkeypatch.setattr("uncork.lab.run.pool._Worker", lambda *_: pytest.fail("a process was started"))
+    assert run(tmp_path, cells) == {}
 
 
 def test_a_bad_head_option_is_found_before_anything_is_trained(base):
     with pytest.raises(LabError, match="head plif: num_pieces"):
-        make_tasks(["softmax", "plif:num_pieces=0"], [0], base)
+        make_cells(["softmax", "plif:num_pieces=0"], [0], base)
 
 
 def test_two_names_of_the_same_run_are_refused_before_anything_is_trained(base):
@@ -122,59 +148,59 @@ def test_two_names_of_the_same_run_are_refused_before_anything_is_trained(base):
         ["softmax", "softmax:"], ["plif", f"plif:lr={base.resolved().lr}"], ["plif", "plif:num_pieces=100,scale=1.0"],
     ):  # fmt: skip
         with pytest.raises(LabError, match="are the same run"):
-            make_tasks(heads, [0], base)
+            make_cells(heads, [0], base)
 
 
 def test_other_settings_in_the_same_folder_are_refused_before_anything_is_written(base, tmp_path):
-    tasks = make_tasks(["softmax"], [0], base)
-    check_stored(tmp_path, tasks)
+    cells = make_cells(["softmax"], [0], base)
+    check_stored(tmp_path, cells, Texts())
     assert not list(tmp_path.glob("softmax*"))
-    RunStore(tmp_path).run(tasks[0].name, stored_config(tasks[0]))
-    check_stored(tmp_path, tasks)
+    RunStore(tmp_path).run(cells[0].name, stored_config(cells[0]))
+    check_stored(tmp_path, cells, Texts())
     with pytest.raises(LabError, match="max_steps was 600, is 20"):
-        check_stored(tmp_path, make_tasks(["softmax"], [0], quick(base)))
+        check_stored(tmp_path, make_cells(["softmax"], [0], quick(base)), Texts())
 
 
-def test_a_text_that_changed_is_refused_and_no_run_of_before_is_taken_for_one_on_it(base, tmp_path):
+def test_a_text_that_changed_is_refused_and_no_run_of_before_is_taken_for_one_on_it(base, tmp_path, capsys):
     """One table then compared heads trained on two texts, with exit code 0."""
-    tasks = make_tasks(["softmax"], [0], quick(base))
-    assert run(tmp_path / "runs", tasks) == {}
-    events: list[Event] = []
-    assert run(tmp_path / "runs", tasks, events.append) == {}
-    assert [event.message for event in events] == ["before, with the same settings on the same text"]
+    cells = make_cells(["softmax"], [0], quick(base))
+    assert run(tmp_path / "runs", cells) == {}
+    capsys.readouterr()
+    assert run(tmp_path / "runs", cells) == {}
+    assert capsys.readouterr().out == "softmax-seed0: done before, with the same settings on the same text\n"
     path = Path(base.corpus)
     path.write_text(path.read_text().replace("the 0 cat", "the 0 dog"))
     with pytest.raises(LabError, match=r"softmax-seed0: .*the text behind --corpus has changed"):
-        check_stored(tmp_path / "runs", tasks)
-    failed = run(tmp_path / "runs", tasks)  # where it changes after the check
+        check_stored(tmp_path / "runs", cells, Texts())
+    failed = run(tmp_path / "runs", cells)  # where it changes after the check
     assert "the text behind --corpus has changed" in failed["softmax-seed0"]
 
 
 def test_a_preset_that_changed_is_refused(base, tmp_path, monkeypatch):
-    tasks = make_tasks(["softmax"], [0], quick(base))
-    RunStore(tmp_path).run(tasks[0].name, stored_config(tasks[0]))
+    cells = make_cells(["softmax"], [0], quick(base))
+    RunStore(tmp_path).run(cells[0].name, stored_config(cells[0]))
     preset = PRESETS["lstm-laptop"]
     slower = dataclasses.replace(preset.training, lr=0.001)
     monkeypatch.setitem(PRESETS, "lstm-laptop", dataclasses.replace(preset, training=slower))
     with pytest.raises(LabError, match=r"preset lstm-laptop: training\.lr was 0\.003, is 0\.001"):
-        check_stored(tmp_path, tasks)
+        check_stored(tmp_path, cells, Texts())
 
 
 def test_a_variable_that_changes_numbers_is_refused_before_a_worker_starts(base, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(LabError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"):
-        run(tmp_path, make_tasks(["softmax"], [0], quick(base)))
+        run(tmp_path, make_cells(["softmax"], [0], quick(base)))
 
 
 def test_a_text_that_changes_while_a_comparison_runs_is_not_trained_on(base, tmp_path):
-    first, second = make_tasks(["softmax", "plif"], [0], quick(base))
+    first, second = make_cells(["softmax", "plif"], [0], quick(base))
     path = Path(base.corpus)
 
-    def edit(event):
-        if event.kind == "done":
-            path.write_text(path.read_text().replace("the 0 cat", "the 0 dog"))
+    def edit(run):
+        path.write_text(path.read_text().replace("the 0 cat", "the 0 dog"))
+        return "done"
 
-    failed = run(tmp_path, [first, second], edit)
+    failed = run(tmp_path, [first, second], keep=edit)
     assert list(failed) == [second.name]
     assert "the text behind --corpus has changed" in failed[second.name]
     assert Run.open(tmp_path / first.name).result is not None

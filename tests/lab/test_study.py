@@ -30,8 +30,8 @@ from uncork.lab.experiments.study.plan import (
 )
 from uncork.lab.experiments.study.run import Cell, run_cells
 from uncork.lab.experiments.study.settings import Study
-from uncork.lab.experiments.study.store import RowStore, outdated, rounded
 from uncork.lab.run.key import differences, key_of
+from uncork.lab.run.rows import RowStore, outdated, rounded
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.presets import PRESETS
 
@@ -102,7 +102,7 @@ def test_what_a_killed_process_left_is_no_row(tmp_path):
     store.add({"key": "b"})
     with store.path.open("ab") as file:
         file.write(b'{"key": "c", "x"')
-    assert store.rows() == {"a": {"key": "a", "x": 1.23457}, "b": {"key": "b"}}
+    assert store.rows() == {"a": {"key": "a", "x": 1.23456789}, "b": {"key": "b"}}
     store.add({"key": "d"})
     assert list(store.rows()) == ["a", "b", "d"]
     assert store.path.read_text().count("\n") == 3
@@ -160,7 +160,7 @@ def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_p
     again = [replace(cell) for cell in cells[:2]]
     assert not {cell.key for cell in again} & rows.keys()
     said = "2 kept runs do not count: preset lstm-laptop: training.warmup was 0.02, is 0.5"
-    assert outdated([(cell.config, cell.text) for cell in again], rows) == [said]
+    assert outdated([cell.record for cell in again], rows) == [said]
     capsys.readouterr()
     _, failed = run(again, tmp_path)
     assert said in capsys.readouterr().out

@@ -8,6 +8,7 @@ from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.synthetic import figures
 from uncork.lab.experiments.synthetic.tables import rows_frame, summary
+from uncork.lab.report.style import to_png
 
 FITTING = {"learning_rate": 0.1, "function_scale": 0.1, "first_round": 250, "rounds": 5, "tolerance": 0.01,
            "optimizer": "adam"}  # fmt: skip
@@ -29,22 +30,14 @@ def curve(slope, points=21):
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """Calls a function of figures with a path; returns the figure that it wrote there."""
-    kept = []
-    to_png = figures.to_png
-
-    def keep(figure, path):
-        kept.append(figure)
-        to_png(figure, path)
-
-    monkeypatch.setattr(figures, "to_png", keep)
+def drawn(tmp_path):
+    """Calls a function of figures, and writes what it returns as a PNG."""
 
     def draw(make, data, *arguments, **options):
-        path = tmp_path / "figure.png"
-        make(data if make is figures.functions else summary(rows_frame(data)), *arguments, path=path, **options)
-        assert path.read_bytes().startswith(b"\x89PNG")
-        return kept[-1]
+        figure = make(data if make is figures.functions else summary(rows_frame(data)), *arguments, **options)
+        to_png(figure, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+        return figure
 
     return draw
 
@@ -86,7 +79,7 @@ def test_heat_maps_of_one_measure_and_of_no_such_target(drawn, tmp_path):
     figure = drawn(figures.heat_maps, data, "plif", "dirichlet:0.01", columns=["cross_entropy"])
     assert [texts(axes)[0] for axes in figure.axes] == ["1.500", "1.000", "0.67"]
     with pytest.raises(LabError, match="sotu"):
-        figures.heat_maps(summary(rows_frame(data)), "plif", "sotu", tmp_path / "no.png")
+        figures.heat_maps(summary(rows_frame(data)), "plif", "sotu")
 
 
 def test_ratios_are_blue_where_the_head_is_better(drawn):

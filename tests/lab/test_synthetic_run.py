@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -21,9 +20,10 @@ from uncork.lab.experiments.synthetic.cells import Cell, run_cell
 from uncork.lab.experiments.synthetic.experiment import cells_of, part_of
 from uncork.lab.experiments.synthetic.fitting import Fitting
 from uncork.lab.experiments.synthetic.parts import PARTS
-from uncork.lab.experiments.synthetic.run import CellStore, estimate, run_cells
+from uncork.lab.experiments.synthetic.run import estimate, run_cells
 from uncork.lab.experiments.synthetic.settings import PartName, Synthetic
 from uncork.lab.run.key import differences, key_of
+from uncork.lab.run.rows import RowStore
 
 SHORT = Fitting(first_round=5, rounds=2)
 CELL = Cell("dirichlet:0.1", 30, 12, 3, "plif:num_pieces=20", 0, SHORT)
@@ -34,7 +34,6 @@ TINY = ["--num-words", "12", "--in-features", "2", "3", "--num-contexts", "30", 
 def test_a_cell_leaves_its_row_and_its_function():
     outcome = json.loads(json.dumps(run_cell(CELL)))
     row, curve = outcome["row"], outcome["function"]
-    assert Cell.from_dict(outcome["cell"]) == CELL
     assert row["head"] == "plif:num_pieces=20"
     assert row["num_words"] == 12
     assert row["steps"] == 15
@@ -72,7 +71,7 @@ def test_every_setting_makes_another_key():
         }.items()
     ]  # fmt: skip
     cells = [CELL, *others]
-    assert len({cell.name for cell in cells}) == len({key_of(cell.record()) for cell in cells}) == len(cells)
+    assert len({cell.key for cell in cells}) == len(cells)
     assert len(cells) == 1 + len(dataclasses.fields(Cell))
 
 
@@ -124,7 +123,7 @@ def test_bad_cells(change, message):
 
 
 def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
-    store = CellStore(tmp_path / "cells")
+    store = RowStore(tmp_path)
     cells = [replace(CELL, seed=seed) for seed in range(3)]
     first = run_cells(cells[:2], store, workers=1)
     ran = []
@@ -142,28 +141,23 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
 def test_a_cell_by_other_rules_is_run_again_and_said_once(tmp_path, monkeypatch, capsys):
     """A default of a head, or a text, that changed made no difference to the names of the files."""
     cells = [replace(CELL, seed=seed) for seed in range(2)]
-    run_cells(cells, CellStore(tmp_path), workers=1)
+    run_cells(cells, RowStore(tmp_path), workers=1)
 
     def said():
-        run_cells(cells, CellStore(tmp_path), workers=1)
+        run_cells(cells, RowStore(tmp_path), workers=1)
         return [line for line in capsys.readouterr().out.splitlines() if "do not count" in line]
 
     assert said() == []
     monkeypatch.setattr(cells_module, "RULES", 2)
-    assert said() == ["2 cells of before do not count: the version of the rules was 1, is 2"]
+    cells = [replace(cell) for cell in cells]  # a cell has its key once
+    assert said() == ["2 kept runs do not count: the version of the rules was 1, is 2"]
     assert said() == []
-    for path in tmp_path.iterdir():
-        found = json.loads(path.read_text())
-        found["record"]["head"]["logit_function"]["options"]["bound"] = 10.0
-        path.write_text(json.dumps(found))
-    changed = "head plif:num_pieces=20: logit_function.PLIF.bound was 10, is 20"
-    assert said() == [f"2 cells of before do not count: {changed}"]
-    for path in tmp_path.iterdir():
-        found = json.loads(path.read_text())
-        del found["record"]
-        path.write_text(json.dumps(found))
-    (line,) = said()
-    assert line.startswith("2 cells of before do not count: an earlier version made them")
+    rows = RowStore(tmp_path).rows().values()
+    RowStore(tmp_path).path.unlink()
+    for row in rows:
+        row["record"]["head"]["logit_function"]["options"]["bound"] = 10.0
+        RowStore(tmp_path).add({**row, "key": key_of(row["record"])})
+    assert said() == ["2 kept runs do not count: head plif:num_pieces=20: logit_function.PLIF.bound was 10, is 20"]
 
 
 def test_cells_of_real_text_are_known_by_it(monkeypatch):
@@ -178,27 +172,20 @@ def test_cells_of_real_text_are_known_by_it(monkeypatch):
 def test_a_variable_that_changes_numbers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     with pytest.raises(LabError, match="ONEDNN_DEFAULT_FPMATH_MODE=BF16"):
-        run_cells([CELL], CellStore(tmp_path), workers=1)
+        run_cells([CELL], RowStore(tmp_path), workers=1)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"cell": 1, "row": {}}'])
-def test_a_damaged_cell_is_run_again_and_said(tmp_path, capsys, content):
-    store = CellStore(tmp_path / "cells")
-    (first,) = run_cells([CELL], store, workers=1)
-    (path,) = store.folder.iterdir()
-    path.write_text(content)
-    (again,) = run_cells([CELL], store, workers=1)
-    assert {k: v for k, v in again["row"].items() if k != "seconds"} == {
-        k: v for k, v in first["row"].items() if k != "seconds"
-    }
-    assert "runs again" in capsys.readouterr().out
-    assert again["commit"]
-    assert store.get(CELL) == again
+def test_a_damaged_row_is_named_and_nothing_is_run(tmp_path):
+    store = RowStore(tmp_path)
+    run_cells([CELL], store, workers=1)
+    store.path.write_text("{\n" + store.path.read_text())
+    with pytest.raises(LabError, match=r"rows\.jsonl: line 1 is damaged"):
+        run_cells([replace(CELL, seed=1)], store, workers=1)
 
 
 def test_workers_do_not_change_a_number(tmp_path):
     cells = [replace(CELL, seed=seed) for seed in range(2)]
-    alone, together = (run_cells(cells, CellStore(tmp_path / str(n)), workers=n) for n in (1, 2))
+    alone, together = (run_cells(cells, RowStore(tmp_path / str(n)), workers=n) for n in (1, 2))
     for a, b in zip(alone, together, strict=True):
         assert a["function"] == b["function"]
         assert {**a["row"], "seconds": 0} == {**b["row"], "seconds": 0}
@@ -212,19 +199,18 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path, workers):
         "1 of 3 cells failed, the others are kept; the first: dirichlet:0.1 M=12 d=3 seed 0 plif:num_pieces=20: the"
     )
     with pytest.raises(LabError, match=message):
-        run_cells(cells, CellStore(tmp_path), workers)
-    assert all(CellStore(tmp_path).get(cell) for cell in cells[1:])
-    assert CellStore(tmp_path).get(bad) is None
+        run_cells(cells, RowStore(tmp_path), workers)
+    assert RowStore(tmp_path).rows().keys() == {cell.key for cell in cells[1:]}
 
 
 def test_the_same_cell_twice_is_run_once(tmp_path, capsys):
-    assert len(run_cells([CELL, CELL], CellStore(tmp_path), workers=1)) == 1
+    assert len(run_cells([CELL, CELL], RowStore(tmp_path), workers=1)) == 1
     assert "1 of 1 cells to run, 0 done before" in capsys.readouterr().out
 
 
 def test_more_memory_than_there_is(tmp_path):
     with pytest.raises(LabError, match=r"100000000 x 1000000 with plif:num_pieces=20 on 1 worker\(s\) need about"):
-        run_cells([replace(CELL, num_contexts=10**8, num_words=10**6)], CellStore(tmp_path), workers=2)
+        run_cells([replace(CELL, num_contexts=10**8, num_words=10**6)], RowStore(tmp_path), workers=2)
 
 
 def test_the_estimate_grows_with_the_work():
@@ -288,10 +274,10 @@ def test_the_command(tmp_path, capsys):
     assert last["cells"] == 16
     names = {path.name for path in (out / "default").iterdir()}
     assert {"rows.csv", "summary.csv", "provenance.json", "heat-maps-plif.png"} <= names
-    before = {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    before = (out / "cells.jsonl").read_bytes()
     assert run("--out-dir", out, *TINY) == 0
     assert "cells to run" not in capsys.readouterr().out
-    assert before == {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert before == (out / "cells.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -337,10 +323,10 @@ def test_another_run_leaves_no_figure_of_the_one_before(tmp_path):
         assert [left in path.name for path in (out / "default").glob("*.png")] == [True, True]
 
 
-def test_the_cells_folder_is_a_file(tmp_path, capsys):
-    (tmp_path / "cells").write_text("")
+def test_the_file_of_cells_is_a_folder(tmp_path, capsys):
+    (tmp_path / "cells.jsonl").mkdir()
     assert run("--out-dir", tmp_path, *TINY) == 2
-    assert "cells cannot be made" in capsys.readouterr().err
+    assert "cells.jsonl: cannot be read" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
@@ -364,7 +350,7 @@ def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(tmp_path):
         _, error = process.communicate(timeout=30)
     assert process.returncode == 130
     assert error.strip() == "uncork: interrupted; the same command goes on from what is kept"
-    done = len(list(Path(out, "cells").glob("*.json")))
+    done = len(RowStore(out, "cells.jsonl").rows())
     assert 2 <= done < 16
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert f"{16 - done} of 16 cells to run, {done} done before" in again.stdout

@@ -4,13 +4,13 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import uncork
 from uncork.lab.data.corpora import Corpus
+from uncork.lab.machine import machine_name
 from uncork.lab.models import LanguageModel
 from uncork.lab.terminal import STATUS, resident
 from uncork.lab.train.checkpoints import TrainState
@@ -97,15 +97,3 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def machine_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -17,14 +17,13 @@ from uncork.lab.experiments.bench.settings import CONTENDERS, EAGER, PRODUCTS, B
 from uncork.lab.experiments.bench.tables import (
     display_table,
     memory_frame,
-    provenance,
     shape_columns,
     time_rows,
-    write_tables,
 )
 from uncork.lab.experiments.bench.worker import in_fresh_process
+from uncork.lab.report.publish import publish
+from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import cores, say
-from uncork.loss import tile_native
 
 CHUNKS = (64, 128, 256, 512, 1024)
 """Chunk sizes among which torch-best is sought."""
@@ -81,11 +80,10 @@ def run(settings: Bench, plan: Plan, command: str) -> dict[str, pd.DataFrame]:
     if settings.out_dir is not None:
         origin = provenance(
             command, threads, dtype=settings.dtype, impl=settings.impl, load_average=load,
-            native_instructions=tile_native.instructions(),
             rounds=settings.rounds, processes=settings.processes,
             torch_best_chunk={str(shape): chunk for shape, chunk in chunks.items()},
         )  # fmt: skip
-        write_tables(settings.out_dir, tables, origin)
+        publish(settings.out_dir, tables, origin)
     return tables
 
 

@@ -1,19 +1,12 @@
 """From seconds to tables: quantiles of the ratios, one row a contender, and where the numbers come from."""
 
-import json
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-import uncork
 from uncork.lab.experiments.bench.settings import EAGER, PRODUCTS, Shape
-from uncork.lab.train.result import machine_name
 
 SHAPE_COLUMNS = ["tokens", "in_features", "vocab_size"]
 QUANTITIES = {PRODUCTS: "ratio to G", EAGER: "ratio to eager"}
@@ -123,38 +116,6 @@ def median_ratios(times: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def _short(shape: Any) -> str:
     return str(Shape(*map(int, shape)))
-
-
-def current_commit() -> str:
-    """The commit of the checkout that this file lies in, or "unknown"."""
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-        )
-    except FileNotFoundError:  # no git
-        return "unknown"
-    return asked.stdout.strip() or "unknown"
-
-
-def provenance(command: str, threads: int, **more: Any) -> dict[str, Any]:
-    """Where a result comes from: what docs/build.py prints below its table, and more."""
-    return {
-        "command": command,
-        "commit": current_commit(),
-        "machine": machine_name(torch.device("cpu")),
-        "threads": threads,
-        "versions": {"torch": torch.__version__, "uncork": uncork.__version__, "python": platform.python_version()},
-        **more,
-    }
-
-
-def write_tables(out: Path, tables: dict[str, pd.DataFrame], origin: dict[str, Any]) -> None:
-    """Each table as OUT/NAME.csv, and provenance.json. The folder is made."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, frame in tables.items():
-        if len(frame):
-            frame.to_csv(out / f"{name}.csv", index=False)
-    (out / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def memory_frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:

@@ -6,16 +6,15 @@ from typing import Any
 import pandas as pd
 
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.bench.tables import provenance
 from uncork.lab.experiments.study import figures, tables
 from uncork.lab.experiments.study.plan import PARTS, Part, narrowed
 from uncork.lab.experiments.study.run import Cell, is_kept, require_finished, run_cells
 from uncork.lab.experiments.study.settings import Study
-from uncork.lab.experiments.study.store import Rows, RowStore, outdated
-from uncork.lab.report.style import to_png
-from uncork.lab.run.files import atomic_write_text, os_errors, write_json
+from uncork.lab.report.publish import publish
+from uncork.lab.run.files import os_errors
+from uncork.lab.run.provenance import provenance
+from uncork.lab.run.rows import Rows, RowStore, outdated
 from uncork.lab.terminal import cores, say
-from uncork.loss import tile_native
 
 COSTS = "cost-study/cost.csv"
 """Beside the parts: `python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study`."""
@@ -57,28 +56,23 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
     rows = store.rows()
     kept = part.kept_cells(rows)
-    for line in outdated(((c.config, c.text) for c in part.tuned_cells(rows) if not is_kept(c, rows)), rows):
+    for line in outdated((c.record for c in part.tuned_cells(rows) if not is_kept(c, rows)), rows):
         say(line)
     told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": part.size}
     if not kept:
         return told
-    with os_errors(folder, "cannot be made"):
-        folder.mkdir(parents=True, exist_ok=True)
     costs = {} if part.own_model else _costs(folder.parent / COSTS)
-    for stem, frame in _frames(part, kept, rows, costs).items():
-        if len(frame):
-            frame = frame.drop(columns=["name", "baseline"], errors="ignore")
-            atomic_write_text(folder / f"{stem}.csv", frame.to_csv(index=False, float_format="%.6g"))
-            if stem in ("table", "verdict"):
-                say(f"\n{frame.to_string(index=False)}")
+    frames = {
+        stem: frame.drop(columns=["name", "baseline"], errors="ignore")
+        for stem, frame in _frames(part, kept, rows, costs).items()
+    }
+    for stem in ("table", "verdict"):
+        if len(frames.get(stem, ())):
+            say(f"\n{frames[stem].to_string(index=False)}")
     commits = sorted({rows[cell.key]["commit"] for cell in kept})
-    origin = provenance(command, 1, native_instructions=tile_native.instructions())
-    write_json(folder / "provenance.json", {**origin, "commit": commits[0], "commits_of_runs": commits})
-    for old in folder.glob("*.png"):
-        old.unlink()
-    if part.test:
-        for stem, figure in figures.pictures(kept, rows, costs).items():
-            to_png(figure, folder / f"{stem}.png")
+    origin = {**provenance(command, 1), "commit": commits[0], "commits_of_runs": commits}
+    drawn = figures.pictures(kept, rows, costs) if part.test else {}
+    publish(folder, frames, origin, drawn, float_format="%.6g")
     return told
 
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from uncork.diagnose.output_layer import SLOPE_GRID
 from uncork.lab.experiments.study.run import Cell
-from uncork.lab.experiments.study.store import Rows
 from uncork.lab.experiments.study.tables import Costs, measured_as
 from uncork.lab.report.style import (
     FONT,
@@ -30,6 +29,7 @@ from uncork.lab.report.style import (
     strokes,
 )
 from uncork.lab.report.summary import baseline
+from uncork.lab.run.rows import Rows
 
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2

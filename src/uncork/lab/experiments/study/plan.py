@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.compare import parse_head
 from uncork.lab.experiments.study.run import Cell, is_kept
-from uncork.lab.experiments.study.store import Rows, outdated
 from uncork.lab.run.key import key_of
+from uncork.lab.run.rows import Rows, outdated
 from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.head import parse_head
 
 Place = tuple[str, int]
 
@@ -148,7 +148,7 @@ def _validation(rows: Rows, trial: str, place: Place) -> float:
     config = config_of(trial, place, TUNE_SEED, PARTS["tune"].settings)
     row = rows.get(row_key(config))
     if row is None:
-        reasons = "".join(f" ({reason})" for reason in outdated([(config, text_of(config))], rows))
+        reasons = "".join(f" ({reason})" for reason in outdated([config.record({"sha256": text_of(config)})], rows))
         raise LabError(
             f"part tune: {trial} at {place[0]} d={place[1]} has not been run{reasons}; run `uncork study --part tune`"
         )

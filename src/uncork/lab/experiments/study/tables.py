@@ -12,7 +12,6 @@ import pandas as pd
 
 from uncork.heads import HeadSpec
 from uncork.lab.experiments.study.run import Cell
-from uncork.lab.experiments.study.store import Rows
 from uncork.lab.report.summary import (
     BASELINE,
     NO_NUMBER,
@@ -25,6 +24,7 @@ from uncork.lab.report.summary import (
     run_row,
     summarise_table,
 )
+from uncork.lab.run.rows import Rows
 
 TESTED = {name: (BASELINE, *HeadSpec(name).controls) for name in ("plif", "mop")} | {
     "mos (of all 128 units)": (BASELINE, "moc (of all 128 units)", "softmax (11 epochs)"),

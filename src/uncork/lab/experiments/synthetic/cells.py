@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,16 +13,17 @@ from torch import Tensor
 from uncork.heads import HEAD_NAMES, Head, HeadSpec, build_head
 from uncork.lab.data.corpora import load_corpus
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.compare import parse_head
 from uncork.lab.experiments.synthetic import targets
 from uncork.lab.experiments.synthetic.fitting import Fit, Fitting, fit, start
 from uncork.lab.experiments.synthetic.targets import Targets
+from uncork.lab.run.key import key_of
 from uncork.lab.train.config import text_record
+from uncork.lab.train.head import parse_head
 from uncork.logit_functions import LogitFunction
 
 RULES = 1
-"""The version of the rules of targets, starts and fitting: raised when the same settings come to give other numbers, so
-that cells of before are not taken for those of now.
+"""The version of the rules of targets, starts and fitting: raised when the same settings come to give other numbers.
+Rows by earlier rules then do not count.
 
 1: version 0.1.0 and after.
 """
@@ -59,11 +58,15 @@ class Cell:
         self._check_target()
         self.read_head()
 
+    @functools.cached_property
+    def key(self) -> str:
+        """The key of its row: another one for everything else that can be asked for."""
+        return key_of(self.record())
+
     @property
-    def name(self) -> str:
-        """What its file is called: another name for everything else that can be asked for."""
-        text = json.dumps({"rule": 1, **self.to_dict()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def title(self) -> str:
+        """What it is called while it runs."""
+        return f"{self.target} M={self.num_words} d={self.in_features} seed {self.seed} {self.head}"
 
     def record(self) -> dict[str, Any]:
         """Everything that decides its numbers; see `uncork.lab.run.key`.
@@ -75,7 +78,7 @@ class Cell:
         with torch.device("meta"):
             head = build_head(name, features, self.num_words, **{"bias": False, **options}).spec()
         settings = {key: value for key, value in self.to_dict().items() if key != "head"}
-        record = {"rules": RULES, "settings": settings, "head": head, "asked": {"head": self.head}}
+        record = {"rules": RULES, "settings": settings, "head": head, "asked": self.to_dict()}
         return {**record, "text": {"sha256": _sotu_digest()}} if self.target == "sotu" else record
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +182,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 2),
         **cell.fitting.to_dict(),
     }
-    return {"cell": cell.to_dict(), "record": cell.record(), "row": row, "function": _curve(outcome)}
+    return {"row": row, "function": _curve(outcome)}
 
 
 @functools.cache

@@ -2,25 +2,25 @@
 
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.bench.tables import provenance
 from uncork.lab.experiments.synthetic import figures, tables
 from uncork.lab.experiments.synthetic.cells import Cell
 from uncork.lab.experiments.synthetic.fitting import Fitting
 from uncork.lab.experiments.synthetic.parts import PARTS, Part
-from uncork.lab.experiments.synthetic.run import CellStore, run_cells
+from uncork.lab.experiments.synthetic.run import run_cells
 from uncork.lab.experiments.synthetic.settings import Synthetic
-from uncork.lab.run.files import atomic_write_text, write_json
+from uncork.lab.report.publish import publish
+from uncork.lab.run.files import os_errors, write_json
+from uncork.lab.run.provenance import provenance
+from uncork.lab.run.rows import RowStore
 from uncork.lab.terminal import cores, say
-from uncork.loss import tile_native
 
 _MOST_CELLS, _MOST_PANELS = 100_000, 5
 
@@ -77,14 +77,11 @@ def run(settings: Synthetic, command: str) -> dict[str, Any]:
     """
     name, part, cells = cells_of(settings)
     folder = settings.out_dir / name
-    try:
-        for needed in (folder, settings.out_dir / "cells"):  # what cannot be written is said before, not after
-            needed.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"out-dir: {needed} cannot be made ({error.strerror})") from error
+    with os_errors(folder, "cannot be made"):  # what cannot be written is said before, not after
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(settings))
     say(f"part {name}: {part.about}")
-    outcomes = run_cells(cells, CellStore(settings.out_dir / "cells"), settings.workers or cores())
+    outcomes = run_cells(cells, RowStore(settings.out_dir, "cells.jsonl"), settings.workers or cores())
     return report(name, part, outcomes, folder, command)
 
 
@@ -94,49 +91,42 @@ def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, 
     frame = tables.summary(rows)
     few = len(part.shapes) <= 4 and len(part.targets) == len(part.settings) == 1
     table = tables.table_by_point(frame) if few else tables.long_table(frame)
-    for stem, content in (("rows", rows), ("summary", frame.round(6)), ("table", table)):
-        atomic_write_text(folder / f"{stem}.csv", content.to_csv(index=False))
     commits = sorted({outcome["commit"] for outcome in outcomes})
-    origin = provenance(command, 1, native_instructions=tile_native.instructions())
-    write_json(folder / "provenance.json", {**origin, "commit": commits[0], "commits_of_cells": commits})
-    for old in folder.glob("*.png"):  # of a run with other heads
-        old.unlink()
+    origin = {**provenance(command, 1), "commit": commits[0], "commits_of_cells": commits}
+    drawn = _draw(name, part, frame, outcomes)
+    publish(folder, {"rows": rows, "summary": frame.round(6), "table": table}, origin, drawn)
     say(f"\n{tables.terminal_table(frame)}\n")
-    drawn = _draw(name, part, frame, outcomes, folder)
     converged = f"{int(rows['converged'].sum())} of {len(rows)}"
     return {"command": "synthetic", "part": name, "out_dir": str(folder), "cells": len(rows), "converged": converged,
-            "figures": drawn}  # fmt: skip
+            "figures": [f"{stem}.png" for stem in drawn]}  # fmt: skip
 
 
-def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, Any]], folder: Path) -> list[str]:
-    """The figures that suit what was run; returns their names."""
+def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, Any]]) -> dict[str, Figure]:
+    """The figures that suit what was run, by the name of their file."""
     heads, base = list(dict.fromkeys(frame["head"])), tables.baseline_of(frame)
     words, features = ({shape[place] for shape in part.shapes} for place in (0, 1))
     dirichlet = all(target.startswith("dirichlet:") for target in part.targets)
-    made: dict[str, Callable[[Path], None]] = {}
+    made: dict[str, Figure] = {}
     product = len(part.shapes) == len(words) * len(features) > 1
     is_grid = product or len(part.shapes) > max(len(words), len(features))
     if dirichlet and len(part.targets) == 1 and is_grid and base is not None:
         for head in (head for head in heads if head != base):
             for stem, columns in (("kl", ["kl"]), ("heat-maps", ["kl", "mode_matching", "cross_entropy"])):
-                drawn = partial(figures.heat_maps, frame, head, part.targets[0], columns=columns)
-                made[f"{stem}-{slug(head)}"] = drawn
+                made[f"{stem}-{slug(head)}"] = figures.heat_maps(frame, head, part.targets[0], columns)
     compared = bool((frame.loc[frame["head"] != base, "pairs"] > 0).any())
     if name == "pieces" and any(tables.num_pieces(head) for head in heads):
-        made["pieces"] = partial(figures.by_pieces, frame)
+        made["pieces"] = figures.by_pieces(frame)
     if name == "heads":
-        made["heads"] = partial(figures.by_head, frame)
+        made["heads"] = figures.by_head(frame)
     if dirichlet and len(part.targets) > 1 and compared:
-        made["beta"] = partial(figures.by_beta, frame)
+        made["beta"] = figures.by_beta(frame)
     if not dirichlet and len(features) > 1:
-        made["features"] = partial(figures.by_features, frame)
+        made["features"] = figures.by_features(frame)
     found = {head: tables.head_of(head) for head in heads}
     learned = [head for head, spec in found.items() if spec.learns_function and not spec.is_mixture][:3]
     if learned:
-        made["functions"] = partial(figures.functions, _telling(frame, outcomes, learned[0]), heads=learned)
-    for stem, draw in made.items():
-        draw(folder / f"{stem}.png")
-    return [f"{stem}.png" for stem in made]
+        made["functions"] = figures.functions(_telling(frame, outcomes, learned[0]), heads=learned)
+    return made
 
 
 def _telling(frame: pd.DataFrame, outcomes: list[dict[str, Any]], head: str) -> list[dict[str, Any]]:

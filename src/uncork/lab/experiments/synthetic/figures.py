@@ -6,7 +6,6 @@ picture has no cells for it does not draw, and says so by a LabError where nothi
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ from uncork.lab.experiments.synthetic.tables import (
     usual_curves,
     usual_settings,
 )
-from uncork.lab.report.style import FONT, GRID, INK, MUTED, Stroke, dress, plain_log_ticks, to_png
+from uncork.lab.report.style import FONT, GRID, INK, MUTED, Stroke, dress, plain_log_ticks
 from uncork.lab.report.summary import NO_NUMBER
 
 __all__ = ["by_beta", "by_features", "by_head", "by_pieces", "functions", "heat_maps"]
@@ -69,17 +68,15 @@ _MAPPED = {
 }
 
 
-def heat_maps(
-    frame: pd.DataFrame, head: str, target: str, path: Path, columns: Sequence[str] = ("mode_matching", "kl")
-) -> None:
+def heat_maps(frame: pd.DataFrame, head: str, target: str, columns: Sequence[str] = ("mode_matching", "kl")) -> Figure:
     """The seed paper's three tables, baseline | head | head over baseline, over M and d; a row of maps a measure.
 
     Args:
-        frame: as `summary` returns it. head, target: as the cells write them. path: of the PNG.
+        frame: as `summary` returns it. head, target: as the cells write them.
         columns: among mode_matching, kl and cross_entropy.
 
     Raises:
-        LabError: the target has no cells, or several numbers of contexts; no softmax; the file cannot be written.
+        LabError: the target has no cells, or several numbers of contexts; no softmax.
     """
     base = baseline_of(frame)
     if base is None:
@@ -106,7 +103,7 @@ def heat_maps(
     contexts = frame.loc[frame["target"] == target, "num_contexts"].iloc[0]
     panels[0][2].annotate(f"{contexts:,} contexts, {target_name(target)}", (1, 1), (0, 26), "axes fraction",
                           "offset points", fontsize=FONT, color=MUTED, ha="right", annotation_clip=False)  # fmt: skip
-    to_png(figure, path)
+    return figure
 
 
 def _with_std(frame: pd.DataFrame, target: str, head: str, column: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -149,7 +146,7 @@ def _heat_map(
     axes.vlines(np.arange(len(means.columns) - 1) + 0.5, -0.5, len(means.index) - 0.5, color="white", linewidth=1.5)
 
 
-def by_pieces(frame: pd.DataFrame, path: Path) -> None:
+def by_pieces(frame: pd.DataFrame) -> Figure:
     """KL and mode matching against the number of PLIF's pieces, learned and frozen; the softmax's as a line across."""
     own = usual_settings(frame)
     own = own.assign(pieces=own["head"].map(num_pieces), line=own["head"].map(series_name))
@@ -167,10 +164,10 @@ def by_pieces(frame: pd.DataFrame, path: Path) -> None:
             axes.axhline(cell[("kl", "mode_matching")[row]], color=INK, linewidth=1.2, linestyle=DOTTED)
 
     figure = _two_rows(points, style, "pieces", {"kl": "KL, nats", "mode_matching": "mode matching, %"}, across, base)
-    to_png(figure, path)
+    return figure
 
 
-def by_beta(frame: pd.DataFrame, path: Path) -> None:
+def by_beta(frame: pd.DataFrame) -> Figure:
     """KL over the softmax's, and mode matching less the softmax's, against the Dirichlet's beta; a line a head."""
     own = usual_settings(frame)
     base = baseline_of(own)
@@ -184,7 +181,7 @@ def by_beta(frame: pd.DataFrame, path: Path) -> None:
             axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
 
     labels = {"kl_ratio": f"KL / {base and head_name(base)}'s KL", "mode_gain": "mode gain, points"}
-    to_png(_two_rows(points, named(head_strokes(own["head"])), "beta", labels, across, base), path)
+    return _two_rows(points, named(head_strokes(own["head"])), "beta", labels, across, base)
 
 
 def _two_rows(
@@ -229,7 +226,7 @@ def _two_rows(
     return figure
 
 
-def by_head(frame: pd.DataFrame, path: Path) -> None:
+def by_head(frame: pd.DataFrame) -> Figure:
     """KL and mode matching of every head, with the deviation over seeds, a panel a point; mixtures apart, below.
 
     Heads stand in the same order in all panels: by log KL less the mean of its
@@ -268,10 +265,10 @@ def by_head(frame: pd.DataFrame, path: Path) -> None:
             axes.set_xlim(left=0)
             axes.set_title(title, fontsize=FONT, color=INK, pad=6)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    to_png(figure, path)
+    return figure
 
 
-def by_features(frame: pd.DataFrame, path: Path) -> None:
+def by_features(frame: pd.DataFrame) -> Figure:
     """KL against d, a panel a target, a line a head; at and below 1e-4 nats, dotted, it models the targets.
 
     Dotted upright: the d that is enough for a softmax on targets of known rank, for the planted head on its own.
@@ -316,7 +313,7 @@ def by_features(frame: pd.DataFrame, path: Path) -> None:
     for axes in panels[:, 0]:
         name_y(axes, "KL, nats")
     draw_legend(figure, named(style))
-    to_png(figure, path)
+    return figure
 
 
 def _enough_features(target: str) -> int | None:
@@ -325,18 +322,18 @@ def _enough_features(target: str) -> int | None:
     return max(int(rest[0]) - 1, 1) if kind == "known-rank" else int(rest[1]) if kind == "planted" else None
 
 
-def functions(outcomes: Sequence[dict[str, Any]], path: Path, heads: Sequence[str] | None = None) -> None:
+def functions(outcomes: Sequence[dict[str, Any]], heads: Sequence[str] | None = None) -> Figure:
     """What the heads have learned: f over the scores, 0 at their median, and its slope; a column a point.
 
     Two rows a head; a thin line a seed, without the lowest 5 % of the scores, where a line goes on; shaded where the
     middle 98 % lie, dotted the identity. Of a head with several settings the usual ones are shown.
 
     Args:
-        outcomes: as `cells.run_cell` returns them. path: of the PNG.
+        outcomes: as `cells.run_cell` returns them.
         heads: which, as the cells write them; None for all that learn their function, a temperature aside.
 
     Raises:
-        LabError: no cell has such a head; the file cannot be written.
+        LabError: no cell has such a head.
     """
     found = {key: curves for key, curves in usual_curves(outcomes).items() if _is_shown(key[0], heads)}
     heads = sorted({head for head, _ in found}, key=head_key)
@@ -371,7 +368,7 @@ def functions(outcomes: Sequence[dict[str, Any]], path: Path, heads: Sequence[st
             axes.annotate(head_name(head), (0, 1), (6, -12), "axes fraction", "offset points", fontsize=SMALL + 1,
                           color=style[head].color, fontweight="bold", zorder=5,
                           bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})  # fmt: skip
-    to_png(figure, path)
+    return figure
 
 
 def _is_shown(head: str, heads: Sequence[str] | None) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from uncork.lab.experiments.compare import parse_head
 from uncork.lab.experiments.synthetic.cells import Cell
 from uncork.lab.experiments.synthetic.fitting import Fitting
 from uncork.lab.experiments.synthetic.targets import MIXTURES
+from uncork.lab.train.head import parse_head
 
 _MIXED = "latent_activation=null"
 _MOS = f"mos:{_MIXED}"

@@ -13,8 +13,8 @@ import pandas as pd
 
 from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.compare import parse_head
 from uncork.lab.report.summary import NO_NUMBER, baseline
+from uncork.lab.train.head import parse_head
 
 __all__ = [
     "baseline_of",
