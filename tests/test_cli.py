@@ -16,11 +16,9 @@ from uncork import build_head, cli
 from uncork.lab.errors import LabError
 from uncork.lab.experiments import compare
 from uncork.lab.experiments.compare import make_cells
-from uncork.lab.run.pool import Event, TimeLeft
 from uncork.lab.train import training
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
-from uncork.lab.train.trainer import Progress
 
 LINES = ["the cat sat on the mat", "a dog sat on a log", "the dog saw the cat", "a cat saw a dog on the mat"]
 SMALL = [
@@ -330,17 +328,3 @@ def test_cells_go_seed_by_seed():
     assert [t.name for t in cells] == ["softmax-seed0", "softcap_cap_15-seed0", "softmax-seed1", "softcap_cap_15-seed1"]
     assert cells[3].config.head_options == {"cap": 15}
     assert cells[3].config.seed == 1
-
-
-def test_time_left_counts_what_was_done_in_this_session(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("uncork.lab.run.pool.time.monotonic", lambda: now[0])
-    left = TimeLeft({"a": 1.0, "b": 1.0}, started=0.0)
-
-    def at(step):
-        return Event("a", "progress", Progress(step, 100, 0.0, 1.0, None, 1.0, 0.0))
-
-    assert left.update(at(0)) is None
-    now[0] = 10.0
-    assert left.update(at(50)) == pytest.approx(30.0)
-    assert left.update(Event("a", "done")) == pytest.approx(10.0)

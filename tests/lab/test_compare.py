@@ -80,15 +80,6 @@ def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path, on_eve
     assert Run.open(tmp_path / other.name).result is not None
 
 
-def test_an_unexpected_error_is_reported_in_one_line(base, tmp_path, capfd):
-    (broken,) = make_cells(["softmax"], [0], base)
-    object.__setattr__(broken.config, "log_every", "x")  # no user can do this; it stands for a mistake of ours
-    failed = run(tmp_path, [broken])
-    assert list(failed) == [broken.name]
-    assert failed[broken.name].startswith(("TypeError: ", "AttributeError: "))
-    assert "Traceback" in capfd.readouterr().err
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_the_same_command_gives_the_same_numbers(base, tmp_path, on_event):
     cells = make_cells(["softmax"], [0], base)

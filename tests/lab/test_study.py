@@ -15,25 +15,18 @@ from scipy import stats
 from uncork import cli
 from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.study import experiment, figures, plan, tables
-from uncork.lab.experiments.study.plan import (
-    CONFIRMED,
-    FRESH_SEEDS,
-    PARTS,
-    TRIALS,
-    TUNE_SEED,
-    Part,
-    chosen,
-    config_of,
-    narrowed,
-    row_key,
-)
+from uncork.lab.experiments.study import experiment, figures, tables
+from uncork.lab.experiments.study.plan import Part, Plan
 from uncork.lab.experiments.study.run import Cell, run_cells
 from uncork.lab.experiments.study.settings import Study
 from uncork.lab.run.key import differences, key_of
 from uncork.lab.run.rows import RowStore, outdated, rounded
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+PLAN = Plan.read(ROOT / "experiments/study.toml")
+TUNE = PLAN.parts["tune"]
 
 
 @pytest.fixture
@@ -130,13 +123,13 @@ def test_rounding_keeps_six_digits():
 def test_rows_that_are_kept_are_found_under_their_keys():
     """A setting that is added without a place in run_key.LATER, or another value of a preset or a head, would run the
     whole study again."""
-    rows = RowStore(Path(__file__).parents[2] / "results" / "lm").rows()
+    rows = RowStore(ROOT / "results/lm").rows()
     assert len(rows) > 200
     assert all(key_of(row["record"]) == key for key, row in rows.items())
-    found = {cell.key for part in PARTS.values() for cell in part.tuned_cells(rows)} & rows.keys()
+    found = {cell.key for part in PLAN.parts.values() for cell in PLAN.tuned_cells(part, rows)} & rows.keys()
     assert len(found) > 200
     for name in ("pilot", "double", "wikitext"):  # which are whole
-        assert len(PARTS[name].kept_cells(rows)) == PARTS[name].size
+        assert len(PLAN.kept_cells(PLAN.parts[name], rows)) == PLAN.parts[name].size
     for key in found:  # what was asked for is what is recorded
         row = rows[key]
         assert differences(row["record"], TrainConfig(**row["config"]).record(row["record"]["text"])) == []
@@ -144,12 +137,12 @@ def test_rows_that_are_kept_are_found_under_their_keys():
 
 def test_the_kept_parts_keep_what_the_presets_had_then(monkeypatch):
     """New defaults of the presets are not theirs."""
-    part = PARTS["again"]
-    keys = [cell.key for cell in part.cells({})]
+    part = PLAN.parts["again"]
+    keys = [cell.key for cell in PLAN.cells(part, {})]
     preset = PRESETS["lstm-small"]
     training = replace(preset.training, bias_prior=True, output_lr_scale=8.0, decay="matrices")
     monkeypatch.setitem(PRESETS, "lstm-small", replace(preset, training=training))
-    assert [cell.key for cell in part.cells({})] == keys
+    assert [cell.key for cell in PLAN.cells(part, {})] == keys
 
 
 def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_path, monkeypatch, capsys):
@@ -172,58 +165,72 @@ def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_p
         run([replace(cells[0], text="another")], tmp_path)
 
 
+def trial_config(trial, place):
+    return PLAN.config_of(trial, place, TUNE.seeds[0], TUNE.settings)
+
+
+def row_key(config, text="sotu"):
+    return key_of(config.record({"sha256": PLAN.texts[text]["sha256"]}))
+
+
 def test_all_heads_are_tuned_with_equal_effort_on_another_seed():
-    assert set(TRIALS) == set(CONFIRMED)
-    assert len({len(trials) for trials in TRIALS.values()}) == 1
-    assert TUNE_SEED not in FRESH_SEEDS
-    assert not PARTS["tune"].test
-    for label, trials in TRIALS.items():
+    confirm = PLAN.parts["confirm"]
+    assert set(PLAN.trials) == set(confirm.tuned)
+    assert len({len(trials) for trials in PLAN.trials.values()}) == 1
+    assert set(TUNE.labels) == {trial for trials in PLAN.trials.values() for trial in trials}
+    for name in ("confirm", "again", "mixture"):
+        assert not set(TUNE.seeds) & set(PLAN.parts[name].seeds)
+    assert not TUNE.test
+    for label, trials in PLAN.trials.items():
         for trial in trials:
-            assert config_of(trial, ("ptb", 16), 0).head == label
+            assert trial_config(trial, ("ptb", 16)).head == label
 
 
 def _tuned(losses):
     """Rows of the trials at every place, with these validation losses in the order of the trials."""
     rows = {}
-    for trials in TRIALS.values():
+    for trials in PLAN.trials.values():
         for trial, loss in zip(trials, losses, strict=True):
-            for corpus in PARTS["tune"].corpora:
-                for d in PARTS["tune"].in_features:
-                    config = config_of(trial, (corpus, d), TUNE_SEED, PARTS["tune"].settings)
-                    rows[row_key(config)] = {"result": {"valid": {"cross_entropy": loss}}}
+            for text in TUNE.texts:
+                for d in TUNE.in_features:
+                    key = row_key(trial_config(trial, (text, d)), text)
+                    rows[key] = {"result": {"valid": {"cross_entropy": loss}}}
     return rows
 
 
 def test_a_tuned_head_is_the_trial_with_the_lowest_validation_loss():
-    rows = _tuned([5.0, 4.0, 4.5])
-    for label, trials in TRIALS.items():
-        assert chosen(rows, label, ("ptb", 16)) == trials[1]
-    cells = PARTS["confirm"].cells(rows)
-    assert len(cells) == len(CONFIRMED) * len(FRESH_SEEDS) * 4
-    assert {cell.config.seed for cell in cells} == set(FRESH_SEEDS)
-    rate = config_of(TRIALS["softmax"][1], ("ptb", 16), 0).lr
+    rows, part = _tuned([5.0, 4.0, 4.5]), PLAN.parts["confirm"]
+    for label, trials in PLAN.trials.items():
+        assert PLAN.chosen(rows, label, ("ptb", 16)) == trials[1]
+    cells = PLAN.cells(part, rows)
+    assert len(cells) == len(part.tuned) * len(part.seeds) * 4
+    assert {cell.config.seed for cell in cells} == set(part.seeds)
+    rate = trial_config(PLAN.trials["softmax"][1], ("ptb", 16)).lr
     assert {cell.config.lr for cell in cells if cell.label == "softmax"} == {rate}
     assert all(cell.test for cell in cells)
 
 
 def test_what_is_kept_is_reported_where_other_places_are_not_tuned_yet():
-    rows = _tuned([5.0, 4.0, 4.5])
-    part = PARTS["confirm"]
-    first = part.cells(rows)[0]
+    rows, part = _tuned([5.0, 4.0, 4.5]), PLAN.parts["confirm"]
+    first = PLAN.cells(part, rows)[0]
     assert first.place == "ptb d=16"
     rows[first.key] = {}
-    assert part.kept_cells(rows) == []  # a row without the test's numbers is not what this part wants
+    assert PLAN.kept_cells(part, rows) == []  # a row without the test's numbers is not what this part wants
     rows[first.key] = {"analysis": {}}
-    for trial in TRIALS["softmax"]:
-        del rows[row_key(config_of(trial, ("sotu", 64), TUNE_SEED, PARTS["tune"].settings))]
-    assert part.kept_cells(rows) == [first]
+    for trial in PLAN.trials["softmax"]:
+        del rows[row_key(trial_config(trial, ("sotu", 64)))]
+    assert PLAN.kept_cells(part, rows) == [first]
     with pytest.raises(LabError, match="sotu d=64"):
-        part.cells(rows)
+        PLAN.cells(part, rows)
     assert part.size == 120
 
 
+def study(*flags):
+    return cli.main(["study", "--plan", str(ROOT / "experiments/study.toml"), *map(str, flags)])
+
+
 def test_a_part_that_needs_the_tuning_says_so(tmp_path, capsys):
-    assert cli.main(["study", "--part", "confirm", "--out-dir", str(tmp_path)]) == 2
+    assert study("--part", "confirm", "--out-dir", tmp_path) == 2
     error = capsys.readouterr().err
     assert error.startswith("uncork: part tune: softmax:")
     assert "run `uncork study --part tune`" in error
@@ -234,43 +241,68 @@ def test_a_part_that_needs_the_tuning_says_so(tmp_path, capsys):
     [
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--workers", "0"], "workers: expected at least 1, got 0"),
-        (["--corpora", "wsj"], "corpora: this part has ('ptb', 'sotu'), got 'wsj'"),
+        (["--corpora", "wsj"], "texts: this part has ('ptb', 'sotu'), got 'wsj'"),
         (["--heads", "softmax:lr=0.004", "mlp"], "heads: this part has ('softmax:lr=0.004', "),
         (["--in-features", "17"], "in-features: this part has (16, 64), got 17"),
     ],
 )
 def test_wrong_flags_say_what_there_is(flags, message, tmp_path, capsys):
-    assert cli.main(["study", "--part", "tune", "--out-dir", str(tmp_path), *flags]) == 2
+    assert study("--part", "tune", "--out-dir", tmp_path, *flags) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
-def test_every_part_can_be_named_and_its_heads_can_be_built():
-    from typing import get_args
-
-    from uncork.lab.experiments.study.settings import StudyPart
+def test_the_heads_of_every_part_can_be_built():
     from uncork.lab.train.checkpoints import check_head
 
-    assert set(get_args(StudyPart)) == set(PARTS)
     rows = _tuned([1.0, 2.0, 3.0])
-    for part in PARTS.values():
-        cells = part.cells(rows)
+    for part in PLAN.parts.values():
+        cells = PLAN.cells(part, rows)
         assert cells
         for config in {c.key: c.config for c in cells}.values():
             check_head(config)
 
 
+def test_without_a_part_the_parts_are_listed(capsys):
+    assert study() == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.strip().splitlines()[-1])["parts"] == list(PLAN.parts)
+    assert "again              what was found after `confirm`" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('tuned_by = "tune"', 'tuned_by = "tunes"'), "there is no part 'tunes'"),
+        (('texts = ["ptb"]', 'texts = ["wsj"]'), "parts.pilot.texts: there is no 'wsj', but ptb, sotu, wikitext-2"),
+        (("seeds = [0]", "seeds = [-1]"), "parts.pilot.seeds.0: Input should be greater than or equal to 0"),
+        (("in_features = [16]", "features = [16]"), "parts.pilot."),
+        (("[base]", "[base"), "Expected"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_named(change, said, tmp_path, capsys):
+    text = (ROOT / "experiments/study.toml").read_text()
+    assert change[0] in text
+    (tmp_path / "plan.toml").write_text(text.replace(change[0], change[1], 1))
+    assert cli.main(["study", "--plan", str(tmp_path / "plan.toml"), "--part", "pilot"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'plan.toml'}: is no plan of a study" in error
+    assert said in error
+    assert cli.main(["study", "--plan", str(tmp_path / "none.toml"), "--part", "pilot"]) == 2
+    assert "none.toml: cannot be read" in capsys.readouterr().err
+
+
 def test_parts_are_narrowed_to_what_they_have():
-    part = narrowed(PARTS["confirm"], corpora=("sotu",), in_features=(), seeds=2)
-    assert (part.corpora, part.in_features, part.seeds) == (("sotu",), (16, 64), (1, 2))
-    assert tuple(part.heads) == CONFIRMED
-    part = narrowed(PARTS["again"], heads=("plif (unit slope)", "softmax"))
-    assert {cell.label for cell in part.cells({})} == {"plif (unit slope)", "softmax"}
+    part = PLAN.parts["confirm"].narrowed(texts=("sotu",), in_features=(), seeds=2)
+    assert (part.texts, part.in_features, part.seeds) == (("sotu",), (16, 64), (1, 2))
+    assert part.labels == PLAN.parts["confirm"].tuned
+    part = PLAN.parts["again"].narrowed(heads=("plif (unit slope)", "softmax"))
+    assert {cell.label for cell in PLAN.cells(part, {})} == {"plif (unit slope)", "softmax"}
     assert part.size == 2 * 2 * 2 * 5
 
 
 def test_the_wide_mixtures_make_as_many_features_as_their_place_has():
-    cells = [cell for cell in PARTS["width"].cells({}) if "128 units" in cell.label]
+    cells = [cell for cell in PLAN.cells(PLAN.parts["width"], {}) if "128 units" in cell.label]
     made = {(cell.d, cell.config.head_options["latent_features"], cell.config.in_features) for cell in cells}
     assert made == {(d, d, 128) for d in (8, 16, 32, 64, 128)}
 
@@ -294,7 +326,7 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
         ("b", "softmax"): [50.0, 51.0],
         ("b", "plif"): [51.0, 50.0],
     }
-    tests = tables.bars(_runs(numbers))
+    tests = tables.bars(_runs(numbers), PLAN.controls)
     rows = tests.to_dict("records")
     assert [(row["place"], row["control"]) for row in rows] == [
         ("a", "softmax"),
@@ -318,8 +350,8 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
 
 
 def test_the_wide_mixture_is_tested_against_the_controls_of_its_own_part():
-    heads = tuple(PARTS["mixture"].heads)
-    tests = tables.bars(_runs({("a", head): [100.0 + place] for place, head in enumerate(heads)}))
+    heads = PLAN.parts["mixture"].labels
+    tests = tables.bars(_runs({("a", head): [100.0 + place] for place, head in enumerate(heads)}), PLAN.controls)
     assert set(tests["learned"]) == {"mos (of all 128 units)"}
     assert set(tests["control"]) == {*heads} - {"mos (of all 128 units)"}
 
@@ -327,17 +359,18 @@ def test_the_wide_mixture_is_tested_against_the_controls_of_its_own_part():
 def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     store, _ = run(cells[:4], tmp_path)
     base = {k: v for k, v in cells[0].config.to_dict().items() if k not in ("head", "head_options", "seed")}
-    monkeypatch.setattr(plan, "BASE", {})
-    monkeypatch.setattr(plan, "CORPORA", {"tiny": base})
-    monkeypatch.setattr(plan, "TEXTS", {(base["corpus"], None): cells[0].text})
-    part = Part("tiny", heads={"softmax": "softmax", "plif": "plif"}, corpora=("tiny",), in_features=(4,), seeds=(1, 2))
-    assert [cell.key for cell in part.cells({})] == [cell.key for cell in cells[:4]]
+    heads = {"softmax": "softmax", "plif": "plif"}
+    part = Part(about="tiny", heads=heads, texts=("tiny",), in_features=(4,), seeds=(1, 2))
+    text = {"corpus": base["corpus"], "sha256": cells[0].text}
+    given = {"base": base, "texts": {"tiny": text}, "controls": {"plif": ("softmax",)}, "tuned_by": "tiny"}
+    tiny = Plan(**given, trials={}, parts={"tiny": part})
+    assert [cell.key for cell in tiny.cells(part, {})] == [cell.key for cell in cells[:4]]
     folder = tmp_path / "out"
-    told = experiment.report("tiny", part, store, folder, "a command")
+    told = experiment.report(tiny, "tiny", store, folder, "a command")
     assert (told["runs"], told["of"]) == (4, 4)
     rows = store.rows()
     runs = pd.read_csv(folder / "runs.csv")
-    expected = [rows[cell.key]["result"]["test"]["perplexity"] for cell in part.cells({})]
+    expected = [rows[cell.key]["result"]["test"]["perplexity"] for cell in tiny.cells(part, {})]
     assert sorted(runs["test_perplexity"]) == pytest.approx(sorted(expected), rel=1e-5)
     summary = pd.read_csv(folder / "summary.csv").set_index("head")
     by_head = runs.groupby("head")["test_perplexity"]
@@ -364,7 +397,7 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     assert origin["commits_of_runs"]
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {f"{name}-tiny-d-4" for name in ("changes", "curves", "deciles", "slopes", "moving")}
-    _check_pictures(figures.pictures(part.cells({}), rows, {}), rows, part.cells({}), summary)
+    _check_pictures(figures.pictures(tiny.cells(part, {}), rows, {}), rows, tiny.cells(part, {}), summary)
     cost = pd.DataFrame(
         {"place": "tiny d=4", "head": ["softmax", "plif"], "milliseconds": 9, "tokens": 50, "peak_mib": 7}
     )
@@ -372,12 +405,12 @@ def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     cost.to_csv(tmp_path / "cost-study/cost.csv")
     for another, shown in ((True, "–"), (False, "7")):
         monkeypatch.setattr(Part, "own_model", another)
-        experiment.report("tiny", part, store, folder, "a command")
+        experiment.report(tiny, "tiny", store, folder, "a command")
         assert pd.read_csv(folder / "columns.csv", dtype=str)["MiB"].tolist() == [shown] * 2
         assert (folder / "seconds-tiny-d-4.png").exists() == (not another)
     (folder / "old.png").write_bytes(b"")
-    part_of_it = replace(part, heads={"softmax": "softmax"})
-    experiment.report("tiny", part_of_it, store, folder, "a command")
+    part_of_it = tiny.model_copy(update={"parts": {"tiny": part.narrowed(heads=("softmax",))}})
+    experiment.report(part_of_it, "tiny", store, folder, "a command")
     assert {path.stem for path in folder.glob("*.png")} == {"curves-tiny-d-4"}
 
 
@@ -499,7 +532,7 @@ def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained
         )
         assert np.asarray(dots[0].get_offsets())[:, 1].tolist() == [90.0, 180.0]
     assert figures._against_cost(cells, rows, {}, "bytes") is None
-    assert {name for name, part in PARTS.items() if part.own_model} == {"wide", "transformer-tune", "transformer"}
+    assert {name for name, part in PLAN.parts.items() if part.own_model} == {"wide", "transformer-tune", "transformer"}
 
 
 def test_learned_slopes_are_drawn_relative_to_the_heads_fixed_factor(tiny_config):
@@ -545,5 +578,8 @@ def test_rows_are_read_where_files_cannot_be_locked(tmp_path, monkeypatch):
 
 def test_a_part_without_a_kept_run_writes_nothing(tmp_path, capsys):
     for part in ("tune", "confirm"):  # the latter can report before it can run
-        assert experiment.run(Study(part=part, report_only=True, out_dir=tmp_path))["runs"] == 0
+        assert (
+            experiment.run(Study(ROOT / "experiments/study.toml", part, report_only=True, out_dir=tmp_path))["runs"]
+            == 0
+        )
     assert not any(tmp_path.iterdir())

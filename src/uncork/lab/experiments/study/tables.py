@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from uncork.heads import HeadSpec
 from uncork.lab.experiments.study.run import Cell
 from uncork.lab.report.summary import (
-    BASELINE,
     NO_NUMBER,
     baseline,
     heads_of,
@@ -26,10 +24,6 @@ from uncork.lab.report.summary import (
 )
 from uncork.lab.run.rows import Rows
 
-TESTED = {name: (BASELINE, *HeadSpec(name).controls) for name in ("plif", "mop")} | {
-    "mos (of all 128 units)": (BASELINE, "moc (of all 128 units)", "softmax (11 epochs)"),
-}
-"""By head, or by what it is called in a part: what it is tested against."""
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
 """By place and head, what benchmarks/epoch_cost.py measures of the study's own model; empty where it has not."""
 
@@ -96,8 +90,11 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def bars(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every learned function, and the wide mixture, against each of its controls at every place: the protocol's test.
+def bars(runs: pd.DataFrame, controls: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Every head against each of its controls at every place: the protocol's test.
+
+    Args:
+        controls: by the head's label or name, the labels of what it is tested against.
 
     Columns: place, learned, control, pairs, change (mean over seeds of the perplexity's change, in percent), lower (in
     how many seeds), p_value, p_holm (within the place).
@@ -108,7 +105,7 @@ def bars(runs: pd.DataFrame) -> pd.DataFrame:
         tests = [
             {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
             for learned in by_head
-            for control in TESTED.get(learned, TESTED.get(names[learned], ()))
+            for control in controls.get(learned, controls.get(names[learned], ()))
             if control in by_head
         ]
         for test, adjusted in zip(tests, holm(np.array([t["p_value"] for t in tests])), strict=True):
