@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -445,5 +446,6 @@ def _train_sharded(rank: int, size: int, meeting: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "name"), [(1, "plif"), (2, "plif"), (2, "mos")])
-def test_fully_shard_with_the_head_as_a_unit(size, name, tmp_path):
+def test_fully_shard_with_the_head_as_a_unit(size, name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the new processes look for this module
     torch.multiprocessing.spawn(_train_sharded, (size, str(tmp_path / "meeting"), name), nprocs=size)
