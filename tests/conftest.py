@@ -1,0 +1,10 @@
+"""Signals reach the tests as they reach a program in a terminal."""
+
+import signal
+
+# A shell without job control starts what runs in its background with Ctrl-C ignored, nohup with SIGHUP, and so is all
+# that these start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
