@@ -16,11 +16,12 @@ from uncork.heads import hooks
 from uncork.heads.state import SaysWhatItIs
 from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import positive_int
-from uncork.loss import TokenStatistics, from_logits, implementation, inference
+from uncork.loss import TokenStatistics, from_logits, implementations
 from uncork.loss.call import Call, autocast_dtype
-from uncork.loss.chunked import default_chunk_size
+from uncork.loss.chunk_size import rule_of
 from uncork.loss.exclusion import Exclusion, best, take
-from uncork.loss.reference import apply_function
+from uncork.loss.function import apply_function
+from uncork.loss.inference import Inference, asked_for_gradients
 
 
 class Projection(NamedTuple):
@@ -234,7 +235,7 @@ class Head(SaysWhatItIs, ABC):
             return f"reference ({reason})"
         with torch.no_grad():
             nothing = torch.empty(0, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
-            return str(self(nothing, lambda input, projection: implementation(self._fused(input, projection))))
+            return str(self(nothing, lambda input, projection: implementations.title(self._fused(input, projection))))
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities (..., V), float32 or better: ``head(input).float().log_softmax(-1)``.
@@ -247,8 +248,8 @@ class Head(SaysWhatItIs, ABC):
         return self(input, self._log_prob_chunked)
 
     def _log_prob_chunked(self, input: Tensor, projection: Projection) -> Tensor:
-        if (call := self._inference(input, projection)) is not None:
-            return inference.log_prob(call).view(*input.shape[:-1], self.vocab_size)
+        if (inference := self._inference(input, projection)) is not None:
+            return inference.log_prob().view(*input.shape[:-1], self.vocab_size)
         return self._log_prob(input, projection)
 
     def _log_prob(self, input: Tensor, projection: Projection) -> Tensor:
@@ -265,8 +266,8 @@ class Head(SaysWhatItIs, ABC):
         return self(input, self._predict)
 
     def _predict(self, input: Tensor, projection: Projection) -> Tensor:
-        if (call := self._inference(input, projection)) is not None:
-            return inference.argmax(call).view(input.shape[:-1])
+        if (inference := self._inference(input, projection)) is not None:
+            return inference.argmax().view(input.shape[:-1])
         ids = [self._ranked(rows, projection).argmax(-1) for rows in self._chunks(input, projection)]
         return torch.cat(ids).view(input.shape[:-1])
 
@@ -306,8 +307,8 @@ class Head(SaysWhatItIs, ABC):
 
     def _topk(self, input: Tensor, projection: Projection, *, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         exclusion, shape = self._exclusion(exclude, input, k), (*input.shape[:-1], k)
-        if (call := self._inference(input, projection)) is not None:
-            log_prob, ids = inference.topk(call, k, exclusion)
+        if (inference := self._inference(input, projection)) is not None:
+            log_prob, ids = inference.topk(k, exclusion)
             return log_prob.view(shape), ids.view(shape)
         parts, start = [], 0
         for rows in self._chunks(input, projection):
@@ -322,17 +323,17 @@ class Head(SaysWhatItIs, ABC):
             return None
         return Exclusion.build(exclude, tuple(input.shape[:-1]), self.vocab_size, input.device, k)
 
-    def _inference(self, input: Tensor, projection: Projection) -> Call | None:
-        """The call, where the native tile serves it and nobody asks for a gradient."""
-        if inference.asked_for_gradients(input, *projection, *self.parameters()):
+    def _inference(self, input: Tensor, projection: Projection) -> Inference | None:
+        """What answers without a gradient; None where plain torch has to."""
+        if asked_for_gradients(input, *projection, *self.parameters()):
             return None
-        call = self._fused(input, projection)
-        return call if inference.serves(call) else None
+        return Inference.of(self._fused(input, projection))
 
     def _chunks(self, input: Tensor, projection: Projection) -> tuple[Tensor, ...]:
         rows: Tensor = input.reshape(-1, input.shape[-1])
         components = getattr(self, "num_components", 1)
-        return rows.split(max(1, default_chunk_size(*projection.weight.shape) // components))
+        at_once = rule_of(projection.weight.device).default_rows(*projection.weight.shape)
+        return rows.split(max(1, at_once // components))
 
     def _ranked(self, rows: Tensor, projection: Projection) -> Tensor:
         """What orders the words as their probabilities do, (C, V)."""

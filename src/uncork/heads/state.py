@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import table_dtype
-from uncork.loss.call import check_function
-from uncork.loss.reference import apply_function
+from uncork.loss.function import apply_function, check_function
 
 KEY = "head_spec"
 Definition = dict[str, Any]
