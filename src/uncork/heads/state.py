@@ -130,8 +130,8 @@ class SaysWhatItIs(nn.Module):
         if self.family == "LinearHead" and keeps_logits(self.logit_function):
             return ""
         start = (
-            f"the layer keeps its logits in build_head with a function that starts as the identity ({_KEEPERS}), "
-            "and scale=1"
+            "the layer keeps its logits in build_head with a function that starts as the identity (plif, say), and "
+            "scale=1"
             if self.family == "LinearHead"
             else f"{self.family}.from_linear(linear, num_components=...) starts a mixture from its weights"
         )
@@ -139,9 +139,6 @@ class SaysWhatItIs(nn.Module):
             f"{prefix}{KEY}: missing, so the state is of an nn.Linear or a plain softmax, and this head, {mine}, "
             f"would give its weights other logits: {start}; {older}"
         )
-
-
-_KEEPERS = "softmax, temperature, plif, monotone"
 
 
 def keeps_logits(function: nn.Module | None) -> bool:

@@ -1,7 +1,8 @@
 """What every logit function is: elementwise, increasing, continuous, one for all words."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from uncork.functional import at_least_float32
 from uncork.logit_functions.operations import Elementwise, Operation, function_transforms, readable
+
+__all__ = ["Compose", "LogitFunction"]
 
 Spec = dict[str, Any]
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
@@ -53,6 +56,8 @@ class LogitFunction(nn.Module, ABC):
     unbounded: ClassVar[bool] = True
     nonlinear: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options that it should be tried with, by a name for each: every test of a function or a kernel runs over them."""
     start_options: ClassVar[frozenset[str]] = frozenset()
     """Options that say where the parameters start or whether they train, and do not decide f given their values."""
 
@@ -277,6 +282,13 @@ class Compose(LogitFunction):
 
     def extra_repr(self) -> str:
         return ""
+
+
+def examples() -> dict[str, Callable[[], LogitFunction]]:
+    """Makers of this package's functions, by the names of their `examples`."""
+    package = __name__.rpartition(".")[0]
+    ours = [cls for cls in _REGISTRY.values() if cls.__module__.startswith(f"{package}.")]
+    return {name: partial(cls._from_options, dict(options)) for cls in ours for name, options in cls.examples.items()}
 
 
 def checked_scores(scores: Tensor) -> Tensor:

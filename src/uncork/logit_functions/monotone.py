@@ -1,6 +1,6 @@
 """The monotone network: one hidden layer with positive weights."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from uncork.functional import monotone_tanh, sech2, tanh
 from uncork.logit_functions.base import MOST_PARTS, LogitFunction, checked_scores, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear, first_order, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
+
+__all__ = ["MonotoneNetwork"]
 
 
 class MonotoneNetwork(LogitFunction):
@@ -44,6 +46,10 @@ class MonotoneNetwork(LogitFunction):
     Daniels & Velikova 2010; Ganea et al. 2019, arXiv 1902.08077. The seed's activation and start are not published.
     """
 
+    examples: ClassVar = {
+        "monotone-relu": {"num_units": 5, "bound": 2.0},
+        "monotone-tanh": {"num_units": 3, "bound": 2.0, "units": "tanh"},
+    }
     start_options = frozenset({"init", "spread", "frozen"})
 
     # Two of them, by `units`. Plain tensors where torch.func.functional_call or a parametrisation puts them.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from uncork.logit_functions.base import MOST_PARTS, LogitFunction, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
+
+__all__ = ["PLIF"]
 
 # Slopes are MIN_SLOPE + (1 - MIN_SLOPE) softplus(v), so that one plus their rounded distance to 1 stays positive.
 MIN_SLOPE = 1e-6
@@ -62,6 +64,10 @@ class PLIF(LogitFunction):
     Ganea, Gelly, Becigneul, Severyn 2019, arXiv 1902.08077 (P = 100,000, T = 20, random start).
     """
 
+    examples: ClassVar = {
+        "plif": {"num_pieces": 6, "bound": 2.0},
+        "plif-unit-slope": {"num_pieces": 6, "bound": 2.0, "unit_slope": True, "init": "random"},
+    }
     start_options = frozenset({"init", "spread", "frozen"})
 
     def __init__(

@@ -229,12 +229,6 @@ def mixture_token_statistics(
     return answer_statistics(choose(impl, call), call, leading)
 
 
-def _given(name: str, value: Tensor | None) -> Tensor:
-    if value is None:
-        raise TypeError(f"{name}: expected a Tensor, got None")
-    return value
-
-
 def _given(prior_logits: Tensor | None) -> Tensor:
     """build_call takes None for a call that is no mixture."""
     if prior_logits is None:

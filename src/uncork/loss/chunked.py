@@ -20,6 +20,7 @@ from uncork.loss.function import function_parameters, module_state
 from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile import TileResult, Tiles, Upstream
 
+
 @dataclass
 class _Gradients:
     """Of one call, in the loss's dtype or better; None where nobody asks."""

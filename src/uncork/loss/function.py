@@ -1,4 +1,4 @@
-"""A logit function as the loss takes it: applied plainly, or as the tensors that an implementation differentiates for."""
+"""A logit function as the loss takes it: applied as it is, or as the tensors that a tile differentiates for."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

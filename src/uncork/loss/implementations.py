@@ -2,8 +2,8 @@
 
 | impl | what it is | needs |
 |---|---|---|
-| "native" | walks over chunks of tokens in C++, the memory of one (chunk, V) block | a CPU with Linux, functions of the library |
-| "torch" | the same walk in torch, the memory of a few blocks | any device, any elementwise module |
+| "native" | walks over chunks of tokens, in C++: one (chunk, V) block | Linux, a CPU, functions of the library |
+| "torch" | the same walk in torch: a few blocks | any device, any elementwise module |
 | "reference" | keeps the (N, V) logits, leaves gradients to autograd: the definition | any device |
 """
 

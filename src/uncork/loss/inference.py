@@ -30,7 +30,7 @@ class Inference:
 
     @classmethod
     def of(cls, call: Call) -> "Inference | None":
-        """None where plain torch has to answer: a gradient is asked, half precision, or no tiles that serve the call."""
+        """None where plain torch has to answer: for a gradient, in half precision, or where no such tiles serve."""
         parameters = [] if call.function is None else list(call.function.parameters())
         if asked_for_gradients(call.input, call.weight, call.bias, call.prior_logits, *parameters):
             return None

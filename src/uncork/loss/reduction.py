@@ -1,4 +1,4 @@
-"""What stands between the public functions and an implementation: reductions, token weights, and the shape of answers."""
+"""Between the public functions and an implementation: reductions, token weights, and the shape of the answers."""
 
 from typing import NamedTuple
 

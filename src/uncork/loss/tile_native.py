@@ -131,7 +131,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def instructions() -> str:
-    """The instruction set in use: "avx512", "avx2" or "base" (UNCORK_INSTRUCTIONS forces one); empty without a library."""
+    """The instruction set in use: "avx512", "avx2" or "base"; the environment's UNCORK_INSTRUCTIONS forces one."""
     return "" if _library is None else _library.uncork_instructions().decode()
 
 
@@ -161,7 +161,9 @@ def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> 
     for operation in operations:
         sizes = [t.numel() for t in tables[start : start + operation.num_tables]]
         pieces = isinstance(operation, PiecewiseLinear)
-        wrong = len(set(sizes)) > 1 or not 0 < sizes[0] < _LIMIT_PIECES if pieces else sizes != [_SIZES[type(operation)]]
+        wrong = (
+            len(set(sizes)) > 1 or not 0 < sizes[0] < _LIMIT_PIECES if pieces else sizes != [_SIZES[type(operation)]]
+        )
         if wrong:
             wanted = "of the same size P each" if pieces else f"of {_SIZES[type(operation)]} numbers"
             raise ValueError(f"logit_function: {type(operation).__name__} expects tables {wanted}, got sizes {sizes}")
