@@ -1,4 +1,4 @@
-"""What every output layer offers, and how its answers go through its own call, behind whatever hooks are on it.
+"""What every output layer offers; all its answers go through its own `__call__`, and so through the hooks on it.
 
 Legend for shapes: N tokens, D features, V vocabulary, K components, C tokens of a chunk.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork.heads import hooks
-from uncork.heads.state import SaysWhatItIs
+from uncork.heads.state import SelfDescribing
 from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import positive_int
 from uncork.loss import TokenStatistics, from_logits, implementations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 Answer = Callable[[Tensor, Projection], T]
 
 
-class Head(SaysWhatItIs, ABC):
+class Head(SelfDescribing, ABC):
     """What every output layer offers. The projection is `weight` (V, features) and `bias` (V,) or None, as nn.Linear's.
 
     `loss`, `statistics`, `log_prob`, `predict`, `topk` and `scores` go through `head(input)`'s own call: forward
@@ -71,7 +71,7 @@ class Head(SaysWhatItIs, ABC):
             nn.init.uniform_(self.bias, -reach, reach)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Of one dimension are the pieces that FSDP1 puts there; they are looked at when they are used.
+        # FSDP1 puts flat pieces of one dimension there: their shape is checked when they are used.
         if name == "weight" and isinstance(value, Tensor) and value.dim() == 2:
             self._check_weight(value)
         super().__setattr__(name, value)
@@ -94,7 +94,7 @@ class Head(SaysWhatItIs, ABC):
         """Takes over the parameters of an nn.Linear themselves, so that tied weights stay tied."""
         self.weight = cast(nn.Parameter, linear.weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
-        self.to(linear.weight.device, linear.weight.dtype)  # the rest follows
+        self.to(linear.weight.device, linear.weight.dtype)  # latent, prior and function move to the layer's
 
     def forward(self, input: Tensor, answer: Answer[Any] | None = None) -> Any:
         """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity.
@@ -134,7 +134,7 @@ class Head(SaysWhatItIs, ABC):
         return hooks.seen_by(self, Head.forward)
 
     def _whole(self, input: Tensor, reason: str) -> Tensor:
-        """head(input), where somebody else had a hand in it."""
+        """head(input), checked: a hook, or another forward, may have made it."""
         logits = self(input)
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.vocab_size,):
             got = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -143,25 +143,25 @@ class Head(SaysWhatItIs, ABC):
 
     @abstractmethod
     def _logits(self, input: Tensor, projection: Projection) -> Tensor:
-        """What `head(input)` is."""
+        """The softmax-ready logits, what `head(input)` returns."""
 
     @abstractmethod
     def _scores(self, input: Tensor, projection: Projection) -> Tensor:
-        """What `scores` is."""
+        """The scores before the function, what `scores` returns."""
 
     @abstractmethod
     def _loss(self, input: Tensor, projection: Projection, *, target: Tensor, options: dict[str, Any]) -> Tensor:
-        """What `loss` is, fused."""
+        """`loss`, by the fused operation."""
 
     @abstractmethod
     def _statistics(
         self, input: Tensor, projection: Projection, *, target: Tensor | None, options: dict[str, Any]
     ) -> TokenStatistics:
-        """What `statistics` is, fused."""
+        """`statistics`, by the fused operation."""
 
     @abstractmethod
     def _fused(self, input: Tensor, projection: Projection) -> Call:
-        """What the fused loss would compute from."""
+        """The validated call, without a target, that implementations are asked about."""
 
     def _operands(self, projection: Projection) -> dict[str, Any]:
         return {"linear_bias": projection.bias, "logit_function": self.logit_function}
@@ -336,7 +336,7 @@ class Head(SaysWhatItIs, ABC):
         return rows.split(max(1, at_once // components))
 
     def _ranked(self, rows: Tensor, projection: Projection) -> Tensor:
-        """What orders the words as their probabilities do, (C, V)."""
+        """Numbers (C, V) that rank the words as their probabilities do."""
         return self._log_prob(rows, projection)
 
     def _topk_rows(

@@ -192,7 +192,7 @@ class HeadSpec:
 
     @property
     def control_of(self) -> tuple[str, ...]:
-        """The heads that it is there to be compared with: it is a cheap or an empty form of them."""
+        """The heads that it is a control of: simpler than they are, it shows what of their gain is not theirs."""
         kind = _KINDS[self.name]
         learned = tuple(name for name, other in _KINDS.items() if other.learns)
         return (kind.control_of or learned) if kind.as_control else ()

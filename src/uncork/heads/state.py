@@ -1,4 +1,4 @@
-"""What a head's state says of itself, so that weights never meet another function, factor or mixture in silence."""
+"""A head's state says what it was trained as, so that no other head loads its weights in silence."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Definition = dict[str, Any]
 _FUNCTION = "logit_function."
 
 
-class SaysWhatItIs(nn.Module):
+class SelfDescribing(nn.Module):
     """A module whose state holds what decides its logits beside the tensors: the function, fixed factors, the mixture.
 
     It is a persistent buffer `head_spec`, the UTF-8 bytes of canonical JSON, which safetensors can hold and casts leave
@@ -25,7 +25,7 @@ class SaysWhatItIs(nn.Module):
     """
 
     family: str
-    """The class of the library that says how components are mixed; a subclass or a wrapper's class keeps it."""
+    """Name of the library's class, which says how components are mixed; subclasses and wrappers keep it."""
     logit_function: nn.Module | None
     latent_activation: str | None = None
 
@@ -77,7 +77,7 @@ class SaysWhatItIs(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + KEY
-        # Not strict=True's to complain of: what is wrong is said by an error of ours, which strict=False raises too.
+        # torch does not get to see the definition: where it is wrong our own error says so, with strict=False too.
         problem = self._problem(state_dict, prefix)
         if problem:
             error_msgs.append(problem)
@@ -179,7 +179,7 @@ def convert_state_0_1(state_dict: Mapping[str, Any], head: nn.Module, prefix: st
     Raises:
         TypeError: if the head is none of this library's.
     """
-    if not isinstance(head, SaysWhatItIs):
+    if not isinstance(head, SelfDescribing):
         raise TypeError(f"head: expected a Head of uncork, got {type(head).__name__}")
     converted = dict(state_dict)
     definition = head._definition()

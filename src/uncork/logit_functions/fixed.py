@@ -132,8 +132,8 @@ class AsymmetricSoftcap(LogitFunction):
 
     Args:
         lower, upper: positive caps at the start, in logits.
-        learnable: whether their logarithms are trained (`log_gain`, two numbers, 0 at the start). A cap that is to
-            start as nearly the identity starts large.
+        learnable: whether their logarithms are trained (`log_gain`, two numbers, 0 at the start). Large
+            caps start near the identity.
 
     >>> AsymmetricSoftcap(5.0, 50.0)(torch.tensor([-100.0, 100.0]))
     tensor([-5.0000, 48.2014])

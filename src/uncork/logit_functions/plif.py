@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import MOST_PARTS, LogitFunction, positive, positive_int, table_dtype
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
 
 __all__ = ["PLIF"]
@@ -81,7 +81,7 @@ class PLIF(LogitFunction):
         unit_slope: bool = False,
     ) -> None:
         super().__init__()
-        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, MOST_PARTS), positive("bound", bound)
+        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, LIMIT_PARTS), positive("bound", bound)
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)

@@ -23,7 +23,7 @@ from uncork.loss.tile import TileResult, Tiles, Upstream
 
 @dataclass
 class _Gradients:
-    """Of one call, in the loss's dtype or better; None where nobody asks."""
+    """Gradients of one call, in the loss's dtype or better; None where none is asked for."""
 
     input: Tensor | None
     weight: Tensor | None
@@ -69,7 +69,7 @@ class Walk(Generic[T]):
         return self.tiles.statistics(self.scores(self.rows(span)), span)
 
     def gradients(self) -> _Gradients:
-        """To be added to. What every chunk writes its own part of is not filled."""
+        """Zeros to add to; input's and prior's are not filled, since each chunk writes its own rows of them."""
         call = self.call
 
         def of(tensor: Tensor | None, need: bool, make: Callable[..., Tensor]) -> Tensor | None:
@@ -170,7 +170,7 @@ class _WeightedSum(torch.autograd.Function):
         lse_factor: Tensor | None,
         *inputs: Tensor | None,
     ) -> Tensor:
-        # needs_input_grad asks the tensors alone: under no_grad it is True all the same.
+        # needs_input_grad looks at the tensors alone: it is True under no_grad too.
         ctx.needs = [grad_mode and need for need in ctx.needs_input_grad[5:]]
         ctx.tiles = tiles
         ce, square, ctx.made = _weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
@@ -199,7 +199,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether nothing needs to be multiplied, as far as may be asked."""
+    """Whether the upstream gradient is known to be 1 (only a CPU is asked), so that nothing needs to be multiplied."""
     return readable(grad) and bool(grad == 1)
 
 
@@ -215,7 +215,7 @@ def _weighted(
     walk = Walk(call, tiles, parameters, needs)
     into = walk.gradients()
     empty = ce_factor.new_zeros(0, dtype=call.dtype)
-    ce, lse = [empty], [empty]  # nothing else of a chunk may outlive it
+    ce, lse = [empty], [empty]  # all that is kept of a chunk
     for span in walk.spans():
         if any(needs):
             b = None if lse_factor is None else lse_factor[span].detach()
@@ -234,7 +234,7 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, tiles: type[Tiles], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # What is saved for the backward is not held here too, or hooks that offload it would free nothing.
+        # The call holds nothing that is saved for the backward, or hooks that offload what is saved would free nothing.
         empty = call.input.new_empty(0)
         ctx.tiles, ctx.call = tiles, replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         ctx.save_for_backward(*inputs, *_given(call))
@@ -264,10 +264,10 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..., Any]:
-    """Its `apply`, run as it is where a user's module is differentiated on the tile.
+    """Its `apply`, hidden from torch.compile where a user's module is differentiated on the tile.
 
-    torch.compile cannot follow that: it breaks the graph there and compiles the parts, and the gradients to the
-    module's parameters came out wrong. Where nothing has been compiled there is no compiler to keep away.
+    Compiled in parts around a graph break, that gave wrong gradients to the module's parameters. Without torch._dynamo
+    nothing is being compiled.
     """
     if call.module_state is None or "torch._dynamo" not in sys.modules:
         return function.apply

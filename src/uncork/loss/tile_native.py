@@ -265,7 +265,7 @@ class NativeTiles(LogProbTiles):
         target = None if call.target is None else call.target.rows(span)
         if isinstance(target, IndexTarget):
             tile.index, tile.kept = point(target.index, torch.int64), point(target.kept, torch.uint8)
-            tile.hit, tile.word_weight, tile.spread = point(target.hit), point(target.word_weight), target.spread
+            tile.hit, tile.word_weight, tile.spread = point(target.hit), point(target.word_weight), target.uniform
         elif isinstance(target, ProbabilityTarget):
             tile.probabilities, tile.word_weight = point(target.probabilities), point(target.word_weight)
             tile.spread = target.smoothing / scores.shape[1]
@@ -336,7 +336,7 @@ class NativeTiles(LogProbTiles):
         return described
 
     def _by_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One gradient a table, until the next chunk; knots carry none of their own."""
+        """One gradient a table, in memory that the next chunk writes to; knots have none of their own."""
         tables: list[Tensor | None] = []
         for operation, own in zip(self.operations, sums, strict=True):
             if own is None:

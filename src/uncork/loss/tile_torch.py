@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from uncork.logit_functions.base import nowhere_impossible, with_tables
+from uncork.logit_functions.base import known_possible, with_tables
 from uncork.logit_functions.operations import Operation, function_transforms, readable
 from uncork.loss.call import Call
 from uncork.loss.chunk_size import ChunkRule, rule_of
@@ -28,8 +28,8 @@ class FunctionRunner(Protocol):
 
 
 def _impossible(scores: Tensor) -> Tensor | None:
-    """Where the scores are -inf; None if that is nowhere, which only a CPU can be asked without stopping."""
-    return None if nowhere_impossible(scores) else scores == -torch.inf
+    """Where the scores are -inf; None if none is known to be (a GPU is not asked: it would have to stop)."""
+    return None if known_possible(scores) else scores == -torch.inf
 
 
 def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
@@ -60,11 +60,11 @@ class OperationsRunner:
         x = _fill(scores, impossible, 0)
         stages = []
         for operation, tables in self.chain:
-            place = operation.locate(x, tables)
-            if place and len(self.chain) > 1:  # of x = inf: a later function may have a finite answer, nan has none
-                place[1].clamp_(max=torch.finfo(x.dtype).max)
-            stages.append((x, place))
-            x = operation.forward(x, tables, place)
+            located = operation.locate(x, tables)
+            if located and len(self.chain) > 1:  # of x = inf, or a later function that is finite there gives nan
+                located[1].clamp_(max=torch.finfo(x.dtype).max)
+            stages.append((x, located))
+            x = operation.forward(x, tables, located)
         return _fill(x, impossible, -torch.inf), (impossible, stages)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -72,12 +72,12 @@ class OperationsRunner:
         grad = _fill(grad, impossible, 0)
         sums: list[Tensor | None] = []
         end = len(self.needs)
-        for (operation, tables), (x, place) in zip(reversed(self.chain), reversed(stages), strict=True):
+        for (operation, tables), (x, located) in zip(reversed(self.chain), reversed(stages), strict=True):
             wanted = any(self.needs[end - len(tables) : end])
-            own = operation.table_gradients(x, grad, tables, place) if wanted else [None] * len(tables)
+            own = operation.table_gradients(x, grad, tables, located) if wanted else [None] * len(tables)
             sums = [*own, *sums]
             end -= len(tables)
-            grad.mul_(operation.derivative(x, tables, place))
+            grad.mul_(operation.derivative(x, tables, located))
         return grad, sums
 
 
