@@ -67,7 +67,7 @@ class Operation(ABC):
     num_tables: ClassVar[int]
 
     def locate(self, x: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the three methods below share (the pieces, say), for a caller to keep and pass on; most share nothing."""
+        """What the three methods below share (the pieces, say), for callers to keep and pass on; most share nothing."""
         return ()
 
     @abstractmethod
