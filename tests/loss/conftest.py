@@ -48,9 +48,10 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | None]] = {
 
 
 @functools.cache
-def refusal(impl: str, name: str) -> str:
+def refusal(impl: str, name: str, mixture: bool = False, probabilities: bool = False) -> str:
     """Why an implementation does not serve a function by its name here, on a CPU; empty if it does."""
-    return IMPLEMENTATIONS[impl].refuses(build_problem(name).call())
+    problem = build_problem(name, mixture=mixture, probabilities=probabilities)
+    return IMPLEMENTATIONS[impl].refuses(problem.call())
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -76,7 +77,10 @@ def _refused(item) -> str:
     if item.path.name == "test_native.py":
         return refusal("native", "none")
     names = {given.get("function_name"), given.get("name")} & set(FUNCTIONS) or {"none"}
-    return next((reason for impl in impls for name in names if (reason := refusal(impl, name))), "")
+    cases = [given.get("kind"), given.get("case"), *(case for case in given.values() if isinstance(case, tuple))]
+    probabilities = given.get("probabilities") is True or any("probabilities" in case for case in cases if case)
+    kind = bool(given.get("mixture")), probabilities
+    return next((reason for impl in impls for name in names if (reason := refusal(impl, name, *kind))), "")
 
 
 @dataclass
