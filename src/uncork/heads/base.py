@@ -25,7 +25,7 @@ from uncork.loss.inference import Inference, asked_for_gradients
 
 
 class Projection(NamedTuple):
-    """A head's weight (V, features) and bias, read once a call: a parametrisation computes them at every look."""
+    """A head's weight (V, features) and bias, read once a call: a parametrisation computes them at every access."""
 
     weight: Tensor
     bias: Tensor | None

@@ -84,7 +84,7 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
 
 
 def function_changed_by(function: nn.Module) -> str:
-    """Who sees what goes through a logit function's call, in words; a fused path computes it without calling it."""
+    """Who sees what goes through a logit function's call, in words; empty if nobody: fused paths skip the call."""
     for module in function.modules():
         if "forward" in vars(module):
             return f"the forward of {type(module).__name__} in logit_function was replaced"

@@ -28,8 +28,6 @@ from uncork.logit_functions import (
 )
 from uncork.logit_functions.base import positive
 
-__all__ = ["HEAD_NAMES", "HeadSpec", "parse_text", "parse_value", "start_at_unigram", "titled", "value_text"]
-
 
 def _temperature(factor: float = 1.0) -> LogitFunction:
     return Scale(factor, learnable=True)

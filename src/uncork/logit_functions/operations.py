@@ -43,7 +43,7 @@ def function_transforms() -> bool:
 
 
 def recorded() -> bool:
-    """Whether torch follows what is computed now (compiles, traces, transforms, fakes it) beside running it."""
+    """Whether torch compiles, traces, transforms or fakes what is computed now, beside or instead of running it."""
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
     return (
         torch.compiler.is_compiling()
@@ -54,7 +54,7 @@ def recorded() -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x may be asked for its numbers: a GPU would stop, and a fake or followed tensor has none to give."""
+    """Whether x may be asked for its numbers: a GPU would stop, and a fake or traced tensor has none."""
     # torch.compile is asked about first: it cannot trace the questions to torch._C.
     if torch.compiler.is_compiling():
         return False

@@ -1,4 +1,4 @@
-"""The same losses and statistics from logits that are at hand, for heads whose logits somebody else changes."""
+"""The same losses and statistics from logits that are given, for heads whose logits a hook may change."""
 
 from dataclasses import dataclass
 from typing import Any

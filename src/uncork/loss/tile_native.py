@@ -153,7 +153,7 @@ def _refuses_function(function: nn.Module | None) -> str:
 
 
 def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> None:
-    """C++ believes the sizes of tables that a user's own function may have got wrong."""
+    """Checks the sizes of tables, which C++ relies on and a user's own function may have got wrong."""
     expected = sum(operation.num_tables for operation in operations)
     if len(tables) != expected:
         raise ValueError(f"logit_function: expected {expected} tables for its operations, got {len(tables)}")
@@ -179,7 +179,7 @@ class NativeTiles(LogProbTiles):
 
     @classmethod
     def refuses(cls, call: Call) -> str:
-        """Tensors that are not a CPU's own, calls that are not simply run, functions without a kernel."""
+        """Tensors off the CPU or of a subclass, calls that torch traces, functions without a kernel."""
         tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
         if any(t.device.type != "cpu" for t in tensors):
             return f"it works on the CPU, not on {call.input.device}"
