@@ -80,6 +80,7 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: naming the argument, what was expected and what came. The target's range is
             checked on the CPU only, since a check would stop a GPU.
 
+    >>> import torch
     >>> from uncork import PLIF
     >>> input, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> round(linear_cross_entropy(input, weight, torch.tensor([2]), logit_function=PLIF()).item(), 4)
@@ -134,6 +135,7 @@ def mixture_cross_entropy(
         latent: (..., K, D), one context vector per component. prior_logits: (..., K).
         The rest is as in `linear_cross_entropy`; chunk_size counts rows of scores, K of which make a token.
 
+    >>> import torch
     >>> latent, weight = torch.tensor([[[5.0, 0.0], [0.0, 5.0]]]), torch.eye(2)
     >>> round(mixture_cross_entropy(latent, weight, torch.zeros(1, 2), torch.tensor([0])).item(), 4)
     0.6931
@@ -178,6 +180,7 @@ def token_statistics(
     All but argmax are differentiable in everything that `linear_cross_entropy` is. Arguments as there; the argmax is
     taken over the scores, whose order the function cannot change.
 
+    >>> import torch
     >>> input, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> s = token_statistics(input, weight, torch.tensor([1]))
     >>> s.log_prob, s.logsumexp, s.entropy, s.argmax
@@ -210,6 +213,7 @@ def mixture_token_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of a mixture; arguments as in `mixture_cross_entropy`.
 
+    >>> import torch
     >>> latent, weight = torch.tensor([[[5.0, 0.0], [0.0, 5.0]]]), torch.eye(2)
     >>> s = mixture_token_statistics(latent, weight, torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     >>> s.log_prob, s.entropy, s.argmax
