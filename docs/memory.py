@@ -23,11 +23,11 @@ from uncork import PLIF, linear_cross_entropy
 from uncork.heads import HeadSpec
 from uncork.lab.experiments.bench.naive import naive_plif
 from uncork.lab.report.style import FONT, INK, MUTED, UNKNOWN, dress, to_png
-from uncork.loss.chunked import default_chunk_size
+from uncork.loss.chunk_size import CPU
 
 N, D, V, PIECES, BOUND = 2048, 400, 33278, 1000, 20.0
 MIB = 2**20 / 4  # numbers of float32
-MATRIX, ROWS = N * V / MIB, default_chunk_size(V, D)
+MATRIX, ROWS = N * V / MIB, CPU.default_rows(V, D)
 EAGER, NAIVE, FUSED = "eager softmax", "naive PLIF", "fused PLIF"
 COLOURS = {EAGER: HeadSpec("softmax").colour, NAIVE: UNKNOWN, FUSED: HeadSpec("plif").colour}
 # What is held: the fraction of the step that it is said of, where it is written (fraction, matrices), and the words.

@@ -1,7 +1,7 @@
 """What a head is called: text and back, one table for names, options, titles, colours and controls."""
 
-import inspect
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,22 +10,30 @@ from uncork import HEAD_NAMES, LinearHead, build_head
 from uncork.heads import HeadSpec
 from uncork.heads import spec as specs
 from uncork.heads.spec import parse_text, titled, value_text
+from uncork.logit_functions.base import _REGISTRY
 
 D, V = 4, 6
-# Another value than the default of every option that a head has, of each type that occurs.
-OTHERS = {
-    "factor": 2.5, "cap": 12, "center": -1.5, "steepness": 3, "learnable": True, "num_units": 7, "bound": 11.0,
-    "units": "tanh", "init": "random", "spread": 0.25, "frozen": True, "num_pieces": 9, "unit_slope": True,
-    "num_components": 2, "latent_features": 3, "latent_activation": None, "bias": False, "scale": 4,
-}  # fmt: skip
+
+
+def other(option: str, default: Any) -> Any:
+    """Another value than the default of an option, of the same kind: of its layer, or as an example of a function."""
+    of_layers = {"num_components": 2, "latent_features": 3, "latent_activation": None}
+    tried = [options[option] for cls in _REGISTRY.values() for options in cls.examples.values() if option in options]
+    if option in of_layers:
+        return of_layers[option]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int | float):
+        return default + 0.25 if isinstance(default, float) else default + 7
+    return next(value for value in tried if value != default)
 
 
 @pytest.mark.parametrize("name", HEAD_NAMES)
 def test_a_spec_is_printed_and_read_back_with_every_option(name):
     head = HeadSpec(name)
-    for option in [*head.defaults, None]:
-        options = OTHERS if option is None else {option: OTHERS[option]}
-        spec = HeadSpec(name, {key: options[key] for key in options if key in head.defaults})
+    others = {option: other(option, default) for option, default in head.defaults.items()}
+    for option in [*others, None]:
+        spec = HeadSpec(name, others if option is None else {option: others[option]})
         again = HeadSpec.parse(str(spec))
         assert (again, str(again), hash(again)) == (spec, str(spec), hash(spec))
         assert {key: type(value) for key, value in again.options.items()} == {
@@ -56,23 +64,21 @@ def test_equal_heads_have_one_text():
     assert HeadSpec("temperature", {"factor": True}).options == {"factor": True}  # is not the default of 1
 
 
-def test_the_table_of_build_head_says_every_option_with_its_default():
-    rows = re.findall(r"^\s*\| ([a-z-]+) \| .* \| (.*)\|$", inspect.getdoc(build_head), re.MULTILINE)
-    written = {name: eval(f"dict({options.strip()})") for name, options in rows[1:] if "'s" not in options}
-    written["moss"] = written["moc"] = written["mos"]
-    written["mop"] = written["plif"] | written["mos"]
-    assert dict(rows)["mop"].strip() == "plif's and mos's"
-    assert {dict(rows)[name].strip() for name in ("moss", "moc")} == {"mos's"}
-    heading = re.search(r"\| options and their defaults, beside (.*) and (.*) \|", inspect.getdoc(build_head))
-    assert heading is not None
-    shared = eval(f"dict({heading[1]}, {heading[2]})")
-    assert {name: written[name] | shared for name in HEAD_NAMES} == {n: HeadSpec(n).defaults for n in HEAD_NAMES}
+def test_the_help_of_build_head_lists_every_head_with_its_options():
+    rows = re.findall(r"^\s*\| ([a-z-]+) \| (.*) \| (.*)\|$", build_head.__doc__, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["name", *HEAD_NAMES]
+    written = {name: eval(f"dict({options})") for name, _, options in rows[1:]}
+    shared = re.search(r"\| options and their defaults, beside (.*) \|", build_head.__doc__)
+    assert {name: written[name] | eval(f"dict({shared[1]})") for name in HEAD_NAMES} == {
+        name: HeadSpec(name).defaults for name in HEAD_NAMES
+    }
+    assert len({distribution for _, distribution, _ in rows}) == len(rows)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nosuch", "name: expected one of softmax, temperature, .*, moc, got 'nosuch'"),
+        ("nosuch", f"name: expected one of {', '.join(HEAD_NAMES)}, got 'nosuch'"),
         ("plif:num_peices=3", "plif has no option num_peices; expected some of num_pieces=100, bound=20, "),
         ("softmax:num_components=2", "softmax has no option num_components; expected some of bias=true, scale=1$"),
         ("plif:num_pieces", "expected name or name:key=value,key=value, got 'plif:num_pieces'"),
@@ -120,7 +126,9 @@ def test_every_head_has_a_colour_and_a_place_of_its_own():
 
 
 def test_a_new_head_is_one_entry_of_the_table(monkeypatch):
-    monkeypatch.setitem(specs._KINDS, "new", specs._Kind(specs._mixture, specs.Softcap, "New", "#123456", learns=True))
+    monkeypatch.setitem(
+        specs._KINDS, "new", specs._Kind(specs._mixture, specs.Softcap, "new", "New", "#123456", learns=True)
+    )
     new = specs.HeadSpec.parse("new:num_components=3,cap=9")
     assert (new.title, new.called, new.colour) == ("new (cap=9, num_components=3)", "New", "#123456")
 

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import uncork
 from uncork import HEAD_NAMES, ContextMixtureHead, LinearHead, MixtureHead, build_head, head_from_spec
-from uncork.loss import inference, tile_native
+from uncork.loss import tile_native
+from uncork.loss.inference import Inference
 
 D, V = 6, 40
-LINEAR = ["softmax", "temperature", "moc"]  # those whose log-probabilities stay at rank d + 1 (+ 1 with a bias)
 
 
 def scattered(name: str, **options) -> uncork.Head:
@@ -43,8 +43,9 @@ def log_prob_rank(head: uncork.Head, contexts: int = 60) -> int:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", HEAD_NAMES)
 def test_rank_of_the_log_probabilities(name, bias):
-    rank = log_prob_rank(scattered(name, bias=bias))
-    if name in LINEAR:
+    head = scattered(name, bias=bias)
+    rank, function = log_prob_rank(head), head.logit_function
+    if not isinstance(head, MixtureHead) and (function is None or not function.nonlinear):
         assert rank == D + 1 + bias
     else:
         assert rank > D + 2
@@ -71,9 +72,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(name, options):
     torch.testing.assert_close(fused.flatten(), plain.flatten(), rtol=1e-10, atol=1e-12)
     up = torch.randn_like(fused)
     leaves = [h, *(p for p in head.parameters() if p.requires_grad)]
-    by_fused = torch.autograd.grad(fused, leaves, up)
-    by_plain = torch.autograd.grad(plain, leaves, up.view_as(plain))
-    for a, b in zip(by_fused, by_plain, strict=True):
+    grad_fused = torch.autograd.grad(fused, leaves, up)
+    grad_plain = torch.autograd.grad(plain, leaves, up.view_as(plain))
+    for a, b in zip(grad_fused, grad_plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -103,9 +104,9 @@ def test_inference_without_gradients_agrees_with_the_graph(name, dtype):
     h = 2 * torch.randn(7, 100, D, dtype=dtype)
     tracked = head.log_prob(h), *head.topk(h, 4), head.predict(h)
     assert tracked[0].requires_grad
-    assert inference.serves(head._fused(h, head._projection(h))) is False
+    assert Inference.of(head._fused(h, head._projection(h))) is None
     with torch.no_grad():
-        assert inference.serves(head._fused(h, head._projection(h)))
+        assert Inference.of(head._fused(h, head._projection(h))) is not None
         fused = head.log_prob(h), *head.topk(h, 4), head.predict(h)
     for a, b in zip(fused, tracked, strict=True):
         assert not a.requires_grad
@@ -133,11 +134,11 @@ def test_inference_keeps_no_second_matrix(name):
 
     head, h = scattered(name, v=500), torch.randn(4096, D)
     matrix = 4096 * 500 * 4
-    for call, most in ((head.predict, 0), (lambda h: head.topk(h, 3), 0), (head.log_prob, 1)):
+    for call, limit in ((head.predict, 0), (lambda h: head.topk(h, 3), 0), (head.log_prob, 1)):
         with torch.no_grad(), Made() as made:
             call(h)
-        assert sum(size >= matrix for size in made.sizes) == most
-        assert sorted(made.sizes)[-1 - most] < matrix / 4
+        assert sum(size >= matrix for size in made.sizes) == limit
+        assert sorted(made.sizes)[-1 - limit] < matrix / 4
 
 
 @pytest.mark.parametrize("name", HEAD_NAMES)

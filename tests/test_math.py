@@ -18,13 +18,13 @@ def test_mixture_gradient_is_the_posterior():
     prior = torch.randn(6, 3, dtype=F64, requires_grad=True)
     target = torch.rand(6, 10, dtype=F64)  # sums to anything
     loss = -(target * functional.mixture_log_softmax(logits, prior)).sum()
-    by_logits, by_prior = torch.autograd.grad(loss, [logits, prior])
+    grad_logits, grad_prior = torch.autograd.grad(loss, [logits, prior])
     pi, p = prior.softmax(-1).detach(), logits.softmax(-1).detach()
     joint = pi.unsqueeze(-1) * p
     r = joint / joint.sum(1, keepdim=True)  # responsibilities r_{k,v}
     mass = (target.unsqueeze(1) * r).sum(-1)
-    torch.testing.assert_close(by_logits, mass.unsqueeze(-1) * p - target.unsqueeze(1) * r)
-    torch.testing.assert_close(by_prior, target.sum(-1, keepdim=True) * pi - mass)
+    torch.testing.assert_close(grad_logits, mass.unsqueeze(-1) * p - target.unsqueeze(1) * r)
+    torch.testing.assert_close(grad_prior, target.sum(-1, keepdim=True) * pi - mass)
 
 
 def test_loss_gradient_is_row_factors_times_softmax_minus_target():

@@ -108,15 +108,15 @@ def test_plif_gradient_is_two_histograms_and_a_reverse_scan(num_pieces, seed):
     # The published form's gradient; the anchor f(0) = 0 takes off that of the constant f(-T) -> 0 once per element.
     delta = 2 * bound / num_pieces
 
-    def by_slope(x, g):
+    def grad_of_slopes(x, g):
         i = torch.floor((x + bound) / delta).clamp(0, num_pieces - 1).long()
         knots = -bound + torch.arange(num_pieces, dtype=F64) * delta
         inside = torch.zeros(num_pieces, dtype=F64).index_add_(0, i, g * (x - knots[i]))
         count = torch.zeros(num_pieces, dtype=F64).index_add_(0, i, g)
         return i, inside + delta * (count.flip(0).cumsum(0).flip(0) - count)
 
-    i, slope_gradient = by_slope(x.detach(), g)
-    slope_gradient = slope_gradient - by_slope(torch.zeros(1, dtype=F64), g.sum().reshape(1))[1]
+    i, slope_gradient = grad_of_slopes(x.detach(), g)
+    slope_gradient = slope_gradient - grad_of_slopes(torch.zeros(1, dtype=F64), g.sum().reshape(1))[1]
     v = plif.raw_slopes.detach() + math.log(math.e - 1)
     torch.testing.assert_close(grad_x, plif.slopes().detach()[i] * g, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(grad_v, torch.sigmoid(v) * slope_gradient, rtol=3e-6, atol=1e-8)

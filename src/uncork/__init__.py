@@ -3,62 +3,22 @@
 An increasing function on the logits never changes which word is likeliest; it changes how likely.
 """
 
-from uncork.heads import (
-    HEAD_NAMES,
-    ContextMixtureHead,
-    Head,
-    LinearHead,
-    MixtureHead,
-    build_head,
-    head_from_spec,
-)
-from uncork.logit_functions import (
-    PLIF,
-    AsymmetricSoftcap,
-    Compose,
-    GeneralizedSigsoftmax,
-    Identity,
-    LogitFunction,
-    MonotoneNetwork,
-    Scale,
-    ScaledSigmoid,
-    Sigsoftmax,
-    Softcap,
-)
-from uncork.loss import (
-    TokenStatistics,
-    linear_cross_entropy,
-    mixture_cross_entropy,
-    mixture_token_statistics,
-    token_statistics,
-)
-from uncork.optim import parameter_groups
+import types
+import typing
+
+from uncork.heads import HEAD_NAMES as HEAD_NAMES
+from uncork.heads import ContextMixtureHead as ContextMixtureHead
+from uncork.heads import Head as Head
+from uncork.heads import LinearHead as LinearHead
+from uncork.heads import MixtureHead as MixtureHead
+from uncork.heads import build_head as build_head
+from uncork.heads import head_from_spec as head_from_spec
+from uncork.logit_functions import *  # noqa: F403
+from uncork.loss import *  # noqa: F403
+from uncork.optim import parameter_groups as parameter_groups
 
 __version__ = "0.1.0"  # read by the build; the package need not be installed to be used
 
-__all__ = [
-    "HEAD_NAMES",
-    "PLIF",
-    "AsymmetricSoftcap",
-    "Compose",
-    "ContextMixtureHead",
-    "GeneralizedSigsoftmax",
-    "Head",
-    "Identity",
-    "LinearHead",
-    "LogitFunction",
-    "MixtureHead",
-    "MonotoneNetwork",
-    "Scale",
-    "ScaledSigmoid",
-    "Sigsoftmax",
-    "Softcap",
-    "TokenStatistics",
-    "build_head",
-    "head_from_spec",
-    "linear_cross_entropy",
-    "mixture_cross_entropy",
-    "mixture_token_statistics",
-    "parameter_groups",
-    "token_statistics",
-]
+if not typing.TYPE_CHECKING:  # type checkers read the imports
+    _names = [name for name, value in vars().items() if not isinstance(value, types.ModuleType)]
+    __all__ = sorted(name for name in _names if not name.startswith("_"))

@@ -10,7 +10,7 @@ from uncork.logit_functions import LogitFunction
 
 DECAYS = ("matrices", "all")
 _NORM = re.compile(r"Norm(\d+d)?$")
-# What people call an embedding without saying so.
+# Common names of embeddings without "embed" in them.
 _EMBEDDING_NAMES = {"emb", "wte", "wpe"}
 
 Named = dict[str, nn.Parameter]
@@ -181,7 +181,7 @@ def _own_groups(
 
 
 def _direct(module: nn.Module, names: Iterable[str] | None = None) -> dict[int, nn.Parameter]:
-    """A module's own parameters, and what parametrisations make them from; `names`: of those alone, in that order."""
+    """A module's own parameters, parametrised ones by their originals; `names` picks some, in that order."""
     parametrized = getattr(module, "parametrizations", {})
     found: dict[int, nn.Parameter] = {}
     for name in [*module._parameters, *parametrized] if names is None else names:

@@ -1,5 +1,6 @@
 """What the tests of the loss share: the implementations, the functions, and problems with a plain-torch answer."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,17 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork import logit_functions as lf
+from uncork.logit_functions.base import examples
 from uncork.loss import (
     TokenStatistics,
     linear_cross_entropy,
     mixture_cross_entropy,
     mixture_token_statistics,
-    tile_native,
     token_statistics,
 )
+from uncork.loss.call import Call, Missing, build_call
+from uncork.loss.chunked import Chunked
+from uncork.loss.implementations import IMPLEMENTATIONS
 
-# Every test of the contract runs on each of these. An implementation joins here.
-IMPLS = ["reference", "torch", "native"]
+# Every test of the contract runs on each of these.
+IMPLS = list(reversed(IMPLEMENTATIONS))
+CHUNKED = [name for name in IMPLS if isinstance(IMPLEMENTATIONS[name], Chunked)]
 
 
 class Bend(nn.Module):
@@ -36,46 +41,46 @@ class Bend(nn.Module):
 
 FUNCTIONS: dict[str, Callable[[], nn.Module | None]] = {
     "none": lambda: None,
-    "identity": lf.Identity,
-    "scale": lambda: lf.Scale(0.7, learnable=True),
-    "softcap": lambda: lf.Softcap(3.0),
-    "asymmetric-softcap": lambda: lf.AsymmetricSoftcap(2.0, 5.0, learnable=True),
-    "scaled-sigmoid": lambda: lf.ScaledSigmoid(7.0, 1.0, 2.0),
-    "sigsoftmax": lf.Sigsoftmax,
-    "gss": lambda: lf.GeneralizedSigsoftmax(-0.5, 2.5),
-    "gss-start": lambda: lf.GeneralizedSigsoftmax(learnable=True),
-    "gss-learned": lambda: lf.GeneralizedSigsoftmax(0.5, 0.6, learnable=True),
-    "monotone-relu": lambda: lf.MonotoneNetwork(5, 2.0),
-    "monotone-tanh": lambda: lf.MonotoneNetwork(3, 2.0, units="tanh"),
-    "plif": lambda: lf.PLIF(6, 2.0),
-    "plif-unit-slope": lambda: lf.PLIF(6, 2.0, unit_slope=True),
+    **examples(),
     "compose": lambda: lf.Compose(lf.Scale(1.3, learnable=True), lf.PLIF(5, 2.0), lf.Softcap(6.0)),
     "module": Bend,
 }
 
-# Functions that the native tile has no kernel for: it refuses them (see test_native.py).
-NOT_NATIVE = ["monotone-tanh", "module"]
+
+@functools.cache
+def refusal(impl: str, name: str, mixture: bool = False, probabilities: bool = False) -> str:
+    """Why an implementation does not serve a function by its name here, on a CPU; empty if it does."""
+    problem = build_problem(name, mixture=mixture, probabilities=probabilities)
+    return IMPLEMENTATIONS[impl].refuses(problem.call())
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    def served(item) -> bool:
-        drawn = getattr(item, "callspec", None)
-        given = {} if drawn is None else drawn.params
-        return "native" not in _impls(item) or not {given.get("function_name"), given.get("name")} & set(NOT_NATIVE)
-
-    kept = [item for item in items if served(item)]
-    config.hook.pytest_deselected(items=[item for item in items if not served(item)])
-    items[:] = kept
-    if tile_native.missing and os.environ.get("UNCORK_NATIVE") != "1":  # CI insists on it
-        skip = pytest.mark.skip(reason=f"no native tile: {tile_native.missing}")
-        for item in items:
-            if "native" in _impls(item) or item.path.name == "test_native.py":
-                item.add_marker(skip)
+    """Leaves out what an implementation refuses (test_native.py looks at the refusals), skips what is not built."""
+    reasons = {item: reason for item in items if (reason := _refused(item))}
+    # CI insists on the native tile.
+    missing = {} if os.environ.get("UNCORK_NATIVE") == "1" else {i: r for i, r in reasons.items() if _is_missing(r)}
+    for item, reason in missing.items():
+        item.add_marker(pytest.mark.skip(reason=reason))
+    refused = [item for item, reason in reasons.items() if not _is_missing(reason)]
+    config.hook.pytest_deselected(items=refused)
+    items[:] = [item for item in items if item not in set(refused)]
 
 
-def _impls(item) -> set[object]:
+def _is_missing(reason: str) -> bool:
+    return isinstance(reason, Missing)
+
+
+def _refused(item) -> str:
     drawn = getattr(item, "callspec", None)
-    return set() if drawn is None else {drawn.params.get("impl"), drawn.params.get("chunked_impl")}
+    given = {} if drawn is None else drawn.params
+    impls = {given.get("impl"), given.get("chunked_impl"), given.get("module_impl")} & set(IMPLS)
+    if item.path.name == "test_native.py":
+        return refusal("native", "none")
+    names = {given.get("function_name"), given.get("name")} & set(FUNCTIONS) or {"none"}
+    cases = [given.get("kind"), given.get("case"), *(case for case in given.values() if isinstance(case, tuple))]
+    probabilities = given.get("probabilities") is True or any("probabilities" in case for case in cases if case)
+    kind = bool(given.get("mixture")), probabilities
+    return next((reason for impl in impls for name in names if (reason := refusal(impl, name, *kind))), "")
 
 
 @dataclass
@@ -88,6 +93,11 @@ class Problem:
     prior: Tensor | None  # (N, K), of a mixture
     target: Tensor
     function: nn.Module | None
+
+    def call(self) -> Call:
+        """What implementations are asked about."""
+        given = {"prior_logits": self.prior, "linear_bias": self.bias, "logit_function": self.function}
+        return build_call(self.input, self.weight, self.target, **given)[0]
 
     def operands(self) -> list[Tensor]:
         """All that a gradient is asked for."""
@@ -205,13 +215,13 @@ def impl(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session", params=[name for name in IMPLS if name != "native"])
+@pytest.fixture(scope="session", params=[name for name in IMPLS if not refusal(name, "module")])
 def module_impl(request) -> str:
     """For tests of a user's own module."""
     return request.param
 
 
-@pytest.fixture(scope="session", params=["torch", "native"])
+@pytest.fixture(scope="session", params=CHUNKED)
 def chunked_impl(request) -> str:
     """For tests of memory, products and threads, which the reference promises nothing of."""
     return request.param

@@ -1,6 +1,7 @@
 """Chunks: the same result in pieces, the same bits again, no more products than promised, memory of a chunk."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uncork.loss import linear_cross_entropy, mixture_cross_entropy
+from uncork.loss.chunk_size import CPU, GPU
+from uncork.loss.chunked import Chunked
+from uncork.loss.implementations import IMPLEMENTATIONS
+from uncork.loss.tile_torch import BLOCKS, TorchTiles
 
 CHUNKS = [1, 2, 3, 8, 9, 1000]
 
@@ -103,6 +108,60 @@ def test_products_of_a_training_step(chunked_impl, mixture, make_problem):
     assert products(problem, chunked_impl, "mean", backward=True) == 2
 
 
+class HalfProducts(TorchTiles):
+    """Tiles whose products are in the input's own dtype, with float32 between them."""
+
+    @classmethod
+    def product_dtype(cls, call):
+        return call.input.dtype
+
+    def statistics(self, scores, span):
+        return super().statistics(scores.to(self.call.dtype), span)
+
+    def gradient(self, scores, span, upstream):
+        result = super().gradient(scores.to(self.call.dtype), span, upstream)
+        return result._replace(grad_scores=result.grad_scores.to(scores.dtype))
+
+
+class Dtypes(TorchDispatchMode):
+    """Of the matrices that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.found |= {t.dtype for t in args if isinstance(t, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tiles_say_the_dtype_of_the_products(monkeypatch, mixture, reduction, make_problem):
+    """What is multiplied is never copied to a dtype that they do not ask for."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "half", Chunked(HalfProducts))
+    problem = make_problem("plif", mixture=mixture, tokens=40, dtype=torch.bfloat16)
+    wanted = results(problem, "torch", reduction, None)
+    for chunk_size in (None, 8):
+        with Dtypes() as dtypes:
+            got = results(problem, "half", reduction, chunk_size)
+        assert dtypes.found == {torch.bfloat16}
+        for a, b in zip(got, wanted, strict=True):
+            assert a.dtype == b.dtype
+            assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm()
+
+
+def test_rows_of_a_chunk_come_from_the_table_of_the_device(make_problem):
+    call = make_problem(None, tokens=4, vocab=50_257, features=64, dtype=torch.float32).call()
+    rule = TorchTiles.chunk_rule(call)
+    assert rule == replace(CPU, blocks=BLOCKS)
+    assert rule.rows(call, torch.float32) == CPU.budget // BLOCKS // (50_257 * 4) // 32 * 32 or 32
+    elsewhere = replace(call, input=call.input.detach().to("meta"), weight=call.weight.detach().to("meta"))
+    rows = TorchTiles.chunk_rule(elsewhere).rows(elsewhere, torch.float32)
+    assert rows == GPU.budget // BLOCKS // (50_257 * 4) // 32 * 32 == 320
+    assert TorchTiles.chunk_rule(elsewhere).rows(replace(elsewhere, memory_budget=2**25), torch.float32) == 10
+
+
 class Live(TorchDispatchMode):
     """Bytes of the storages made inside that are alive at once: `peak`."""
 
@@ -142,12 +201,12 @@ def peak(problem, impl, reduction, *, grad, statistics=False, **options):
 
 
 # Blocks of scores alive at once: in "torch" every primitive of a chain keeps its own scores (and a piece's index, of 8
-# bytes); "native" has one block, whatever the function.
-BLOCKS = {"none": 7, "module": 13, "plif": 15, "monotone-tanh": 19, "compose": 21}
-NATIVE_BLOCKS = 1.2
+# bytes). Where the chunk rule says one block it is one, whatever the function.
+LIMIT_BLOCKS = {"none": 7, "module": 13, "plif": 15, "monotone-tanh": 19, "compose": 21}
+LIMIT_ONE_BLOCK = 1.2
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", LIMIT_BLOCKS)
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "backward"])
 @pytest.mark.parametrize("reduction", ["mean", "none", "statistics"])
 def test_memory_is_that_of_a_chunk(chunked_impl, name, grad, reduction, mixture, make_problem):
@@ -163,7 +222,8 @@ def test_memory_is_that_of_a_chunk(chunked_impl, name, grad, reduction, mixture,
     per_token = (large - small) / (512 - 128)
     assert per_token < 0.15 * vocab * 4
     block, matrix = rows * vocab * 4, vocab * features * 4
-    blocks = NATIVE_BLOCKS if chunked_impl == "native" else BLOCKS[name]
+    said = IMPLEMENTATIONS[chunked_impl].tiles.chunk_rule(few.call()).blocks
+    blocks = LIMIT_ONE_BLOCK if said == 1 else LIMIT_BLOCKS[name]
     assert small < blocks * block + 4 * matrix
 
 

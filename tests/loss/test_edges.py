@@ -89,10 +89,10 @@ def test_an_impossible_target_costs_infinity_and_adds_no_gradient_there(impl, na
     problem.target = torch.tensor([3, 1, 2, 3, 0])
     losses = problem.loss(impl, reduction="none")
     assert losses.isinf().tolist() == [True, False, False, True, False]
-    by_weight, by_bias = torch.autograd.grad(losses.sum(), [problem.weight, problem.bias])
-    assert not by_weight[3].any()
-    assert by_bias[3] == 0
-    assert by_weight.isfinite().all()
+    grad_weight, grad_bias = torch.autograd.grad(losses.sum(), [problem.weight, problem.bias])
+    assert not grad_weight[3].any()
+    assert grad_bias[3] == 0
+    assert grad_weight.isfinite().all()
 
 
 def test_a_mixture_component_switched_off(impl, make_problem):
@@ -170,10 +170,10 @@ def test_nan_in_nan_out(impl, function_name, mixture, reduction, make_problem):
         assert torch.equal(loss.isnan(), broken)
     else:
         assert loss.isnan()
-    by_input, by_weight = torch.autograd.grad(loss.sum(), [problem.input, problem.weight])
-    rows = by_input.flatten(1).isnan()
+    grad_input, grad_weight = torch.autograd.grad(loss.sum(), [problem.input, problem.weight])
+    rows = grad_input.flatten(1).isnan()
     assert torch.equal(rows.any(1), broken)
-    assert by_weight.isnan().any()
+    assert grad_weight.isnan().any()
 
 
 def test_nan_in_a_weight_reaches_the_loss(impl, function_name, mixture, make_problem):
@@ -190,8 +190,8 @@ def test_an_ignored_nan_stays_out_of_loss_and_input_gradient(impl, function_name
     for reduction in ("mean", "none"):
         loss = problem.loss(impl, reduction=reduction)
         assert loss.isfinite().all()
-        (by_input,) = torch.autograd.grad(loss.sum(), problem.input)
-        assert by_input[[0, 2, 3, 4]].isfinite().all()
+        (grad_input,) = torch.autograd.grad(loss.sum(), problem.input)
+        assert grad_input[[0, 2, 3, 4]].isfinite().all()
 
 
 def test_token_weight_of_an_ignored_token_is_not_read(impl, mixture, make_problem):

@@ -31,7 +31,7 @@ def case_id(case) -> str:
 
 def options_of(case, problem):
     """Keyword arguments of the loss, and the token weights (an operand) or None."""
-    reduction, _, _, (weighted, smooth, z, by_token) = case
+    reduction, _, _, (weighted, smooth, z, grad_token) = case
     options = {"reduction": reduction}
     if weighted:
         options["weight"] = torch.rand(problem.weight.shape[0], dtype=torch.float64) + 0.3
@@ -40,7 +40,7 @@ def options_of(case, problem):
     if z and problem.prior is None:
         options["z_loss"] = 0.1
     tokens = problem.input.shape[0]
-    token_weight = (torch.rand(tokens, dtype=torch.float64) + 0.3).requires_grad_() if by_token else None
+    token_weight = (torch.rand(tokens, dtype=torch.float64) + 0.3).requires_grad_() if grad_token else None
     if token_weight is not None:
         options["token_weight"] = token_weight
     return options, token_weight

@@ -49,7 +49,7 @@ def test_all_implementations_agree(impl, function_name, mixture, value, place, k
     finite = value == math.inf and function_name in BOUNDED
     assert loss.isfinite() == finite
     scores = 4 if mixture else 3
-    by_input, by_weight, by_bias = grads[:3]
+    grad_input, grad_weight, grad_bias = grads[:3]
     if finite:
         # Of a chain, what comes before the bounded function sees inf times the slope 0.
         chain = function_name == "compose"
@@ -57,12 +57,12 @@ def test_all_implementations_agree(impl, function_name, mixture, value, place, k
     else:
         possible = torch.ones(V, dtype=torch.bool)
         possible[3] = not impossible
-        assert by_input.isnan().all()
-        assert torch.equal(by_bias.isnan(), possible)
-        assert torch.equal(by_weight.isnan().all(-1), possible)
+        assert grad_input.isnan().all()
+        assert torch.equal(grad_bias.isnan(), possible)
+        assert torch.equal(grad_weight.isnan().all(-1), possible)
     if impossible:
-        assert by_bias[3] == 0
-        assert not by_weight[3].any()
+        assert grad_bias[3] == 0
+        assert not grad_weight[3].any()
     twin = broken(make_problem, function_name, value, place, **options)
     if twin.function is not None:
         twin.function.load_state_dict(problem.function.state_dict())
@@ -84,8 +84,8 @@ def test_as_torch(impl, value, place, reduction, dtype, make_problem):
     scores = F.linear(problem.input, problem.weight, problem.bias).detach().requires_grad_()
     truth = F.cross_entropy(scores, problem.target, reduction=reduction)
     torch.testing.assert_close(loss, truth, equal_nan=True)
-    (by_scores,) = torch.autograd.grad(truth.sum(), scores)
-    torch.testing.assert_close(of(loss, problem)[2], by_scores[0], equal_nan=True)
+    (grad_scores,) = torch.autograd.grad(truth.sum(), scores)
+    torch.testing.assert_close(of(loss, problem)[2], grad_scores[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

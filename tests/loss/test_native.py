@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uncork
-from uncork import loss as loss_package
 from uncork.logit_functions.operations import Affine, PiecewiseLinear
-from uncork.loss import linear_cross_entropy, mixture_cross_entropy, tile_native, token_statistics
+from uncork.loss import implementations, linear_cross_entropy, mixture_cross_entropy, tile_native, token_statistics
 from uncork.loss.call import build_call
 
 INSTRUCTIONS = ["avx512", "avx2", "base"]
@@ -110,13 +109,13 @@ def test_slope_gradients_of_a_large_vocabulary(pieces, make_problem):
 
 def test_it_is_what_a_cpu_call_gets(monkeypatch, make_problem):
     calls: list[object] = []
-    run = tile_native.Tiles._run
+    run = tile_native.NativeTiles._run
 
     def spy(self, *args):
         calls.append(self)
         return run(self, *args)
 
-    monkeypatch.setattr(tile_native.Tiles, "_run", spy)
+    monkeypatch.setattr(tile_native.NativeTiles, "_run", spy)
     make_problem("plif").loss(None)
     assert calls
     calls.clear()
@@ -137,9 +136,9 @@ def test_other_calls_that_are_refused(make_problem):
         problem.loss("native")
     assert problem.loss(None).isfinite()
     call, _ = build_call(torch.randn(2, 3), torch.randn(4, 3), None)
-    assert tile_native.refuses(call) == ""
+    assert tile_native.NativeTiles.refuses(call) == ""
     elsewhere = replace(call, input=torch.empty(2, 3, device="meta"))
-    assert tile_native.refuses(elsewhere) == "it works on the CPU, not on meta"
+    assert tile_native.NativeTiles.refuses(elsewhere) == "it works on the CPU, not on meta"
 
     class Own(torch.Tensor):
         pass
@@ -152,7 +151,7 @@ def test_other_calls_that_are_refused(make_problem):
 
 def test_a_missing_library_is_said_once(monkeypatch, make_problem):
     monkeypatch.setattr(tile_native, "missing", "it was not built")
-    loss_package._say_missing.cache_clear()
+    implementations._say_missing.cache_clear()
     problem = make_problem("plif")
     with pytest.warns(UserWarning, match="native tile is missing.*impl='torch' serves.*it was not built"):
         loss = problem.loss(None)
@@ -162,7 +161,7 @@ def test_a_missing_library_is_said_once(monkeypatch, make_problem):
     assert torch.equal(problem.loss("torch"), loss)
     with pytest.raises(ValueError, match='impl="native" cannot serve this call: it was not built'):
         problem.loss("native")
-    loss_package._say_missing.cache_clear()
+    implementations._say_missing.cache_clear()
 
 
 def test_library_that_is_damaged_or_of_another_version(monkeypatch, tmp_path, library):

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.utils import parametrize
 
 from uncork import LogitFunction
-from uncork.loss import _implementation, implementation, linear_cross_entropy, mixture_cross_entropy, token_statistics
+from uncork.loss import implementations, linear_cross_entropy, mixture_cross_entropy, token_statistics
 from uncork.loss.call import build_call
 
 LEARNED = ["scale", "asymmetric-softcap", "gss-learned", "monotone-relu", "monotone-tanh", "plif", "compose", "module"]
@@ -225,9 +225,9 @@ def test_shapes_without_numbers(impl, kind, function_name, mixture, case, make_p
 def test_what_serves_a_meta_call(make_problem):
     problem = spread_over(make_problem("plif"), "meta")
     call, _ = build_call(problem.input, problem.weight, problem.target, logit_function=problem.function)
-    assert implementation(call) == "torch"
+    assert implementations.title(call) == "torch"
     with pytest.raises(ValueError, match='impl="native" cannot serve this call: it works on the CPU, not on meta'):
-        _implementation("native", call)
+        implementations.choose("native", call)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own

@@ -1,4 +1,4 @@
-"""What every output layer offers, and how its answers go through its own call, behind whatever hooks are on it.
+"""What every output layer offers; all its answers go through its own `__call__`, and so through the hooks on it.
 
 Legend for shapes: N tokens, D features, V vocabulary, K components, C tokens of a chunk.
 """
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from uncork.heads import hooks
-from uncork.heads.state import SaysWhatItIs
+from uncork.heads.state import SelfDescribing
 from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import positive_int
-from uncork.loss import TokenStatistics, from_logits, implementation, inference
+from uncork.loss import TokenStatistics, from_logits, implementations
 from uncork.loss.call import Call, autocast_dtype
-from uncork.loss.chunked import default_chunk_size
+from uncork.loss.chunk_size import rule_of
 from uncork.loss.exclusion import Exclusion, best, take
-from uncork.loss.reference import apply_function
+from uncork.loss.function import apply_function
+from uncork.loss.inference import Inference, asked_for_gradients
 
 
 class Projection(NamedTuple):
-    """A head's weight (V, features) and bias, read once a call: a parametrisation computes them at every look."""
+    """A head's weight (V, features) and bias, read once a call: a parametrisation computes them at every access."""
 
     weight: Tensor
     bias: Tensor | None
@@ -34,7 +35,7 @@ T = TypeVar("T")
 Answer = Callable[[Tensor, Projection], T]
 
 
-class Head(SaysWhatItIs, ABC):
+class Head(SelfDescribing, ABC):
     """What every output layer offers. The projection is `weight` (V, features) and `bias` (V,) or None, as nn.Linear's.
 
     `loss`, `statistics`, `log_prob`, `predict`, `topk` and `scores` go through `head(input)`'s own call: forward
@@ -70,7 +71,7 @@ class Head(SaysWhatItIs, ABC):
             nn.init.uniform_(self.bias, -reach, reach)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Of one dimension are the pieces that FSDP1 puts there; they are looked at when they are used.
+        # FSDP1 puts flat pieces of one dimension there: their shape is checked when they are used.
         if name == "weight" and isinstance(value, Tensor) and value.dim() == 2:
             self._check_weight(value)
         super().__setattr__(name, value)
@@ -93,7 +94,7 @@ class Head(SaysWhatItIs, ABC):
         """Takes over the parameters of an nn.Linear themselves, so that tied weights stay tied."""
         self.weight = cast(nn.Parameter, linear.weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
-        self.to(linear.weight.device, linear.weight.dtype)  # the rest follows
+        self.to(linear.weight.device, linear.weight.dtype)  # latent, prior and function move to the layer's
 
     def forward(self, input: Tensor, answer: Answer[Any] | None = None) -> Any:
         """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity.
@@ -133,7 +134,7 @@ class Head(SaysWhatItIs, ABC):
         return hooks.seen_by(self, Head.forward)
 
     def _whole(self, input: Tensor, reason: str) -> Tensor:
-        """head(input), where somebody else had a hand in it."""
+        """head(input), checked: a hook, or another forward, may have made it."""
         logits = self(input)
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.vocab_size,):
             got = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -142,25 +143,25 @@ class Head(SaysWhatItIs, ABC):
 
     @abstractmethod
     def _logits(self, input: Tensor, projection: Projection) -> Tensor:
-        """What `head(input)` is."""
+        """The softmax-ready logits, what `head(input)` returns."""
 
     @abstractmethod
     def _scores(self, input: Tensor, projection: Projection) -> Tensor:
-        """What `scores` is."""
+        """The scores before the function, what `scores` returns."""
 
     @abstractmethod
     def _loss(self, input: Tensor, projection: Projection, *, target: Tensor, options: dict[str, Any]) -> Tensor:
-        """What `loss` is, fused."""
+        """`loss`, by the fused operation."""
 
     @abstractmethod
     def _statistics(
         self, input: Tensor, projection: Projection, *, target: Tensor | None, options: dict[str, Any]
     ) -> TokenStatistics:
-        """What `statistics` is, fused."""
+        """`statistics`, by the fused operation."""
 
     @abstractmethod
     def _fused(self, input: Tensor, projection: Projection) -> Call:
-        """What the fused loss would compute from."""
+        """The validated call, without a target, that implementations are asked about."""
 
     def _operands(self, projection: Projection) -> dict[str, Any]:
         return {"linear_bias": projection.bias, "logit_function": self.logit_function}
@@ -234,7 +235,7 @@ class Head(SaysWhatItIs, ABC):
             return f"reference ({reason})"
         with torch.no_grad():
             nothing = torch.empty(0, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
-            return str(self(nothing, lambda input, projection: implementation(self._fused(input, projection))))
+            return str(self(nothing, lambda input, projection: implementations.title(self._fused(input, projection))))
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities (..., V), float32 or better: ``head(input).float().log_softmax(-1)``.
@@ -247,8 +248,8 @@ class Head(SaysWhatItIs, ABC):
         return self(input, self._log_prob_chunked)
 
     def _log_prob_chunked(self, input: Tensor, projection: Projection) -> Tensor:
-        if (call := self._inference(input, projection)) is not None:
-            return inference.log_prob(call).view(*input.shape[:-1], self.vocab_size)
+        if (inference := self._inference(input, projection)) is not None:
+            return inference.log_prob().view(*input.shape[:-1], self.vocab_size)
         return self._log_prob(input, projection)
 
     def _log_prob(self, input: Tensor, projection: Projection) -> Tensor:
@@ -265,8 +266,8 @@ class Head(SaysWhatItIs, ABC):
         return self(input, self._predict)
 
     def _predict(self, input: Tensor, projection: Projection) -> Tensor:
-        if (call := self._inference(input, projection)) is not None:
-            return inference.argmax(call).view(input.shape[:-1])
+        if (inference := self._inference(input, projection)) is not None:
+            return inference.argmax().view(input.shape[:-1])
         ids = [self._ranked(rows, projection).argmax(-1) for rows in self._chunks(input, projection)]
         return torch.cat(ids).view(input.shape[:-1])
 
@@ -306,8 +307,8 @@ class Head(SaysWhatItIs, ABC):
 
     def _topk(self, input: Tensor, projection: Projection, *, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         exclusion, shape = self._exclusion(exclude, input, k), (*input.shape[:-1], k)
-        if (call := self._inference(input, projection)) is not None:
-            log_prob, ids = inference.topk(call, k, exclusion)
+        if (inference := self._inference(input, projection)) is not None:
+            log_prob, ids = inference.topk(k, exclusion)
             return log_prob.view(shape), ids.view(shape)
         parts, start = [], 0
         for rows in self._chunks(input, projection):
@@ -322,20 +323,20 @@ class Head(SaysWhatItIs, ABC):
             return None
         return Exclusion.build(exclude, tuple(input.shape[:-1]), self.vocab_size, input.device, k)
 
-    def _inference(self, input: Tensor, projection: Projection) -> Call | None:
-        """The call, where the native tile serves it and nobody asks for a gradient."""
-        if inference.asked_for_gradients(input, *projection, *self.parameters()):
+    def _inference(self, input: Tensor, projection: Projection) -> Inference | None:
+        """What answers without a gradient; None where plain torch has to."""
+        if asked_for_gradients(input, *projection, *self.parameters()):
             return None
-        call = self._fused(input, projection)
-        return call if inference.serves(call) else None
+        return Inference.of(self._fused(input, projection))
 
     def _chunks(self, input: Tensor, projection: Projection) -> tuple[Tensor, ...]:
         rows: Tensor = input.reshape(-1, input.shape[-1])
         components = getattr(self, "num_components", 1)
-        return rows.split(max(1, default_chunk_size(*projection.weight.shape) // components))
+        at_once = rule_of(projection.weight.device).default_rows(*projection.weight.shape)
+        return rows.split(max(1, at_once // components))
 
     def _ranked(self, rows: Tensor, projection: Projection) -> Tensor:
-        """What orders the words as their probabilities do, (C, V)."""
+        """Numbers (C, V) that rank the words as their probabilities do."""
         return self._log_prob(rows, projection)
 
     def _topk_rows(

@@ -1,16 +1,12 @@
 """A head by its name, or from its spec."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from uncork.heads.base import Head
-from uncork.heads.layers import ContextMixtureHead, LinearHead, MixtureHead
-from uncork.heads.spec import HeadSpec
+from uncork.heads.spec import HeadSpec, layer_classes, options_table
 from uncork.logit_functions import LogitFunction
-
-_CLASSES: dict[str, Callable[..., Head]] = {c.__name__: c for c in (LinearHead, MixtureHead, ContextMixtureHead)}
 
 
 def build_head(
@@ -23,22 +19,7 @@ def build_head(
 ) -> Head:
     """A head by its name.
 
-    | name | distribution | options and their defaults, beside scale=1.0 and bias=True |
-    |---|---|---|
-    | softmax | softmax(W h + b) | |
-    | temperature | f(z) = s z, s learned | factor=1.0 |
-    | softcap | f(z) = c tanh(z / c) | cap=30.0 |
-    | sigsoftmax | f(z) = z + log sigmoid(z) | |
-    | gss | f(z) = z + (k - 1) log sigmoid(z - c) | center=None, steepness=None, learnable=False |
-    | monotone | one hidden layer of positive weights | num_units=100, bound=20.0, units='relu', init='identity', \
-spread=1.0, frozen=False |
-    | plif | piecewise linear increasing function | num_pieces=100, bound=20.0, init='identity', spread=1.0, \
-frozen=False, unit_slope=False |
-    | plif-frozen | random slopes that do not train | num_pieces=100, bound=20.0, spread=1.0 |
-    | mos | mixture of softmaxes | num_components=4, latent_features=None, latent_activation='tanh' |
-    | moss | mixture of sigsoftmaxes | mos's |
-    | mop | mixture of softmaxes of PLIF | plif's and mos's |
-    | moc | mixture of contexts, one softmax | mos's |
+    {table}
 
     Args:
         name: one of HEAD_NAMES. in_features: D. vocab_size: V.
@@ -62,16 +43,21 @@ frozen=False, unit_slope=False |
     return HeadSpec(name, options).build(in_features, vocab_size, bias_init=bias_init)
 
 
+if build_head.__doc__:  # python -OO has none
+    build_head.__doc__ = build_head.__doc__.replace("{table}", options_table().replace("\n", "\n    "))
+
+
 def head_from_spec(spec: dict[str, Any]) -> Head:
     """The head that `Head.spec()` described, at its start; load a state_dict for its parameters.
 
     >>> head_from_spec(build_head("mos", 8, 100, num_components=2).spec()).num_components
     2
     """
-    if spec.get("name") not in _CLASSES:
-        raise ValueError(f"spec: expected a name among {sorted(_CLASSES)}, got {spec.get('name')!r}")
+    classes = layer_classes()
+    if spec.get("name") not in classes:
+        raise ValueError(f"spec: expected a name among {sorted(classes)}, got {spec.get('name')!r}")
     if not isinstance(spec.get("options"), dict):
         raise ValueError(f"spec: expected options, got {spec!r}")
     function = spec.get("logit_function")
     made = None if function is None else LogitFunction.from_spec(function)
-    return _CLASSES[spec["name"]](**spec["options"], logit_function=made)
+    return classes[spec["name"]](**spec["options"], logit_function=made)

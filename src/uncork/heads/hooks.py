@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-# Hooks of these look at what comes out (to shard, to sync, to count) and leave it as it is.
+# Hooks of these modules leave the output as it is: they shard, synchronise, or count.
 _ONLY_LOOK = (
     "torch.distributed.fsdp",
     "torch.distributed._composable",
@@ -77,14 +77,14 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
         if kind in _AFTER and not _only_looks(hook):
             return f"{_named(kind, hook)} on the head sees the logits"
     for kind, hook in _global():
-        # The function is not called where it is fused: what would run before it has to be seen to as well.
+        # A fused path does not call the function, so a global pre-hook, which would run before it, counts too.
         if (kind.removeprefix("global ") in _AFTER or function is not None) and not _only_looks(hook):
             return f"{_named(kind, hook)} sees the logits"
     return "" if function is None else function_changed_by(function)
 
 
 def function_changed_by(function: nn.Module) -> str:
-    """Who sees what goes through a logit function's call, in words; a fused path computes it without calling it."""
+    """Who sees what goes through a logit function's call, in words; empty if nobody: fused paths skip the call."""
     for module in function.modules():
         if "forward" in vars(module):
             return f"the forward of {type(module).__name__} in logit_function was replaced"

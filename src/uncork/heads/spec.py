@@ -28,8 +28,6 @@ from uncork.logit_functions import (
 )
 from uncork.logit_functions.base import positive
 
-__all__ = ["HEAD_NAMES", "HeadSpec", "parse_text", "parse_value", "start_at_unigram", "titled", "value_text"]
-
 
 def _temperature(factor: float = 1.0) -> LogitFunction:
     return Scale(factor, learnable=True)
@@ -49,6 +47,7 @@ class _Kind:
 
     Attributes:
         layer: makes the head of D, V and its options. function: makes its logit function of its options, or None.
+        distribution: what it computes, for the table of `build_head`.
         called: its name in prose. colour: of its lines and dots in every figure, in the middle between black and white.
         dashes: dash, gap, ... of its lines in points; () is a solid line. heavy: whether they are drawn thicker.
         learns: whether the shape of its function is learned.
@@ -58,6 +57,7 @@ class _Kind:
 
     layer: Callable[..., Head]
     function: Callable[..., LogitFunction] | None
+    distribution: str
     called: str
     colour: str
     dashes: tuple[float, ...] = ()
@@ -69,23 +69,31 @@ class _Kind:
 
 # In the order of tables: controls near what they control.
 _KINDS: dict[str, _Kind] = {
-    "softmax": _Kind(LinearHead, None, "softmax", "#1b1f24", heavy=True),
+    "softmax": _Kind(LinearHead, None, "softmax(W h + b)", "softmax", "#1b1f24", heavy=True),
     "temperature": _Kind(
-        LinearHead, _temperature, "temperature", "#6a7280", (1, 1.2), as_control="a learned temperature"
+        LinearHead, _temperature, "f(z) = s z, s learned", "temperature", "#6a7280", (1, 1.2),
+        as_control="a learned temperature",
     ),
-    "softcap": _Kind(LinearHead, Softcap, "softcap", "#a9772b", (5, 1.5, 1, 1.5), as_control="a softcap"),
-    "sigsoftmax": _Kind(LinearHead, Sigsoftmax, "sigsoftmax", "#e0730a"),
-    "gss": _Kind(LinearHead, GeneralizedSigsoftmax, "GSS", "#bd9a00"),
-    "monotone": _Kind(LinearHead, MonotoneNetwork, "monotone", "#00967f", learns=True),
-    "plif": _Kind(LinearHead, PLIF, "PLIF", "#2878d4", heavy=True, learns=True),
+    "softcap": _Kind(
+        LinearHead, Softcap, "f(z) = c tanh(z / c)", "softcap", "#a9772b", (5, 1.5, 1, 1.5), as_control="a softcap"
+    ),
+    "sigsoftmax": _Kind(LinearHead, Sigsoftmax, "f(z) = z + log sigmoid(z)", "sigsoftmax", "#e0730a"),
+    "gss": _Kind(LinearHead, GeneralizedSigsoftmax, "f(z) = z + (k - 1) log sigmoid(z - c)", "GSS", "#bd9a00"),
+    "monotone": _Kind(
+        LinearHead, MonotoneNetwork, "one hidden layer of positive weights", "monotone", "#00967f", learns=True
+    ),
+    "plif": _Kind(
+        LinearHead, PLIF, "piecewise linear increasing function", "PLIF", "#2878d4", heavy=True, learns=True
+    ),
     "plif-frozen": _Kind(
-        LinearHead, _frozen_plif, "frozen PLIF", "#4f9be8", (4, 1.8), as_control="the frozen random PLIF"
+        LinearHead, _frozen_plif, "random slopes that do not train", "frozen PLIF", "#4f9be8", (4, 1.8),
+        as_control="the frozen random PLIF",
     ),
-    "mos": _Kind(_mixture, None, "MoS", "#c63d8f"),
-    "moss": _Kind(_mixture, Sigsoftmax, "MoSS", "#9a5fe0"),
-    "mop": _Kind(_mixture, PLIF, "MoP", "#d9534f", learns=True),
+    "mos": _Kind(_mixture, None, "mixture of softmaxes", "MoS", "#c63d8f"),
+    "moss": _Kind(_mixture, Sigsoftmax, "mixture of sigsoftmaxes", "MoSS", "#9a5fe0"),
+    "mop": _Kind(_mixture, PLIF, "mixture of softmaxes of PLIF", "MoP", "#d9534f", learns=True),
     "moc": _Kind(
-        _context_mixture, None, "MoC", "#7d8c36", (3.7, 1.6),
+        _context_mixture, None, "mixture of contexts, one softmax", "MoC", "#7d8c36", (3.7, 1.6),
         as_control="the mixture of contexts", control_of=("mos", "moss"),
     ),
 }  # fmt: skip
@@ -182,7 +190,7 @@ class HeadSpec:
 
     @property
     def control_of(self) -> tuple[str, ...]:
-        """The heads that it is there to be compared with: it is a cheap or an empty form of them."""
+        """The heads that it is a control of: simpler than they are, it shows what of their gain is not theirs."""
         kind = _KINDS[self.name]
         learned = tuple(name for name, other in _KINDS.items() if other.learns)
         return (kind.control_of or learned) if kind.as_control else ()
@@ -235,6 +243,30 @@ class HeadSpec:
         if bias_init is not None:
             start_at_unigram(head, bias_init)
         return head
+
+
+def options_table() -> str:
+    """All heads, what they compute and their options, as a table in Markdown.
+
+    >>> print(options_table().splitlines()[4])
+    | softcap | f(z) = c tanh(z / c) | cap=30.0 |
+    """
+    shared = HeadSpec("softmax").defaults
+    rows = ["| name | distribution | options and their defaults, beside " + _arguments(shared) + " |", "|---|---|---|"]
+    for name, kind in _KINDS.items():
+        own = {key: value for key, value in HeadSpec(name).defaults.items() if key not in shared}
+        rows.append(f"| {name} | {kind.distribution} | {_arguments(own)} |")
+    return "\n".join(rows)
+
+
+def _arguments(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def layer_classes() -> dict[str, Callable[..., Head]]:
+    """The classes that the table's heads are of, by name."""
+    layers = [kind.layer.func if isinstance(kind.layer, partial) else kind.layer for kind in _KINDS.values()]
+    return {layer.__name__: layer for layer in layers}
 
 
 def start_at_unigram(head: Head, counts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a head's state says of itself, so that weights never meet another function, factor or mixture in silence."""
+"""A head's state says what it was trained as, so that no other head loads its weights in silence."""
 
 import json
 from collections.abc import Mapping
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import table_dtype
-from uncork.loss.call import check_function
-from uncork.loss.reference import apply_function
+from uncork.loss.function import apply_function, check_function
 
 KEY = "head_spec"
 Definition = dict[str, Any]
 _FUNCTION = "logit_function."
 
 
-class SaysWhatItIs(nn.Module):
+class SelfDescribing(nn.Module):
     """A module whose state holds what decides its logits beside the tensors: the function, fixed factors, the mixture.
 
     It is a persistent buffer `head_spec`, the UTF-8 bytes of canonical JSON, which safetensors can hold and casts leave
@@ -26,7 +25,7 @@ class SaysWhatItIs(nn.Module):
     """
 
     family: str
-    """The class of the library that says how components are mixed; a subclass or a wrapper's class keeps it."""
+    """Name of the library's class, which says how components are mixed; subclasses and wrappers keep it."""
     logit_function: nn.Module | None
     latent_activation: str | None = None
 
@@ -78,7 +77,7 @@ class SaysWhatItIs(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + KEY
-        # Not strict=True's to complain of: what is wrong is said by an error of ours, which strict=False raises too.
+        # torch does not get to see the definition: where it is wrong our own error says so, with strict=False too.
         problem = self._problem(state_dict, prefix)
         if problem:
             error_msgs.append(problem)
@@ -131,8 +130,8 @@ class SaysWhatItIs(nn.Module):
         if self.family == "LinearHead" and keeps_logits(self.logit_function):
             return ""
         start = (
-            f"the layer keeps its logits in build_head with a function that starts as the identity ({_KEEPERS}), "
-            "and scale=1"
+            "the layer keeps its logits in build_head with a function that starts as the identity (plif, say), and "
+            "scale=1"
             if self.family == "LinearHead"
             else f"{self.family}.from_linear(linear, num_components=...) starts a mixture from its weights"
         )
@@ -140,9 +139,6 @@ class SaysWhatItIs(nn.Module):
             f"{prefix}{KEY}: missing, so the state is of an nn.Linear or a plain softmax, and this head, {mine}, "
             f"would give its weights other logits: {start}; {older}"
         )
-
-
-_KEEPERS = "softmax, temperature, plif, monotone"
 
 
 def keeps_logits(function: nn.Module | None) -> bool:
@@ -183,7 +179,7 @@ def convert_state_0_1(state_dict: Mapping[str, Any], head: nn.Module, prefix: st
     Raises:
         TypeError: if the head is none of this library's.
     """
-    if not isinstance(head, SaysWhatItIs):
+    if not isinstance(head, SelfDescribing):
         raise TypeError(f"head: expected a Head of uncork, got {type(head).__name__}")
     converted = dict(state_dict)
     definition = head._definition()

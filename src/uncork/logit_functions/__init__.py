@@ -1,28 +1,21 @@
-"""Increasing functions on the logits, as modules, and the primitives that kernels know them by."""
+"""Increasing functions on the logits, as modules, and the primitives that kernels know them by.
 
-from uncork.logit_functions.base import Compose, LogitFunction
-from uncork.logit_functions.fixed import (
-    AsymmetricSoftcap,
-    GeneralizedSigsoftmax,
-    Identity,
-    Scale,
-    ScaledSigmoid,
-    Sigsoftmax,
-    Softcap,
-)
-from uncork.logit_functions.monotone import MonotoneNetwork
-from uncork.logit_functions.plif import PLIF
+Every module of this folder is imported, and what its `__all__` names stands here and in `uncork`: a new function needs
+no list but that of its own file. Type checkers, which do not look into folders, read the star imports.
+"""
 
-__all__ = [
-    "PLIF",
-    "AsymmetricSoftcap",
-    "Compose",
-    "GeneralizedSigsoftmax",
-    "Identity",
-    "LogitFunction",
-    "MonotoneNetwork",
-    "Scale",
-    "ScaledSigmoid",
-    "Sigsoftmax",
-    "Softcap",
-]
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uncork.logit_functions.base import *  # noqa: F403
+    from uncork.logit_functions.fixed import *  # noqa: F403
+    from uncork.logit_functions.monotone import *  # noqa: F403
+    from uncork.logit_functions.plif import *  # noqa: F403
+else:
+    __all__ = []
+    for _module in [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]:  # noqa: F405
+        for _name in getattr(_module, "__all__", ()):
+            globals()[_name] = getattr(_module, _name)
+            __all__.append(_name)

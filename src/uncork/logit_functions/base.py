@@ -1,7 +1,8 @@
 """What every logit function is: elementwise, increasing, continuous, one for all words."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 from uncork.functional import at_least_float32
 from uncork.logit_functions.operations import Elementwise, Operation, function_transforms, readable
 
+__all__ = ["Compose", "LogitFunction"]
+
 Spec = dict[str, Any]
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
-# What a function consists of: a class that brings none of it is its parent.
+# What makes a subclass another function: one that defines none of these computes what its parent does.
 _DEFINITION = {"__init__", "transform", "forward", "derivative", "operations", "tables", "options"}
 
 
-# Of a piecewise linear function or a network: more would fill gigabytes with tables, and float32 cannot number them.
-MOST_PARTS = 2**24
+# Pieces or units of a function: more would fill gigabytes with tables, and float32 cannot number them.
+LIMIT_PARTS = 2**24
 
 
-def nowhere_impossible(scores: Tensor) -> bool:
-    """Whether no score is known to be -inf: only scores that are `readable` are looked at."""
+def known_possible(scores: Tensor) -> bool:
+    """True where the scores were looked at and none is -inf; False too where they are not `readable`."""
     if not readable(scores) or not scores.numel():
         return False
     return bool(scores.detach().amin() > -torch.inf)
@@ -29,7 +32,7 @@ def nowhere_impossible(scores: Tensor) -> bool:
 
 def pass_impossible(transform: Any, scores: Tensor) -> Tensor:
     """transform(scores), where a score of -inf (an impossible word) stays -inf and adds nothing to any gradient."""
-    if nowhere_impossible(scores):
+    if known_possible(scores):
         return transform(scores)
     impossible = scores == -torch.inf
     return transform(scores.masked_fill(impossible, 0)).masked_fill(impossible, -torch.inf)
@@ -42,7 +45,7 @@ class LogitFunction(nn.Module, ABC):
     (`transform`), its derivative, what a kernel needs (`tables`, `operations`) and its hyper-parameters (`options`).
 
     Class attributes say which of the five properties of a useful function hold:
-        increasing, continuous: True for all that stand here.
+        increasing, continuous: True for all functions of this package.
         unbounded: whether the image is all of R. A bounded function caps the probability of any word below 1.
         nonlinear: a linear function leaves the rank of the log-probabilities at d + 1.
     Every function is differentiable but at finitely many points, where `derivative` is that of one side.
@@ -53,13 +56,15 @@ class LogitFunction(nn.Module, ABC):
     unbounded: ClassVar[bool] = True
     nonlinear: ClassVar[bool] = True
     version: ClassVar[int] = 1
+    examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options that it should be tried with, by a name for each: every test of a function or a kernel runs over them."""
     start_options: ClassVar[frozenset[str]] = frozenset()
     """Options that say where the parameters start or whether they train, and do not decide f given their values."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # torch.nn.utils.parametrize and fully_shard subclass a module's class in passing, by type(), which leaves the
-        # metaclass's module as theirs: that is no other function, and `spec` names the one that it is.
+        # torch.nn.utils.parametrize and fully_shard give a module a subclass of its class, made by type(), whose
+        # __module__ is then the metaclass's. It is the same function: not registered, and `spec` names its parent.
         if cls.__module__ == ABC.__module__ and not _DEFINITION & vars(cls).keys():
             return
         known = _REGISTRY.get(cls.__name__)
@@ -76,10 +81,10 @@ class LogitFunction(nn.Module, ABC):
         _REGISTRY[cls.__name__] = cls
 
     def transform(self, scores: Tensor) -> Tensor:
-        """f at scores of float32 or float64 that are not -inf: the chain of operations, unless a subclass knows better.
+        """f at scores of float32 or float64 that are not -inf: the chain of operations, unless a subclass overrides it.
 
-        Under autograd it keeps the scores, and its parameter gradients do not depend on the number of threads. Under
-        torch.func's transforms it is left to them, op by op.
+        Under autograd it keeps the scores, and its parameter gradients do not depend on the number of threads.
+        torch.func's transforms differentiate it op by op.
         """
         operations = self.operations()
         if operations is None:
@@ -279,6 +284,13 @@ class Compose(LogitFunction):
         return ""
 
 
+def examples() -> dict[str, Callable[[], LogitFunction]]:
+    """Makers of this package's functions, by the names of their `examples`."""
+    package = __name__.rpartition(".")[0]
+    ours = [cls for cls in _REGISTRY.values() if cls.__module__.startswith(f"{package}.")]
+    return {name: partial(cls._from_options, dict(options)) for cls in ours for name, options in cls.examples.items()}
+
+
 def checked_scores(scores: Tensor) -> Tensor:
     """Floating scores, half precision raised to float32."""
     if not scores.is_floating_point():
@@ -299,7 +311,7 @@ def with_tables(
 
 
 def constants(dtype: torch.dtype, device: torch.device | None, *values: float) -> Tensor:
-    """A table of numbers made where it is used: filling does not stop a GPU, copying from the host would."""
+    """A table of numbers, filled in on the device itself: copying it from the host would stop a GPU."""
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
@@ -315,11 +327,10 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def positive_int(name: str, value: Any, most: int | None = None) -> int:
-    """The value if it is a whole number of at least 1 (and at most `most`); a ValueError that names it otherwise."""
+def positive_int(name: str, value: Any, limit: int | None = None) -> int:
+    """The value if it is a whole number of at least 1 (and at most `limit`); a ValueError that names it otherwise."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    limit = float("inf") if most is None else most
-    if not number or not 1 <= value <= limit or value == float("inf") or int(value) != value:
-        expected = "of at least 1" if most is None else f"in [1, {most}]"
+    if not number or not 1 <= value < float("inf") or int(value) != value or (limit is not None and value > limit):
+        expected = "of at least 1" if limit is None else f"in [1, {limit}]"
         raise ValueError(f"{name}: expected a whole number {expected}, got {value!r}")
     return int(value)

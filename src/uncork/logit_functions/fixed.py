@@ -1,7 +1,7 @@
 """Functions with a closed form: identity, scale, softcaps, sigmoids."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,16 @@ from torch import Tensor, nn
 from uncork import functional
 from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive, table_dtype
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
+
+__all__ = [
+    "AsymmetricSoftcap",
+    "GeneralizedSigsoftmax",
+    "Identity",
+    "Scale",
+    "ScaledSigmoid",
+    "Sigsoftmax",
+    "Softcap",
+]
 
 
 class Identity(LogitFunction):
@@ -18,6 +28,7 @@ class Identity(LogitFunction):
     tensor([1.5000])
     """
 
+    examples: ClassVar = {"identity": {}}
     nonlinear = False
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -52,6 +63,7 @@ class Scale(LogitFunction):
     Guo et al. 2017, arXiv 1706.04599.
     """
 
+    examples: ClassVar = {"scale": {"factor": 0.7, "learnable": True}}
     nonlinear = False
 
     def __init__(self, factor: float = 1.0, *, learnable: bool = False) -> None:
@@ -92,6 +104,7 @@ class Softcap(LogitFunction):
     Bello et al. 2017, arXiv 1611.09940; Gemma 2 (c = 30), arXiv 2408.00118.
     """
 
+    examples: ClassVar = {"softcap": {"cap": 3.0}}
     unbounded = False
 
     def __init__(self, cap: float = 30.0) -> None:
@@ -119,13 +132,14 @@ class AsymmetricSoftcap(LogitFunction):
 
     Args:
         lower, upper: positive caps at the start, in logits.
-        learnable: whether their logarithms are trained (`log_gain`, two numbers, 0 at the start). A cap that is to
-            start as nearly the identity starts large.
+        learnable: whether their logarithms are trained (`log_gain`, two numbers, 0 at the start). Large
+            caps start near the identity.
 
     >>> AsymmetricSoftcap(5.0, 50.0)(torch.tensor([-100.0, 100.0]))
     tensor([-5.0000, 48.2014])
     """
 
+    examples: ClassVar = {"asymmetric-softcap": {"lower": 4.0, "upper": 8.0, "learnable": True}}
     unbounded = False
 
     def __init__(self, lower: float = 30.0, upper: float = 30.0, *, learnable: bool = False) -> None:
@@ -161,6 +175,7 @@ class ScaledSigmoid(LogitFunction):
     tensor([11.5000, 20.2583])
     """
 
+    examples: ClassVar = {"scaled-sigmoid": {"height": 7.0, "shift": 1.0, "width": 2.0}}
     unbounded = False
 
     def __init__(self, height: float = 23.0, shift: float = 5.0, width: float = 7.5) -> None:
@@ -205,6 +220,12 @@ class GeneralizedSigsoftmax(LogitFunction):
 
     Parthiban, Mao, Inkpen, AAAI 2021 (the default is theirs for Penn Treebank; they do not learn it).
     """
+
+    examples: ClassVar = {
+        "gss": {"center": -0.5, "steepness": 2.5},
+        "gss-start": {"learnable": True},
+        "gss-learned": {"center": 0.5, "steepness": 0.6, "learnable": True},
+    }
 
     def __init__(self, center: float | None = None, steepness: float | None = None, *, learnable: bool = False) -> None:
         super().__init__()
@@ -251,6 +272,8 @@ class Sigsoftmax(LogitFunction):
 
     Kanai et al. 2018, arXiv 1805.10829.
     """
+
+    examples: ClassVar = {"sigsoftmax": {}}
 
     def transform(self, scores: Tensor) -> Tensor:
         return functional.sigsoftmax(scores)

@@ -1,14 +1,16 @@
 """The monotone network: one hidden layer with positive weights."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from uncork.functional import monotone_tanh, sech2, tanh
-from uncork.logit_functions.base import MOST_PARTS, LogitFunction, checked_scores, positive, positive_int, table_dtype
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, checked_scores, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear, first_order, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
+
+__all__ = ["MonotoneNetwork"]
 
 
 class MonotoneNetwork(LogitFunction):
@@ -41,9 +43,14 @@ class MonotoneNetwork(LogitFunction):
     >>> f(torch.tensor([-7.0, 0.3])).detach()
     tensor([-7.0000,  0.3000])
 
-    Daniels & Velikova 2010; Ganea et al. 2019, arXiv 1902.08077. The seed's activation and start are not published.
+    Daniels & Velikova 2010; Ganea et al. 2019, arXiv 1902.08077. The activation and start
+    of the network in the latter are not published.
     """
 
+    examples: ClassVar = {
+        "monotone-relu": {"num_units": 5, "bound": 2.0},
+        "monotone-tanh": {"num_units": 3, "bound": 2.0, "units": "tanh"},
+    }
     start_options = frozenset({"init", "spread", "frozen"})
 
     # Two of them, by `units`. Plain tensors where torch.func.functional_call or a parametrisation puts them.
@@ -63,7 +70,7 @@ class MonotoneNetwork(LogitFunction):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.num_units, self.bound = positive_int("num_units", num_units, MOST_PARTS), positive("bound", bound)
+        self.num_units, self.bound = positive_int("num_units", num_units, LIMIT_PARTS), positive("bound", bound)
         if units not in ("relu", "tanh"):
             raise ValueError(f'units: expected "relu" or "tanh", got {units!r}')
         if init not in ("identity", "random"):
@@ -185,8 +192,8 @@ class _TanhNetwork(torch.autograd.Function):
             distance = x - t[u]
             bend = sech2(r[u] * distance)
             slope += w[u] * r[u] * bend - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u]))
-            by_unit = grad * bend
-            sums[0, u] = -w[u] * r[u] * total(by_unit)
+            grad_unit = grad * bend
+            sums[0, u] = -w[u] * r[u] * total(grad_unit)
             sums[1, u] = total(grad * tanh(r[u] * distance))
-            sums[2, u] = w[u] * total(by_unit * distance)
+            sums[2, u] = w[u] * total(grad_unit * distance)
         return (grad * slope, *sums.to(t.dtype), None, None, None)

@@ -1,4 +1,4 @@
-"""The handful of primitives that every kernel knows: what a logit function looks like from below.
+"""The few primitives that logit functions are made of, and that every kernel knows.
 
 A `LogitFunction` hands its kernel a list of operations and, for each, a fixed number of *tables* (small tensors made
 from the parameters by ordinary autograd). An operation maps scores elementwise, and returns the gradient to the scores
@@ -38,12 +38,12 @@ def total(x: Tensor) -> Tensor:
 
 def function_transforms() -> bool:
     """Whether torch.func (vmap, grad, jacrev, jvp ...) transforms what is computed now."""
-    # A compiler cannot follow the question, and what it transforms it follows itself.
+    # torch.compile cannot trace this question, and it traces the transforms themselves.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def recorded() -> bool:
-    """Whether torch follows what is computed now (compiles, traces, transforms, fakes it) beside running it."""
+    """Whether torch compiles, traces, transforms or fakes what is computed now, beside or instead of running it."""
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
     return (
         torch.compiler.is_compiling()
@@ -54,8 +54,8 @@ def recorded() -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x may be asked for its numbers: a GPU would stop, and a fake or followed tensor has none to give."""
-    # A compiler cannot follow the questions to torch._C: it is asked first.
+    """Whether x may be asked for its numbers: a GPU would stop, and a fake or traced tensor has none."""
+    # torch.compile is asked about first: it cannot trace the questions to torch._C.
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not recorded()
@@ -67,20 +67,20 @@ class Operation(ABC):
     num_tables: ClassVar[int]
 
     def locate(self, x: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What all three below need and a caller may keep between them (the pieces, say); most need nothing."""
+        """What the three methods below share (the pieces, say), for callers to keep and pass on; most share nothing."""
         return ()
 
     @abstractmethod
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
-        """y, elementwise; x is float32 or float64, the tables have its dtype and device; place: `locate`'s answer."""
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
+        """y, elementwise; x is float32 or float64, the tables have its dtype and device; located: `locate`'s answer."""
 
     @abstractmethod
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         """dy/dx, elementwise."""
 
     @abstractmethod
     def table_gradients(
-        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         """Sums over all elements of grad * dy/dtable, in float64, one per table."""
 
@@ -91,15 +91,15 @@ class Affine(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         slope, offset = tables[0]
         return x * slope + offset
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         return tables[0][0].expand_as(x)
 
     def table_gradients(
-        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         return (torch.stack([total(grad * x), total(grad)]),)
 
@@ -119,21 +119,21 @@ class Tanh(Operation):
         lower, upper = tables[0]
         return lower if self.symmetric else torch.where(x > 0, upper, lower)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         cap = self._cap(x, tables)
         return cap * torch.tanh(x / cap)
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         return sech2(x / self._cap(x, tables))
 
     def table_gradients(
-        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         above = torch.zeros_like(x, dtype=torch.bool) if self.symmetric else x > 0
         # In float64: the difference is of the order of u^3.
         u = (wide(x) / self._cap(x, tables)).clamp(-400, 400)  # inf sech2(inf) is 0, not nan
-        by_cap = grad * (torch.tanh(u) - u * sech2(u))
-        return (torch.stack([total(by_cap.masked_fill(above, 0)), total(by_cap.masked_fill(~above, 0))]),)
+        grad_cap = grad * (torch.tanh(u) - u * sech2(u))
+        return (torch.stack([total(grad_cap.masked_fill(above, 0)), total(grad_cap.masked_fill(~above, 0))]),)
 
 
 @dataclass(frozen=True)
@@ -142,23 +142,23 @@ class Sigmoid(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         height, shift, width = tables[0]
         u = (x + shift) / width
         return height * torch.where(u > 0, 1 - torch.sigmoid(-u), torch.sigmoid(u))
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         height, shift, width = tables[0]
         u = (x + shift) / width
         return (height / width) * torch.sigmoid(u) * torch.sigmoid(-u)
 
     def table_gradients(
-        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         _, shift, width = tables[0]
         u = ((x + shift) / width).clamp(-400, 400)  # as in Tanh
-        by_shift = grad * self.derivative(x, tables)
-        return (torch.stack([total(grad * torch.sigmoid(u)), total(by_shift), -total(by_shift * u)]),)
+        grad_shift = grad * self.derivative(x, tables)
+        return (torch.stack([total(grad * torch.sigmoid(u)), total(grad_shift), -total(grad_shift * u)]),)
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,20 @@ class Softplus(Operation):
 
     num_tables: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         center, weight = tables[0]
         return x + weight * F.logsigmoid(x - center)
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         center, weight = tables[0]
         return 1 + weight * torch.sigmoid(center - x)
 
     def table_gradients(
-        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
         center, weight = tables[0]
-        by_center = -weight * torch.sigmoid(center - x)
-        return (torch.stack([total(grad * by_center), total(grad * F.logsigmoid(x - center))]),)
+        grad_center = -weight * torch.sigmoid(center - x)
+        return (torch.stack([total(grad * grad_center), total(grad * F.logsigmoid(x - center))]),)
 
 
 @dataclass(frozen=True)
@@ -207,28 +207,28 @@ class PiecewiseLinear(Operation):
         num_pieces = knots.numel()
         if self.bound is None:
             return torch.bucketize(x.contiguous(), knots[1:], right=True)
-        # floor((x + T) P / 2T) with the addition made after the rounding down: near 0 the former loses the digits of x.
+        # floor((x + T) P / 2T), but adding after the rounding down: x + T would lose the digits of a small x.
         piece = torch.floor(x * (num_pieces / (2 * self.bound)) + (num_pieces % 2) / 2) + num_pieces // 2
         clamp = torch.clamp if function_transforms() else torch.clamp_  # vmap has no rule for the second
         return clamp(piece, 0, num_pieces - 1).nan_to_num_(0).long()
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
-        index, distance = place or self.locate(x, tables)
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
+        index, distance = located or self.locate(x, tables)
         _, values, slopes = tables
         return torch.addcmul(_look_up(values, index), _look_up(slopes, index), distance).add_(x)
 
-    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()) -> Tensor:
-        index, _ = place or self.locate(x, tables)
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
+        index, _ = located or self.locate(x, tables)
         return _look_up(1 + tables[2], index)
 
     def table_gradients(
-        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], place: tuple[Tensor, ...] = ()
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, ...]:
-        index, distance = place or self.locate(x, tables)
+        index, distance = located or self.locate(x, tables)
         grad, pieces = wide(grad), tables[0].numel()
-        by_value = _histogram(index, grad, pieces)
-        by_slope = _histogram(index, grad * distance, pieces)
-        return torch.zeros_like(by_value), by_value, by_slope
+        grad_values = _histogram(index, grad, pieces)
+        grad_slopes = _histogram(index, grad * distance, pieces)
+        return torch.zeros_like(grad_values), grad_values, grad_slopes
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For an autograd.Function's backward: a second derivative raises, where torch would silently take it for 0.
+    """Decorates an autograd.Function's backward: a second derivative raises, where torch would silently make it 0.
 
     torch's once_differentiable looks at the upstream gradient alone, which is a constant in `loss.backward()`.
     """
@@ -282,9 +282,9 @@ class Elementwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
         tables = tuple(rest)
-        place = ctx.operation.locate(x, tables)
-        grad_x = grad * ctx.operation.derivative(x, tables, place) if ctx.needs_input_grad[0] else None
+        located = ctx.operation.locate(x, tables)
+        grad_x = grad * ctx.operation.derivative(x, tables, located) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[2:]):
             return (grad_x, None, *[None] * len(tables))
-        sums = ctx.operation.table_gradients(x, grad, tables, place)
+        sums = ctx.operation.table_gradients(x, grad, tables, located)
         return (grad_x, None, *(s.to(t.dtype) for s, t in zip(sums, tables, strict=True)))

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import MOST_PARTS, LogitFunction, positive, positive_int, table_dtype
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
+
+__all__ = ["PLIF"]
 
 # Slopes are MIN_SLOPE + (1 - MIN_SLOPE) softplus(v), so that one plus their rounded distance to 1 stays positive.
 MIN_SLOPE = 1e-6
@@ -62,6 +64,10 @@ class PLIF(LogitFunction):
     Ganea, Gelly, Becigneul, Severyn 2019, arXiv 1902.08077 (P = 100,000, T = 20, random start).
     """
 
+    examples: ClassVar = {
+        "plif": {"num_pieces": 6, "bound": 2.0},
+        "plif-unit-slope": {"num_pieces": 6, "bound": 2.0, "unit_slope": True, "init": "random"},
+    }
     start_options = frozenset({"init", "spread", "frozen"})
 
     def __init__(
@@ -75,7 +81,7 @@ class PLIF(LogitFunction):
         unit_slope: bool = False,
     ) -> None:
         super().__init__()
-        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, MOST_PARTS), positive("bound", bound)
+        self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, LIMIT_PARTS), positive("bound", bound)
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)

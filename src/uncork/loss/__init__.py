@@ -1,27 +1,16 @@
 """Fused linear -> logit function -> cross-entropy, with exact gradients for everything, the function's own included.
 
-| impl | what it is | needs |
-|---|---|---|
-| "reference" | keeps the (N, V) logits, leaves gradients to autograd: the definition | any device |
-| "torch" | walks over chunks of tokens, the memory of a few (chunk, V) blocks | any device, any elementwise module |
-| "native" | the same walk in C++, the memory of one (chunk, V) block | a CPU with Linux, functions of the library |
-
-`impl=None` takes "native" where it can serve the call, and "torch" elsewhere (a missing build is said once); under
-torch.func's transforms (vmap, grad, jacrev, jvp, hessian), which "reference" alone serves, it takes that. An
-implementation that is asked for and cannot serve a call raises; nothing falls back in silence.
+Four functions and their contracts. What computes them is in a table in `uncork.loss.implementations`: `impl=None` takes
+the fastest that serves the call (a missing build is said once); under torch.func's transforms (vmap, grad, jacrev, jvp,
+hessian) that is "reference". An implementation that is asked for and cannot serve a call raises; nothing falls back in
+silence.
 """
 
-import functools
-import warnings
-from typing import NamedTuple, Protocol
-
-import torch
 from torch import Tensor, nn
 
-from uncork.logit_functions.operations import function_transforms
-from uncork.loss import reference, tile_native, tile_torch
-from uncork.loss.call import Call, Statistics, build_call, check_number, checked_factor
-from uncork.loss.chunked import Chunked
+from uncork.loss.call import build_call
+from uncork.loss.implementations import choose
+from uncork.loss.reduction import TokenStatistics, answer_statistics, check_reduction, reduce_loss
 
 __all__ = [
     "TokenStatistics",
@@ -30,34 +19,6 @@ __all__ = [
     "mixture_token_statistics",
     "token_statistics",
 ]
-
-
-class _Implementation(Protocol):
-    def statistics(self, call: Call) -> Statistics:
-        """Per-token statistics, differentiable but for argmax."""
-
-    def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
-        """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2."""
-
-
-_IMPLEMENTATIONS: dict[str, _Implementation] = {
-    "reference": reference,
-    "torch": Chunked(tile_torch.Tiles),
-    "native": Chunked(tile_native.Tiles),
-}
-
-
-class TokenStatistics(NamedTuple):
-    """Per token, each of the input's leading shape, float32 or better and differentiable (argmax: int64, not).
-
-    log_prob: of the target (0 where ignored; None without a target). logsumexp: of the logits (a mixture's logits are
-    log-probabilities: 0). entropy: of the model's distribution, in nats. argmax: the likeliest word.
-    """
-
-    log_prob: Tensor | None
-    logsumexp: Tensor
-    entropy: Tensor
-    argmax: Tensor
 
 
 def linear_cross_entropy(
@@ -101,10 +62,11 @@ def linear_cross_entropy(
         reduction: "none" (the shape of the tokens), "sum", or "mean": the CE part over the sum of the kept targets'
             class weights (over the number of rows for probabilities), the z part over the number of kept tokens.
         label_smoothing: in [0, 1]. z_loss: factor of logsumexp^2, at least 0.
-        impl: "reference", "torch", "native" or None (the best).
+        impl: "reference", "torch", "native" or None (the fastest that serves the call).
         chunk_size: rows of scores at once. memory_budget: bytes of scores at once, in its place (gradients, and the
-            sums that the function's parameters need, come on top). With neither, as many rows as 64 MiB hold, or 5 MiB
-            for D < 64, between 32 and 512 (`loss.chunked.default_chunk_size`); "torch" has 16 blocks to share it.
+            sums that the function's parameters need, come on top). With neither, the implementation's fixed table says
+            (`loss.chunk_size`): on a CPU as many rows as 64 MiB hold, or 5 MiB for D < 64, between 32 and 512; "torch"
+            has 16 blocks to share it.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN
@@ -118,6 +80,7 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: naming the argument, what was expected and what came. The target's range is
             checked on the CPU only, since a check would stop a GPU.
 
+    >>> import torch
     >>> from uncork import PLIF
     >>> input, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> round(linear_cross_entropy(input, weight, torch.tensor([2]), logit_function=PLIF()).item(), 4)
@@ -125,7 +88,7 @@ def linear_cross_entropy(
 
     The names are those of torch.nn.functional.linear_cross_entropy. Ganea et al. 2019, arXiv 1902.08077.
     """
-    _check_reduction(reduction, z_loss)
+    check_reduction(reduction, z_loss)
     call, leading = build_call(
         input,
         linear_weight,
@@ -138,7 +101,7 @@ def linear_cross_entropy(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
     )
-    return _reduce(call, leading, token_weight, reduction, z_loss, _implementation(impl, call))
+    return reduce_loss(choose(impl, call), call, leading, token_weight, reduction, z_loss)
 
 
 def mixture_cross_entropy(
@@ -172,18 +135,19 @@ def mixture_cross_entropy(
         latent: (..., K, D), one context vector per component. prior_logits: (..., K).
         The rest is as in `linear_cross_entropy`; chunk_size counts rows of scores, K of which make a token.
 
+    >>> import torch
     >>> latent, weight = torch.tensor([[[5.0, 0.0], [0.0, 5.0]]]), torch.eye(2)
     >>> round(mixture_cross_entropy(latent, weight, torch.zeros(1, 2), torch.tensor([0])).item(), 4)
     0.6931
 
     Yang et al. 2018, arXiv 1711.03953.
     """
-    _check_reduction(reduction, 0.0)
+    check_reduction(reduction, 0.0)
     call, leading = build_call(
         latent,
         linear_weight,
         target,
-        prior_logits=_given("prior_logits", prior_logits),
+        prior_logits=_given(prior_logits),
         linear_bias=linear_bias,
         logit_function=logit_function,
         weight=weight,
@@ -192,7 +156,7 @@ def mixture_cross_entropy(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
     )
-    return _reduce(call, leading, token_weight, reduction, 0.0, _implementation(impl, call))
+    return reduce_loss(choose(impl, call), call, leading, token_weight, reduction, 0.0)
 
 
 def token_statistics(
@@ -216,6 +180,7 @@ def token_statistics(
     All but argmax are differentiable in everything that `linear_cross_entropy` is. Arguments as there; the argmax is
     taken over the scores, whose order the function cannot change.
 
+    >>> import torch
     >>> input, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> s = token_statistics(input, weight, torch.tensor([1]))
     >>> s.log_prob, s.logsumexp, s.entropy, s.argmax
@@ -231,7 +196,7 @@ def token_statistics(
         memory_budget=memory_budget,
         details=True,
     )
-    return _token_statistics(call, leading, impl)
+    return answer_statistics(choose(impl, call), call, leading)
 
 
 def mixture_token_statistics(
@@ -248,6 +213,7 @@ def mixture_token_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of a mixture; arguments as in `mixture_cross_entropy`.
 
+    >>> import torch
     >>> latent, weight = torch.tensor([[[5.0, 0.0], [0.0, 5.0]]]), torch.eye(2)
     >>> s = mixture_token_statistics(latent, weight, torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
     >>> s.log_prob, s.entropy, s.argmax
@@ -257,116 +223,18 @@ def mixture_token_statistics(
         latent,
         linear_weight,
         target,
-        prior_logits=_given("prior_logits", prior_logits),
+        prior_logits=_given(prior_logits),
         linear_bias=linear_bias,
         logit_function=logit_function,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         details=True,
     )
-    return _token_statistics(call, leading, impl)
+    return answer_statistics(choose(impl, call), call, leading)
 
 
-def _given(name: str, value: Tensor | None) -> Tensor:
-    if value is None:
-        raise TypeError(f"{name}: expected a Tensor, got None")
-    return value
-
-
-def _check_reduction(reduction: str, z_loss: float) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
-    check_number("z_loss", z_loss)
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss!r}")
-
-
-def _implementation(impl: str | None, call: Call) -> _Implementation:
-    if impl is not None and impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {sorted(_IMPLEMENTATIONS)} or None, got {impl!r}")
-    if impl == "native" and (reason := tile_native.refuses(call)):
-        raise ValueError(f'impl="native" cannot serve this call: {reason}')
-    if impl == "torch" and function_transforms():
-        raise ValueError('impl="torch" cannot serve this call: torch.func\'s transforms need impl="reference"')
-    return _IMPLEMENTATIONS[impl or _best(call)]
-
-
-def _best(call: Call) -> str:
-    """The fastest implementation that serves a call."""
-    if function_transforms():
-        return "reference"
-    if call.input.device.type != "cpu" or torch.compiler.is_compiling():
-        return "torch"
-    if tile_native.missing:
-        _say_missing()
-    return "torch" if tile_native.refuses(call) else "native"
-
-
-def implementation(call: Call) -> str:
-    """What `impl=None` takes for a call, to be read by people: "torch", or "native (avx512)"."""
-    name = _best(call)
-    return f"{name} ({tile_native.instructions()})" if name == "native" else name
-
-
-@functools.cache
-def _say_missing() -> None:
-    warnings.warn(
-        f"uncork: the native tile is missing, so impl='torch' serves (slower, same results): {tile_native.missing}",
-        stacklevel=5,
-    )
-
-
-def _checked_token_weight(token_weight: Tensor | None, call: Call, leading: tuple[int, ...]) -> Tensor | None:
-    if token_weight is None:
-        return None
-    checked_factor("token_weight", token_weight, call.input.device)
-    if tuple(token_weight.shape) != leading:
-        raise ValueError(f"token_weight: expected shape {leading}, got {tuple(token_weight.shape)}")
-    return token_weight.reshape(-1).to(call.dtype)
-
-
-def _reduce(
-    call: Call,
-    leading: tuple[int, ...],
-    token_weight: Tensor | None,
-    reduction: str,
-    z_loss: float,
-    implementation: _Implementation,
-) -> Tensor:
-    """Turns reduction, token weights and z-loss into one factor per row and term."""
-    token_weight = _checked_token_weight(token_weight, call, leading)
-    assert call.target is not None
-    kept = call.target.kept
-    if reduction == "none":
-        result: Statistics = implementation.statistics(call)
-        loss = result.cross_entropy
-        assert loss is not None
-        if z_loss:
-            loss = loss + z_loss * torch.where(kept, result.logsumexp, 0).square()
-        return (loss if token_weight is None else loss * token_weight).view(leading)
-    share = kept.to(call.dtype)
-    if token_weight is not None:
-        share = torch.where(kept, token_weight, 0)
-    ce_factor, lse_factor = share, z_loss * share if z_loss else None
-    undefined: Tensor | None = None
-    if reduction == "mean":
-        own = call.target.denominator()
-        total = (own if token_weight is None else own * share).sum()
-        undefined = total == 0
-        ce_factor = share / torch.where(undefined, 1, total)
-        if lse_factor is not None:
-            count = share.sum()
-            lse_factor = lse_factor / torch.where(count == 0, 1, count)
-    loss = implementation.weighted_sum(call, ce_factor, lse_factor)
-    # No kept token: nan, as torch gives, but the graph stays and the gradients are 0.
-    return loss if undefined is None else torch.where(undefined, torch.nan, loss)
-
-
-def _token_statistics(call: Call, leading: tuple[int, ...], impl: str | None) -> TokenStatistics:
-    result: Statistics = _implementation(impl, call).statistics(call)
-    assert result.entropy is not None
-    assert result.argmax is not None
-    log_prob = None if result.cross_entropy is None else (-result.cross_entropy).view(leading)
-    return TokenStatistics(
-        log_prob, result.logsumexp.view(leading), result.entropy.view(leading), result.argmax.view(leading)
-    )
+def _given(prior_logits: Tensor | None) -> Tensor:
+    """build_call takes None for a call that is no mixture."""
+    if prior_logits is None:
+        raise TypeError("prior_logits: expected a Tensor, got None")
+    return prior_logits

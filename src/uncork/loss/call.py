@@ -1,5 +1,6 @@
-"""One validated call: what the public functions hand to an implementation, and the checks that make it one."""
+"""One validated call, the checks that make it one, and the implementation that it is handed to."""
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork.logit_functions.operations import readable
+from uncork.loss.function import ModuleState, check_function
 from uncork.loss.target import IndexTarget, ProbabilityTarget, Target
 
 
@@ -19,13 +21,6 @@ class Statistics(NamedTuple):
     logsumexp: Tensor
     entropy: Tensor | None
     argmax: Tensor | None
-
-
-class ModuleState(NamedTuple):
-    """Of a user's module, when the loss was called: names of the tensors that train, and the other tensors by name."""
-
-    trained: tuple[str, ...]
-    constants: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,36 @@ class Call:
         return 1 if self.prior_logits is None else self.input.shape[1]
 
 
+class Implementation(ABC):
+    """One way to compute losses and statistics, which says itself what it can serve."""
+
+    def refuses(self, call: Call) -> str:
+        """Why this call cannot be served (`Missing` where an install would change that); empty if it can."""
+        return ""
+
+    def variant(self) -> str:
+        """Which of its builds runs here; empty if there is but one."""
+        return ""
+
+    @abstractmethod
+    def statistics(self, call: Call) -> Statistics:
+        """Per-token statistics, differentiable but for argmax."""
+
+    def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
+        """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2."""
+        ce, lse, _, _ = self.statistics(call)
+        assert ce is not None
+        assert call.target is not None
+        total = (ce_factor * ce).sum()
+        if lse_factor is not None:
+            total = total + (lse_factor * torch.where(call.target.kept, lse, 0).square()).sum()
+        return total
+
+
+class Missing(str):
+    """A reason that lies with the machine and not with the call: a user is told, once, what is missing."""
+
+
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got}")
@@ -81,16 +106,6 @@ def check_number(name: str, value: object, kind: type = Real) -> None:
     """Raises a TypeError unless the value is a plain number (of Python or numpy) of that kind."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {'a whole' if kind is Integral else 'a'} number, got {type(value).__name__}")
-
-
-def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
-    """What a module made of the scores, if the shape says that it is elementwise."""
-    if logits.shape != scores.shape:
-        raise ValueError(
-            f"logit_function: expected an elementwise module, but it turned shape {tuple(scores.shape)} "
-            f"into {tuple(logits.shape)}"
-        )
-    return logits
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -168,21 +183,6 @@ def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, 
     _expect(tuple(weight.shape) == (vocab_size,), "weight", f"({vocab_size},)", tuple(weight.shape))
     _expect(not weight.requires_grad, "weight", "no gradient (requires_grad=False)", "requires_grad=True")
     return weight.to(dtype)
-
-
-def check_function(function: nn.Module | None) -> None:
-    """A logit function has to be a module, the same one each time that it is called."""
-    if function is None:
-        return
-    if not isinstance(function, nn.Module):
-        raise TypeError(f"logit_function: expected an nn.Module or None, got {type(function).__name__}")
-    for module in function.modules():
-        _expect(
-            not isinstance(module, nn.modules.dropout._DropoutNd),
-            "logit_function",
-            "a deterministic elementwise module",
-            f"one that holds {type(module).__name__}",
-        )
 
 
 def _check_chunk(chunk_size: int | None, memory_budget: int | None) -> None:

@@ -8,67 +8,22 @@ scores again in the backward: four. What happens between the products is a tile'
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from uncork.logit_functions.base import table_dtype
 from uncork.logit_functions.operations import first_order, readable
-from uncork.loss.call import Call, Statistics, without_autocast
+from uncork.loss.call import Call, Implementation, Statistics, without_autocast
+from uncork.loss.function import function_parameters, module_state
 from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile import TileResult, Tiles, Upstream
-from uncork.loss.tile_torch import function_parameters, module_state
-
-# Bytes of scores at once when the caller does not say. Products of few rows are slow, since each of them reads W (and
-# adds to its gradient) once; more than MOST_ROWS gain nothing. Over few features the products are as quick as the
-# memory, and the block of scores had better stay in the cache.
-MEMORY_BUDGET, CACHE_BUDGET = 64 * 2**20, 5 * 2**20
-FEW_FEATURES = 64
-FEWEST_ROWS, MOST_ROWS = 32, 512
-
-
-def default_chunk_size(vocab_size: int, features: int, itemsize: int = 4, blocks: int = 1) -> int:
-    """Rows of scores in a chunk: as many as 64 MiB hold, or 5 MiB for fewer than 64 features, between 32 and 512.
-
-    A multiple of 32, from the shape alone.
-
-    Args:
-        vocab_size: V. features: D. itemsize: bytes of a score. blocks: (rows, V) blocks that share the 64 MiB.
-
-    >>> [default_chunk_size(V, 400) for V in (10_000, 33_278, 50_257, 256_000)], default_chunk_size(10_000, 16)
-    ([512, 480, 320, 64], 128)
-    """
-    budget = MEMORY_BUDGET // blocks
-    if features < FEW_FEATURES:
-        budget = min(budget, CACHE_BUDGET)
-    return min(max(budget // max(1, vocab_size * itemsize) // 32 * 32, FEWEST_ROWS), MOST_ROWS)
-
-
-def rows_of_chunk(call: Call, blocks: int) -> int:
-    """Rows of scores at once, for a tile that keeps so many blocks of them.
-
-    A budget of the caller's is kept to, down to one token; it holds the raised copy of a half-precision weight too.
-    """
-    vocab, features = call.weight.shape
-    if call.chunk_size is not None:
-        return call.chunk_size
-    if call.memory_budget is None:
-        return default_chunk_size(vocab, features, call.dtype.itemsize, blocks)
-    row = max(1, vocab) * call.dtype.itemsize * blocks
-    copies = 0 if call.weight.dtype == call.dtype else call.weight.numel() * call.dtype.itemsize
-    rows, least = (call.memory_budget - copies) // row, call.components
-    if rows < least:
-        raise ValueError(
-            f"memory_budget: expected at least {copies + least * row} bytes ({least * row} for one token's scores, "
-            f"{copies} for the weight in {call.dtype}), got {call.memory_budget}"
-        )
-    return min(rows // 32 * 32 or rows, MOST_ROWS)
 
 
 @dataclass
 class _Gradients:
-    """Of one call, in the loss's dtype or better; None where nobody asks."""
+    """Gradients of one call, in the loss's dtype or better; None where none is asked for."""
 
     input: Tensor | None
     weight: Tensor | None
@@ -80,18 +35,21 @@ class _Gradients:
         return [self.input, self.weight, self.bias, self.prior, *self.parameters]
 
 
-class Walk:
+T = TypeVar("T", bound=Tiles)
+
+
+class Walk(Generic[T]):
     """Makes the tiles of one call, chunk by chunk, and adds up their gradients."""
 
     def __init__(
-        self, call: Call, make_tiles: type[Tiles], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
+        self, call: Call, make_tiles: type[T], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
     ) -> None:
         self.call = call
-        # Half precision is raised for the products: their sums, and the gradients', are then float32.
-        self.weight = call.weight.detach().to(call.dtype)
+        self.dtype = make_tiles.product_dtype(call)
+        self.weight = call.weight.detach().to(self.dtype)
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
         self.tiles = make_tiles(call, self.parameters, self.needs[4:])
-        self.chunk = max(1, rows_of_chunk(call, make_tiles.blocks) // call.components)
+        self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, self.dtype) // call.components)
         self.block = self.tiles.block(min(self.chunk, call.tokens) * call.components)
 
     def spans(self) -> list[slice]:
@@ -99,8 +57,8 @@ class Walk:
         return [slice(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
 
     def rows(self, span: slice) -> Tensor:
-        """(rows, D) in the loss's dtype."""
-        x = self.call.input[span].detach().to(self.call.dtype)
+        """(rows, D) in the products' dtype."""
+        x = self.call.input[span].detach().to(self.dtype)
         return x if self.call.prior_logits is None else x.flatten(0, 1)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -110,25 +68,22 @@ class Walk:
     def statistics(self, span: slice) -> TileResult:
         return self.tiles.statistics(self.scores(self.rows(span)), span)
 
-    def log_prob(self, span: slice) -> Tensor:
-        return self.tiles.log_prob(self.scores(self.rows(span)), span)
-
     def gradients(self) -> _Gradients:
-        """To be added to. What every chunk writes its own part of is not filled."""
+        """Zeros to add to; input's and prior's are not filled, since each chunk writes its own rows of them."""
         call = self.call
 
         def of(tensor: Tensor | None, need: bool, make: Callable[..., Tensor]) -> Tensor | None:
             return make(tensor.shape, dtype=call.dtype, device=tensor.device) if tensor is not None and need else None
 
-        by_input, by_weight, by_bias, by_prior, *by_parameter = self.needs
+        need_input, need_weight, need_bias, need_prior, *need_parameters = self.needs
         return _Gradients(
-            of(call.input, by_input, torch.empty),
-            of(call.weight, by_weight, torch.zeros),
-            of(call.bias, by_bias, torch.zeros),
-            of(call.prior_logits, by_prior, torch.empty),
+            of(call.input, need_input, torch.empty),
+            of(call.weight, need_weight, torch.zeros),
+            of(call.bias, need_bias, torch.zeros),
+            of(call.prior_logits, need_prior, torch.empty),
             [
                 torch.zeros(p.shape, dtype=table_dtype(p.device), device=p.device) if need else None
-                for p, need in zip(self.parameters, by_parameter, strict=True)
+                for p, need in zip(self.parameters, need_parameters, strict=True)
             ],
         )
 
@@ -136,30 +91,47 @@ class Walk:
         """Adds a chunk's gradients; returns its statistics."""
         x = self.rows(span)
         result = self.tiles.gradient(self.scores(x), span, upstream)
-        by_scores, scale = result.by_scores, result.scale
-        assert by_scores is not None
+        grad_scores, scale = result.grad_scores, result.scale
+        assert grad_scores is not None
         if into.input is not None:
-            part = into.input[span].view(by_scores.shape[0], -1)
-            torch.mm(by_scores, self.weight, out=part)
+            part = into.input[span].view(grad_scores.shape[0], -1)
+            _multiply(grad_scores, self.weight, part)
             if scale is not None:
                 part.mul_(scale[:, None])
         if into.weight is not None:
-            into.weight.addmm_(by_scores.T, x if scale is None else x * scale[:, None])
+            _add_product(grad_scores.T, x if scale is None else (x * scale[:, None]).to(self.dtype), into.weight)
         if into.bias is not None:
-            into.bias += by_scores.sum(0) if scale is None else torch.mv(by_scores.T, scale)
-        if into.prior is not None and result.by_prior is not None:
-            into.prior[span] = result.by_prior
+            grad = grad_scores.to(into.bias.dtype)
+            into.bias += grad.sum(0) if scale is None else torch.mv(grad.T, scale)
+        if into.prior is not None and result.grad_prior is not None:
+            into.prior[span] = result.grad_prior
         for total, own in zip(into.parameters, result.sums, strict=True):
             if total is not None and own is not None:
                 total += own.view(total.shape)
         return result
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b; where the product has another dtype than `out`, it is made first and cast."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a b, in the same way."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out += torch.mm(a, b)
+
+
 def _join(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return torch.cat([like[:0], *parts])  # type: ignore[list-item]
 
 
-def _forward_statistics(walk: Walk) -> Statistics:
+def _forward_statistics(walk: Walk[Tiles]) -> Statistics:
     call = walk.call
     results = [walk.statistics(span) for span in walk.spans()]
     empty = torch.zeros(0, dtype=call.dtype, device=call.input.device)
@@ -179,7 +151,7 @@ def _cast(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list
 
 
 def _given(call: Call) -> list[Tensor]:
-    """The caller's tensors that a later pass reads beside its inputs: saved, a change in between is refused."""
+    """The caller's other tensors that the backward may read: autograd raises if one that it saved was changed since."""
     target = call.target
     held = [target.probabilities] if isinstance(target, ProbabilityTarget) else []
     return held if target is None or target.word_weight is None else [*held, target.word_weight]
@@ -198,7 +170,7 @@ class _WeightedSum(torch.autograd.Function):
         lse_factor: Tensor | None,
         *inputs: Tensor | None,
     ) -> Tensor:
-        # needs_input_grad asks the tensors alone: under no_grad it is True all the same.
+        # needs_input_grad looks at the tensors alone: it is True under no_grad too.
         ctx.needs = [grad_mode and need for need in ctx.needs_input_grad[5:]]
         ctx.tiles = tiles
         ce, square, ctx.made = _weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
@@ -221,13 +193,13 @@ class _WeightedSum(torch.autograd.Function):
         grads = made.in_order()
         if not _is_one(grad):
             grads = [None if g is None else g.mul_(grad) for g in grads]
-        by_factor = grad * ce if ctx.needs_input_grad[3] else None
-        by_square = grad * square if ctx.needs_input_grad[4] else None
-        return (None, None, None, by_factor, by_square, *_cast(grads, inputs))
+        grad_ce_factor = grad * ce if ctx.needs_input_grad[3] else None
+        grad_lse_factor = grad * square if ctx.needs_input_grad[4] else None
+        return (None, None, None, grad_ce_factor, grad_lse_factor, *_cast(grads, inputs))
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether nothing needs to be multiplied, as far as may be asked."""
+    """Whether the upstream gradient is known to be 1 (only a CPU is asked), so that nothing needs to be multiplied."""
     return readable(grad) and bool(grad == 1)
 
 
@@ -243,7 +215,7 @@ def _weighted(
     walk = Walk(call, tiles, parameters, needs)
     into = walk.gradients()
     empty = ce_factor.new_zeros(0, dtype=call.dtype)
-    ce, lse = [empty], [empty]  # nothing else of a chunk may outlive it
+    ce, lse = [empty], [empty]  # all that is kept of a chunk
     for span in walk.spans():
         if any(needs):
             b = None if lse_factor is None else lse_factor[span].detach()
@@ -262,7 +234,7 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, tiles: type[Tiles], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # What is saved for the backward is not held here too, or hooks that offload it would free nothing.
+        # The call holds nothing that is saved for the backward, or hooks that offload what is saved would free nothing.
         empty = call.input.new_empty(0)
         ctx.tiles, ctx.call = tiles, replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         ctx.save_for_backward(*inputs, *_given(call))
@@ -282,20 +254,20 @@ class _TokenStatistics(torch.autograd.Function):
         with without_autocast(call.input.device):
             walk = Walk(call, ctx.tiles, parameters, needs)
             into = walk.gradients()
-            by_ce, by_lse, by_entropy, _ = grads
-            if call.target is not None and by_ce is not None:
-                by_ce = torch.where(call.target.kept, by_ce, 0)
+            grad_ce, grad_lse, grad_entropy, _ = grads
+            if call.target is not None and grad_ce is not None:
+                grad_ce = torch.where(call.target.kept, grad_ce, 0)
             for span in walk.spans():
-                own = [None if g is None else g[span] for g in (by_ce, by_lse, by_entropy)]
+                own = [None if g is None else g[span] for g in (grad_ce, grad_lse, grad_entropy)]
                 walk.add_gradients(into, span, Upstream(own[0], own[1], None, own[2]))
         return (None, None, *_cast(into.in_order(), inputs))
 
 
 def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..., Any]:
-    """Its `apply`, run as it is where a user's module is differentiated on the tile.
+    """Its `apply`, hidden from torch.compile where a user's module is differentiated on the tile.
 
-    torch.compile cannot follow that: it breaks the graph there and compiles the parts, and the gradients to the
-    module's parameters came out wrong. Where nothing has been compiled there is no compiler to keep away.
+    Compiled in parts around a graph break, that gave wrong gradients to the module's parameters. Without torch._dynamo
+    nothing is being compiled.
     """
     if call.module_state is None or "torch._dynamo" not in sys.modules:
         return function.apply
@@ -317,11 +289,19 @@ def _select(call: Call, index: Tensor) -> Call:
     return replace(call, input=rows, prior_logits=prior, target=call.target.rows(index))
 
 
-class Chunked:
-    """An implementation: the walk over one kind of tile."""
+class Chunked(Implementation):
+    """The walk over one kind of tile, which answers for it."""
 
     def __init__(self, tiles: type[Tiles]) -> None:
         self.tiles = tiles
+
+    def refuses(self, call: Call) -> str:
+        """The tiles' answer."""
+        return self.tiles.refuses(call)
+
+    def variant(self) -> str:
+        """The tiles' answer."""
+        return self.tiles.variant()
 
     def _inputs(self, call: Call) -> list[Tensor | None]:
         parameters = function_parameters(call.function, call.dtype, call.input.device)

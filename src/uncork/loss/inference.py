@@ -1,17 +1,17 @@
-"""Log-probabilities and the likeliest words, chunk by chunk on the native tile; without a gradient."""
+"""Log-probabilities and the likeliest words, chunk by chunk over tiles; without a gradient."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from uncork.loss import tile_native
 from uncork.loss.call import Call
 from uncork.loss.chunked import Walk
 from uncork.loss.exclusion import Exclusion, best, take
-from uncork.loss.reference import apply_function
+from uncork.loss.function import apply_function, function_parameters
+from uncork.loss.implementations import log_prob_tiles
 from uncork.loss.target import IndexTarget
-from uncork.loss.tile_torch import function_parameters
+from uncork.loss.tile import LogProbTiles
 
 
 def asked_for_gradients(*tensors: Tensor | None) -> bool:
@@ -21,72 +21,82 @@ def asked_for_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def serves(call: Call) -> bool:
-    """Whether a call can go this way: no gradient asked, float32 or float64, and the native tile takes it."""
-    parameters = [] if call.function is None else list(call.function.parameters())
-    asked = asked_for_gradients(call.input, call.weight, call.bias, call.prior_logits, *parameters)
-    return not (asked or call.input.dtype != call.dtype or tile_native.refuses(call))
+@dataclass(frozen=True)
+class Inference:
+    """Answers about the words of one call."""
 
+    call: Call
+    tiles: type[LogProbTiles]
 
-def _walk(call: Call) -> Walk:
-    return Walk(call, tile_native.Tiles, function_parameters(call.function, call.dtype, call.input.device))
+    @classmethod
+    def of(cls, call: Call) -> "Inference | None":
+        """None where plain torch has to answer: for a gradient, in half precision, or where no such tiles serve."""
+        parameters = [] if call.function is None else list(call.function.parameters())
+        if asked_for_gradients(call.input, call.weight, call.bias, call.prior_logits, *parameters):
+            return None
+        tiles = log_prob_tiles(call) if call.input.dtype == call.dtype else None
+        return None if tiles is None else cls(call, tiles)
 
+    def _walk(self, call: Call) -> Walk[LogProbTiles]:
+        return Walk(call, self.tiles, function_parameters(call.function, call.dtype, call.input.device))
 
-@torch.no_grad()
-def log_prob(call: Call) -> Tensor:
-    """(N, V), the only matrix of that size."""
-    walk = _walk(call)
-    result = call.input.new_empty(call.tokens, call.weight.shape[0])
-    for span in walk.spans():
+    @torch.no_grad()
+    def log_prob(self) -> Tensor:
+        """(N, V), the only matrix of that size."""
+        call, walk = self.call, self._walk(self.call)
+        result = call.input.new_empty(call.tokens, call.weight.shape[0])
+        for span in walk.spans():
+            if call.prior_logits is None and walk.dtype == result.dtype:
+                scores = torch.mm(walk.rows(span), walk.weight.T, out=result[span])
+                walk.tiles.log_prob(scores, span)
+            else:
+                result[span] = _log_prob(walk, span)
+        return result
+
+    @torch.no_grad()
+    def topk(self, k: int, exclusion: Exclusion | None = None) -> tuple[Tensor, Tensor]:
+        """(log_prob, ids), (N, k) each. The scores are ranked, which the function cannot reorder; a mixture's words."""
+        call, bias = self.call, self.call.bias
+        first = IndexTarget.build(call.input.new_zeros(call.tokens, dtype=torch.int64), -1, None, 0.0, 1, call.input)
         if call.prior_logits is None:
-            scores = torch.mm(walk.rows(span), walk.weight.T, out=result[span])
-            walk.tiles.log_prob(scores, span)
-        else:
-            result[span] = walk.log_prob(span)
-    return result
+            call = replace(call, bias=None, target=first)
+        walk = self._walk(call)
+        values = call.input.new_empty(call.tokens, k)
+        ids = call.input.new_empty(call.tokens, k, dtype=torch.int64)
+        for span in walk.spans():
+            if call.prior_logits is not None:
+                log_prob = _log_prob(walk, span)
+                ids[span] = best(log_prob, k, exclusion, span)
+                values[span] = take(log_prob, ids[span])
+                continue
+            scores = walk.scores(walk.rows(span))
+            if bias is not None:
+                scores += bias
+            ids[span] = best(scores, k, exclusion, span)
+            highest = take(scores, ids[span])
+            first.index[span] = ids[span][:, 0]
+            logits = apply_function(call.function, highest)
+            # From the likeliest word on, whose cross-entropy keeps its digits where it is small.
+            surprise = walk.tiles.statistics(scores, span).cross_entropy
+            assert surprise is not None
+            values[span] = logits - logits[:, :1] - surprise[:, None]
+            if exclusion is not None:  # nothing but impossible words may be left: -inf less -inf
+                values[span].masked_fill_(highest == -torch.inf, -torch.inf)
+        return values, ids
+
+    @torch.no_grad()
+    def argmax(self) -> Tensor:
+        """(N,): the first of the words with the highest score, or probability in a mixture."""
+        call, walk = self.call, self._walk(self.call)
+        ids = call.input.new_empty(call.tokens, dtype=torch.int64)
+        for span in walk.spans():
+            if call.prior_logits is not None:
+                ids[span] = _log_prob(walk, span).argmax(-1)
+                continue
+            scores = walk.scores(walk.rows(span))
+            ids[span] = (scores if call.bias is None else scores.add_(call.bias)).argmax(-1)
+        return ids
 
 
-@torch.no_grad()
-def topk(call: Call, k: int, exclusion: Exclusion | None = None) -> tuple[Tensor, Tensor]:
-    """(log_prob, ids), (N, k) each. The scores are ranked, which the function cannot reorder; a mixture's words."""
-    bias = call.bias
-    first = IndexTarget.build(call.input.new_zeros(call.tokens, dtype=torch.int64), -1, None, 0.0, 1, call.input)
-    if call.prior_logits is None:
-        call = replace(call, bias=None, target=first)
-    walk = _walk(call)
-    values = call.input.new_empty(call.tokens, k)
-    ids = call.input.new_empty(call.tokens, k, dtype=torch.int64)
-    for span in walk.spans():
-        if call.prior_logits is not None:
-            log_prob = walk.log_prob(span)
-            ids[span] = best(log_prob, k, exclusion, span)
-            values[span] = take(log_prob, ids[span])
-            continue
-        scores = walk.scores(walk.rows(span))
-        if bias is not None:
-            scores += bias
-        ids[span] = best(scores, k, exclusion, span)
-        highest = take(scores, ids[span])
-        first.index[span] = ids[span][:, 0]
-        logits = apply_function(call.function, highest)
-        # From the likeliest word on, whose cross-entropy keeps its digits where it is small.
-        surprise = walk.tiles.statistics(scores, span).cross_entropy
-        assert surprise is not None
-        values[span] = logits - logits[:, :1] - surprise[:, None]
-        if exclusion is not None:  # nothing but impossible words may be left: -inf less -inf
-            values[span].masked_fill_(highest == -torch.inf, -torch.inf)
-    return values, ids
-
-
-@torch.no_grad()
-def argmax(call: Call) -> Tensor:
-    """(N,): the first of the words with the highest score, or probability in a mixture."""
-    walk = _walk(call)
-    ids = call.input.new_empty(call.tokens, dtype=torch.int64)
-    for span in walk.spans():
-        if call.prior_logits is not None:
-            ids[span] = walk.log_prob(span).argmax(-1)
-            continue
-        scores = walk.scores(walk.rows(span))
-        ids[span] = (scores if call.bias is None else scores.add_(call.bias)).argmax(-1)
-    return ids
+def _log_prob(walk: Walk[LogProbTiles], span: slice) -> Tensor:
+    return walk.tiles.log_prob(walk.scores(walk.rows(span)), span)

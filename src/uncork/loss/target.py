@@ -47,13 +47,13 @@ class IndexTarget:
     """Class indices.
 
     index: (N,) int64, 0 where ignored. kept: (N,) bool. word_weight: (V,) class weights or None.
-    hit: (N,) c = (1 - smoothing) weight[y]. spread: s = smoothing / V. dtype: that of the loss.
+    hit: (N,) c = (1 - smoothing) weight[y]. uniform: s = smoothing / V.
     """
 
     index: Tensor
     kept: Tensor
     hit: Tensor
-    spread: float
+    uniform: float
     word_weight: Tensor | None
     own_weight: Tensor
     vocab_size: int
@@ -70,14 +70,14 @@ class IndexTarget:
 
     def rows(self, part: slice | Tensor) -> "IndexTarget":
         index, kept, hit, own = self.index[part], self.kept[part], self.hit[part], self.own_weight[part]
-        return IndexTarget(index, kept, hit, self.spread, self.word_weight, own, self.vocab_size)
+        return IndexTarget(index, kept, hit, self.uniform, self.word_weight, own, self.vocab_size)
 
-    def _spread_mass(self) -> Tensor | float:
-        return self.spread * (self.vocab_size if self.word_weight is None else self.word_weight.sum())
+    def _uniform_mass(self) -> Tensor | float:
+        return self.uniform * (self.vocab_size if self.word_weight is None else self.word_weight.sum())
 
     @property
     def sparse(self) -> bool:
-        return not self.spread
+        return not self.uniform
 
     def at(self, values: Tensor) -> Tensor:
         """values[n, y_n] along the last dimension: (C, V) to (C,), (C, K, V) to (C, K)."""
@@ -88,21 +88,21 @@ class IndexTarget:
         surprise = logsumexp - self.at(logits)
         # A word of weight 0 costs nothing, not even where it is impossible.
         loss = torch.where((self.hit == 0) & (surprise == torch.inf), 0, self.hit * surprise)
-        if self.spread:
+        if self.uniform:
             weighted = logits
             if self.word_weight is not None:  # an impossible word (-inf) of weight 0 costs nothing
                 weighted = torch.where(self.word_weight == 0, 0, logits * self.word_weight)
-            loss = loss + (self._spread_mass() * logsumexp - self.spread * weighted.sum(-1))
+            loss = loss + (self._uniform_mass() * logsumexp - self.uniform * weighted.sum(-1))
         return torch.where(self.kept, loss, 0)
 
     def mass(self) -> Tensor:
-        return self.hit + self._spread_mass()
+        return self.hit + self._uniform_mass()
 
     def subtract_from(self, grad: Tensor, factor: Tensor) -> None:
         grad.scatter_add_(1, self.index[:, None], -(factor * self.hit)[:, None])
-        if self.spread:
-            spread = (self.spread * factor)[:, None]
-            grad.sub_(spread if self.word_weight is None else spread * self.word_weight)
+        if self.uniform:
+            share = (self.uniform * factor)[:, None]
+            grad.sub_(share if self.word_weight is None else share * self.word_weight)
 
     def denominator(self) -> Tensor:
         return torch.where(self.kept, self.own_weight, 0)

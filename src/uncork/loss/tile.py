@@ -3,12 +3,15 @@
 The driver turns reduction, weights, smoothing and z-loss into factors per token; the matrix products are its own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from uncork.loss.call import Call
+from uncork.loss.chunk_size import ChunkRule
 
 
 class Upstream(NamedTuple):
@@ -23,36 +26,69 @@ class Upstream(NamedTuple):
 class TileResult(NamedTuple):
     """Of C tokens with K rows of scores each. cross_entropy, lse, entropy, argmax: (C,).
 
-    The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of by_scores (C K, V); by_prior
-    is (C, K); sums holds the gradient to each of the function's tables, or None.
+    The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of grad_scores (C K, V), which
+    has the dtype of the products; grad_prior is (C, K); sums holds the gradient to each of the function's tables, or
+    None.
     """
 
     cross_entropy: Tensor | None
     lse: Tensor
     entropy: Tensor | None
     argmax: Tensor | None
-    by_scores: Tensor | None = None
+    grad_scores: Tensor | None = None
     scale: Tensor | None = None
-    by_prior: Tensor | None = None
+    grad_prior: Tensor | None = None
     sums: Sequence[Tensor | None] = ()
 
 
-class Tiles(Protocol):
-    """The tiles of one call. Scores are (C K, V), before the bias, and may be used up by any of the three."""
+class Tiles(ABC):
+    """The tiles of one call; before there are any, the class says whether and how it would serve the call.
 
-    blocks: ClassVar[int]  # how many (rows, V) blocks live at once
+    Scores are (C K, V), before the bias, and may be used up by any of the three.
+    """
 
+    @classmethod
+    @abstractmethod
+    def refuses(cls, call: Call) -> str:
+        """Why this call cannot be served; empty if it can."""
+
+    @classmethod
+    @abstractmethod
+    def chunk_rule(cls, call: Call) -> ChunkRule:
+        """How many rows of scores it takes at once."""
+
+    @classmethod
+    def product_dtype(cls, call: Call) -> torch.dtype:
+        """Of the scores and of the three products; what they add up to is kept in the loss's dtype."""
+        return call.dtype
+
+    @classmethod
+    def variant(cls) -> str:
+        """Which of its builds runs here; empty if there is but one."""
+        return ""
+
+    @abstractmethod
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
         """parameters: what of the function is differentiated; needs: for which of them a gradient is asked."""
+        self.call = call
 
     def block(self, rows: int) -> Tensor:
         """Memory for (rows, V) scores, not filled."""
+        call = self.call
+        return torch.empty(rows, call.weight.shape[0], dtype=self.product_dtype(call), device=call.input.device)
 
+    @abstractmethod
     def statistics(self, scores: Tensor, span: slice) -> TileResult:
         """The tokens' statistics: entropy and argmax where the call asks for details."""
 
+    @abstractmethod
     def gradient(self, scores: Tensor, span: slice, upstream: Upstream) -> TileResult:
         """Cross-entropy, lse, and all gradients but the products'."""
 
+
+class LogProbTiles(Tiles):
+    """Tiles that serve log-probabilities and rankings too; without such tiles plain torch makes them."""
+
+    @abstractmethod
     def log_prob(self, scores: Tensor, span: slice) -> Tensor:
-        """Log-probabilities of all words, (C, V)."""
+        """Log-probabilities of all words, (C, V), in place of the scores."""

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from uncork.logit_functions.operations import (
     Tanh,
     recorded,
 )
-from uncork.loss.call import Call
+from uncork.loss.call import Call, Missing
+from uncork.loss.chunk_size import CPU, ChunkRule
+from uncork.loss.function import operations_of
 from uncork.loss.target import IndexTarget, ProbabilityTarget
-from uncork.loss.tile import TileResult, Upstream
+from uncork.loss.tile import LogProbTiles, TileResult, Upstream
 
 LIBRARY = Path(__file__).with_name("_tile_native.so")
 _VERSION = 2
@@ -35,7 +37,7 @@ _KINDS: dict[type[Operation], int] = {Affine: 0, Tanh: 1, Sigmoid: 2, Softplus: 
 _SIZES: dict[type[Operation], int] = {Affine: 2, Tanh: 2, Sigmoid: 3, Softplus: 2}
 _SORTED = 5
 _STATISTICS, _GRADIENT, _LOG_PROB = 0, 1, 2
-_MOST_OPERATIONS, _MOST_PIECES = 16, 2**24
+_LIMIT_OPERATIONS, _LIMIT_PIECES = 16, 2**24
 
 _forked = False
 
@@ -71,8 +73,8 @@ class _Tile(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("index", "kept", "hit", "probabilities", "word_weight")),
         ("spread", ctypes.c_double),
         ("log_prior", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("by_cross_entropy", "by_lse", "by_square", "by_entropy")),
-        *((name, ctypes.c_void_p) for name in ("cross_entropy", "lse", "entropy", "argmax", "scale", "by_prior")),
+        *((name, ctypes.c_void_p) for name in ("grad_cross_entropy", "grad_lse", "grad_square", "grad_entropy")),
+        *((name, ctypes.c_void_p) for name in ("cross_entropy", "lse", "entropy", "argmax", "scale", "grad_prior")),
     )
 
 
@@ -133,40 +135,25 @@ def instructions() -> str:
     return "" if _library is None else _library.uncork_instructions().decode()
 
 
-def refuses(call: Call) -> str:
-    """Why this call cannot be served; empty if it can."""
-    if missing:
-        return missing
-    tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
-    if any(t.device.type != "cpu" for t in tensors):
-        return f"it works on the CPU, not on {call.input.device}"
-    odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
-    if odd:
-        return f"it needs plain tensors, not {odd[0]}"
-    if recorded():
-        return "it reads and writes memory, which no tracer, compiler or function transform sees"
-    return _refuses_function(call.function)
-
-
 def _refuses_function(function: nn.Module | None) -> str:
     if function is None:
         return ""
-    operations = function.operations() if isinstance(function, LogitFunction) else None
+    operations = operations_of(function)
     if operations is None:
         return f"{type(function).__name__} is not made of its primitives"
-    if len(operations) > _MOST_OPERATIONS:
-        return f"a chain of {len(operations)} primitives is longer than {_MOST_OPERATIONS}"
+    if len(operations) > _LIMIT_OPERATIONS:
+        return f"a chain of {len(operations)} primitives is longer than {_LIMIT_OPERATIONS}"
     unknown = [type(operation).__name__ for operation in operations if type(operation) not in _KINDS]
     if unknown:
         return f"it has no kernel for {', '.join(unknown)}"
     if not all(f.increasing for f in function.modules() if isinstance(f, LogitFunction)):
         return f"{type(function).__name__} does not increase, and the largest score is taken for the largest logit"
     pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
-    return f"it takes fewer than {_MOST_PIECES} pieces" if max(pieces) >= _MOST_PIECES else ""
+    return f"it takes fewer than {_LIMIT_PIECES} pieces" if max(pieces) >= _LIMIT_PIECES else ""
 
 
 def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> None:
-    """C++ believes the sizes of tables that a user's own function may have got wrong."""
+    """Checks the sizes of tables, which C++ relies on and a user's own function may have got wrong."""
     expected = sum(operation.num_tables for operation in operations)
     if len(tables) != expected:
         raise ValueError(f"logit_function: expected {expected} tables for its operations, got {len(tables)}")
@@ -174,7 +161,9 @@ def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> 
     for operation in operations:
         sizes = [t.numel() for t in tables[start : start + operation.num_tables]]
         pieces = isinstance(operation, PiecewiseLinear)
-        wrong = len(set(sizes)) > 1 or not 0 < sizes[0] < _MOST_PIECES if pieces else sizes != [_SIZES[type(operation)]]
+        wrong = (
+            len(set(sizes)) > 1 or not 0 < sizes[0] < _LIMIT_PIECES if pieces else sizes != [_SIZES[type(operation)]]
+        )
         if wrong:
             wanted = "of the same size P each" if pieces else f"of {_SIZES[type(operation)]} numbers"
             raise ValueError(f"logit_function: {type(operation).__name__} expects tables {wanted}, got sizes {sizes}")
@@ -185,13 +174,34 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-class Tiles:
+class NativeTiles(LogProbTiles):
     """The tiles of one call, over one set of the function's tables."""
 
-    blocks: ClassVar[int] = 1
+    @classmethod
+    def refuses(cls, call: Call) -> str:
+        """Tensors off the CPU or of a subclass, calls that torch traces, functions without a kernel."""
+        tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+        if any(t.device.type != "cpu" for t in tensors):
+            return f"it works on the CPU, not on {call.input.device}"
+        if recorded():
+            return "it reads and writes memory, which no tracer, compiler or function transform sees"
+        odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+        if odd:
+            return f"it needs plain tensors, not {odd[0]}"
+        return Missing(missing) if missing else _refuses_function(call.function)
+
+    @classmethod
+    def chunk_rule(cls, call: Call) -> ChunkRule:
+        """One block, which every step leaves its result in."""
+        return CPU
+
+    @classmethod
+    def variant(cls) -> str:
+        """The instruction set in use."""
+        return instructions()
 
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
-        self.call = call
+        super().__init__(call, parameters, needs)
         self.bias = None if call.bias is None else call.bias.detach().to(call.dtype).contiguous()
         assert call.function is None or isinstance(call.function, LogitFunction)
         self.operations: Sequence[Operation] = (() if call.function is None else call.function.operations()) or ()
@@ -255,20 +265,20 @@ class Tiles:
         target = None if call.target is None else call.target.rows(span)
         if isinstance(target, IndexTarget):
             tile.index, tile.kept = point(target.index, torch.int64), point(target.kept, torch.uint8)
-            tile.hit, tile.word_weight, tile.spread = point(target.hit), point(target.word_weight), target.spread
+            tile.hit, tile.word_weight, tile.spread = point(target.hit), point(target.word_weight), target.uniform
         elif isinstance(target, ProbabilityTarget):
             tile.probabilities, tile.word_weight = point(target.probabilities), point(target.word_weight)
             tile.spread = target.smoothing / scores.shape[1]
         if upstream is not None:
-            tile.by_cross_entropy, tile.by_lse = point(upstream.cross_entropy), point(upstream.logsumexp)
-            tile.by_square, tile.by_entropy = point(upstream.square), point(upstream.entropy)
+            tile.grad_cross_entropy, tile.grad_lse = point(upstream.cross_entropy), point(upstream.logsumexp)
+            tile.grad_square, tile.grad_entropy = point(upstream.square), point(upstream.entropy)
         status = _loaded().uncork_run(tile, mode)
         if status == 1:
             raise MemoryError("impl='native': no memory left for the tile; give a smaller chunk_size")
         if status:
             raise RuntimeError(f"impl='native': the tile refused its arguments (status {status})")
         if mode == _GRADIENT:
-            return result._replace(by_scores=scores, sums=self._by_table(sums))
+            return result._replace(grad_scores=scores, sums=self._by_table(sums))
         return result
 
     def _result(self, span: slice, mode: int) -> TileResult:
@@ -295,7 +305,7 @@ class Tiles:
             entropy=part("entropy", details),
             argmax=part("argmax", details, dtype=torch.int64),
             scale=None if scale is None else scale.flatten(),
-            by_prior=part("by_prior", gradient and call.prior_logits is not None, call.components),
+            grad_prior=part("grad_prior", gradient and call.prior_logits is not None, call.components),
         )
 
     def _make_sums(self) -> list[Tensor | None]:
@@ -326,7 +336,7 @@ class Tiles:
         return described
 
     def _by_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One gradient a table, until the next chunk; knots carry none of their own."""
+        """One gradient a table, in memory that the next chunk writes to; knots have none of their own."""
         tables: list[Tensor | None] = []
         for operation, own in zip(self.operations, sums, strict=True):
             if own is None:

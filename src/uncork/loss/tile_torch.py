@@ -1,17 +1,20 @@
 """The tile in plain torch: any function, any device."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from uncork.logit_functions.base import LogitFunction, nowhere_impossible, with_tables
-from uncork.logit_functions.operations import Operation, readable
-from uncork.loss.call import Call, ModuleState, checked_logits
+from uncork.logit_functions.base import known_possible, with_tables
+from uncork.logit_functions.operations import Operation, function_transforms, readable
+from uncork.loss.call import Call
+from uncork.loss.chunk_size import ChunkRule, rule_of
+from uncork.loss.function import ModuleState, checked_logits, operations_of
 from uncork.loss.target import IndexTarget, Target, highest
-from uncork.loss.tile import TileResult, Upstream
+from uncork.loss.tile import TileResult, Tiles, Upstream
 
 
 class FunctionRunner(Protocol):
@@ -25,8 +28,8 @@ class FunctionRunner(Protocol):
 
 
 def _impossible(scores: Tensor) -> Tensor | None:
-    """Where the scores are -inf; None if that is nowhere, which only a CPU can be asked without stopping."""
-    return None if nowhere_impossible(scores) else scores == -torch.inf
+    """Where the scores are -inf; None if none is known to be (a GPU is not asked: it would have to stop)."""
+    return None if known_possible(scores) else scores == -torch.inf
 
 
 def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
@@ -57,11 +60,11 @@ class OperationsRunner:
         x = _fill(scores, impossible, 0)
         stages = []
         for operation, tables in self.chain:
-            place = operation.locate(x, tables)
-            if place and len(self.chain) > 1:  # of x = inf: a later function may have a finite answer, nan has none
-                place[1].clamp_(max=torch.finfo(x.dtype).max)
-            stages.append((x, place))
-            x = operation.forward(x, tables, place)
+            located = operation.locate(x, tables)
+            if located and len(self.chain) > 1:  # of x = inf, or a later function that is finite there gives nan
+                located[1].clamp_(max=torch.finfo(x.dtype).max)
+            stages.append((x, located))
+            x = operation.forward(x, tables, located)
         return _fill(x, impossible, -torch.inf), (impossible, stages)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -69,12 +72,12 @@ class OperationsRunner:
         grad = _fill(grad, impossible, 0)
         sums: list[Tensor | None] = []
         end = len(self.needs)
-        for (operation, tables), (x, place) in zip(reversed(self.chain), reversed(stages), strict=True):
+        for (operation, tables), (x, located) in zip(reversed(self.chain), reversed(stages), strict=True):
             wanted = any(self.needs[end - len(tables) : end])
-            own = operation.table_gradients(x, grad, tables, place) if wanted else [None] * len(tables)
+            own = operation.table_gradients(x, grad, tables, located) if wanted else [None] * len(tables)
             sums = [*own, *sums]
             end -= len(tables)
-            grad.mul_(operation.derivative(x, tables, place))
+            grad.mul_(operation.derivative(x, tables, located))
         return grad, sums
 
 
@@ -100,9 +103,9 @@ class ModuleRunner:
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         impossible, leaf, logits = context
         grad = grad.masked_fill_(impossible, 0).to(logits.dtype)
-        by_scores, *by_parameter = torch.autograd.grad(logits, [leaf, *self.parameters], grad, allow_unused=True)
-        sums = [None if s is None else s.double() for s in by_parameter]
-        return torch.zeros_like(leaf) if by_scores is None else by_scores, sums
+        grad_scores, *grad_parameters = torch.autograd.grad(logits, [leaf, *self.parameters], grad, allow_unused=True)
+        sums = [None if s is None else s.double() for s in grad_parameters]
+        return torch.zeros_like(leaf) if grad_scores is None else grad_scores, sums
 
 
 class LinearTile:
@@ -119,16 +122,12 @@ class LinearTile:
         self.cross_entropy = None if target is None else target.cross_entropy(self.shifted, self.shifted_lse)
         self.entropy = torch.special.entr((self.shifted - self.shifted_lse[:, None]).exp()).sum(-1) if details else None
 
-    def log_probabilities(self) -> Tensor:
-        """(C, V); uses the logits up."""
-        return self.shifted.sub_(self.shifted_lse[:, None])
-
     def gradient(self, upstream: Upstream) -> tuple[Tensor, None, Sequence[Tensor | None]]:
         """(gradient to the scores (C, V), None for the prior, table sums); uses the logits up."""
-        log_prob = self.log_probabilities()
-        by_entropy = None
+        log_prob = self.shifted.sub_(self.shifted_lse[:, None])
+        grad_entropy = None
         if upstream.entropy is not None and self.entropy is not None:
-            by_entropy = upstream.entropy[:, None] * (
+            grad_entropy = upstream.entropy[:, None] * (
                 self.entropy[:, None] + log_prob.masked_fill(log_prob == -torch.inf, 0)
             )
         grad = log_prob.exp_()
@@ -137,7 +136,7 @@ class LinearTile:
             factor = factor + torch.where(upstream.square == 0, 0, 2 * upstream.square * self.lse)
         if upstream.cross_entropy is not None and self.target is not None:
             factor = factor + upstream.cross_entropy * self.target.mass()
-        grad.mul_(factor[:, None] if by_entropy is None else factor[:, None] - by_entropy)
+        grad.mul_(factor[:, None] if grad_entropy is None else factor[:, None] - grad_entropy)
         if upstream.cross_entropy is not None and self.target is not None:
             self.target.subtract_from(grad, upstream.cross_entropy)
             unused = ~self.target.kept & (factor == 0)
@@ -145,8 +144,8 @@ class LinearTile:
                 unused &= upstream.entropy == 0
             if not readable(unused) or bool(unused.any()):
                 grad.masked_fill_(unused[:, None], 0)
-        by_scores, sums = self.runner.backward(self.context, grad)
-        return by_scores, None, sums
+        grad_scores, sums = self.runner.backward(self.context, grad)
+        return grad_scores, None, sums
 
 
 class MixtureTile:
@@ -181,63 +180,63 @@ class MixtureTile:
             self.entropy = torch.special.entr(self.mixed.exp()).sum(-1)
             self.argmax = self.mixed.argmax(-1)
 
-    def log_probabilities(self) -> Tensor:
-        """(C, V)."""
-        if self.sparse:
-            return torch.logsumexp(self.log_prior[..., None] + self.log_prob, 1)
-        return self.mixed
-
     def gradient(self, upstream: Upstream) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
         """(gradient to the scores (C K, V), to the prior's logits (C, K), table sums)."""
-        by_logits, by_component = self._sparse(upstream) if self.sparse else self._dense(upstream)
-        by_prior = by_component - self.log_prior.exp() * by_component.sum(-1, keepdim=True)
-        by_scores, sums = self.runner.backward(self.context, by_logits.flatten(0, 1))
-        return by_scores, by_prior, sums
+        grad_logits, grad_component = self._sparse(upstream) if self.sparse else self._dense(upstream)
+        grad_prior = grad_component - self.log_prior.exp() * grad_component.sum(-1, keepdim=True)
+        grad_scores, sums = self.runner.backward(self.context, grad_logits.flatten(0, 1))
+        return grad_scores, grad_prior, sums
 
     def _sparse(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
         target = self.target
         assert isinstance(target, IndexTarget)
-        by_ce = torch.zeros_like(self.lse) if upstream.cross_entropy is None else upstream.cross_entropy
+        grad_ce = torch.zeros_like(self.lse) if upstream.cross_entropy is None else upstream.cross_entropy
         total = torch.logsumexp(self.joint, -1, keepdim=True)
         # An impossible target has no posterior: no component gets anything.
         posterior = (self.joint - total).exp().masked_fill_(total == -torch.inf, 0)
-        factor = torch.where(target.kept, by_ce * target.hit, 0)[:, None] * posterior
-        by_logits = self.log_prob.exp().mul_(factor[..., None])
+        factor = torch.where(target.kept, grad_ce * target.hit, 0)[:, None] * posterior
+        grad_logits = self.log_prob.exp().mul_(factor[..., None])
         index = target.index[:, None, None].expand(*factor.shape, 1)
-        by_logits.scatter_add_(-1, index, -factor[..., None])
-        by_logits.masked_fill_(~target.kept[:, None, None], 0)
-        return by_logits, -factor
+        grad_logits.scatter_add_(-1, index, -factor[..., None])
+        grad_logits.masked_fill_(~target.kept[:, None, None], 0)
+        return grad_logits, -factor
 
     def _dense(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
-        by_mixed = torch.zeros_like(self.mixed)  # dL / d log p_v
+        grad_mixed = torch.zeros_like(self.mixed)  # dL / d log p_v
         if upstream.cross_entropy is not None and self.target is not None:
-            self.target.subtract_from(by_mixed, upstream.cross_entropy)
+            self.target.subtract_from(grad_mixed, upstream.cross_entropy)
         if upstream.entropy is not None:
             prob = self.mixed.exp()
-            by_mixed -= upstream.entropy[:, None] * (prob - torch.special.entr(prob))
+            grad_mixed -= upstream.entropy[:, None] * (prob - torch.special.entr(prob))
         share = (self.log_prior[..., None] + self.log_prob - self.mixed[:, None]).exp()
         share.masked_fill_((self.mixed == -torch.inf)[:, None], 0)
-        by_logits = share.mul_(by_mixed[:, None])
-        by_component = by_logits.sum(-1)
-        by_logits = by_logits - self.log_prob.exp().mul_(by_component[..., None])
-        return by_logits, by_component
+        grad_logits = share.mul_(grad_mixed[:, None])
+        grad_component = grad_logits.sum(-1)
+        grad_logits = grad_logits - self.log_prob.exp().mul_(grad_component[..., None])
+        return grad_logits, grad_component
 
 
-class Tiles:
-    """The tiles of one call."""
+# Of a typical function. On a CPU a block of scores, 4 MiB, then stays in the cache from one pass to the next.
+BLOCKS = 16
 
-    # Of a typical function. The default block of scores, 4 MiB, then stays in the cache from one pass to the next.
-    blocks: ClassVar[int] = 16
+
+class TorchTiles(Tiles):
+    """The tiles of one call, by torch's own operations."""
+
+    @classmethod
+    def refuses(cls, call: Call) -> str:
+        """torch.func's transforms, which an autograd.Function does not take part in."""
+        return 'torch.func\'s transforms need impl="reference"' if function_transforms() else ""
+
+    @classmethod
+    def chunk_rule(cls, call: Call) -> ChunkRule:
+        """That of the device, for its many blocks."""
+        return replace(rule_of(call.input.device), blocks=BLOCKS)
 
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
-        self.call = call
+        super().__init__(call, parameters, needs)
         self.bias = None if call.bias is None else call.bias.detach().to(call.dtype)
         self.runner = make_runner(call, parameters, needs)
-
-    def block(self, rows: int) -> Tensor:
-        """Memory for (rows, V) scores, not filled."""
-        call = self.call
-        return torch.empty(rows, call.weight.shape[0], dtype=call.dtype, device=call.input.device)
 
     def _tile(self, scores: Tensor, span: slice) -> LinearTile | MixtureTile:
         call = self.call
@@ -257,47 +256,16 @@ class Tiles:
     def gradient(self, scores: Tensor, span: slice, upstream: Upstream) -> TileResult:
         """Cross-entropy, lse, and all gradients but the products'."""
         tile = self._tile(scores, span)
-        by_scores, by_prior, sums = tile.gradient(upstream)
-        return TileResult(tile.cross_entropy, tile.lse, None, None, by_scores, None, by_prior, sums)
-
-    def log_prob(self, scores: Tensor, span: slice) -> Tensor:
-        """Log-probabilities of all words, (C, V)."""
-        return self._tile(scores, span).log_probabilities()
+        grad_scores, grad_prior, sums = tile.gradient(upstream)
+        return TileResult(tile.cross_entropy, tile.lse, None, None, grad_scores, None, grad_prior, sums)
 
 
 def make_runner(call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> FunctionRunner:
     """The runner of a function whose differentiable tensors are `parameters` (see `function_parameters`)."""
     if call.function is None:
         return NoFunction()
-    operations = _operations(call.function)
+    operations = operations_of(call.function)
     if operations is None:
         assert call.module_state is not None
         return ModuleRunner(call.function, call.module_state, parameters)
     return OperationsRunner(operations, parameters, needs) if operations else NoFunction()
-
-
-def _operations(function: nn.Module) -> Sequence[Operation] | None:
-    """A LogitFunction's primitives; None where only autograd can serve it."""
-    return function.operations() if isinstance(function, LogitFunction) else None
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
-def module_state(function: nn.Module | None) -> ModuleState | None:
-    """What a module that only autograd can serve holds now."""
-    if function is None or _operations(function) is not None:
-        return None
-    tensors = _tensors(function)
-    trained = tuple(name for name, t in tensors.items() if t.requires_grad)
-    return ModuleState(trained, {name: t for name, t in tensors.items() if not t.requires_grad})
-
-
-def function_parameters(function: nn.Module | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What a tile differentiates for: a LogitFunction's tables, or any other module's trainable tensors."""
-    if function is None:
-        return []
-    if isinstance(function, LogitFunction) and function.operations() is not None:
-        return [table.to(device) for table in function.tables(dtype, device)]
-    return [t for t in _tensors(function).values() if t.requires_grad]

@@ -1,0 +1,77 @@
+"""A logit function as the loss takes it: applied as it is, or as the tensors that a tile differentiates for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uncork.functional import at_least_float32
+from uncork.logit_functions.base import LogitFunction, pass_impossible
+from uncork.logit_functions.operations import Operation
+
+
+class ModuleState(NamedTuple):
+    """A user's module when the loss was called: the names of the tensors that train, and the other tensors by name."""
+
+    trained: tuple[str, ...]
+    constants: dict[str, Tensor]
+
+
+def check_function(function: nn.Module | None) -> None:
+    """Raises unless a logit function is a module that gives the same answer each time it is called."""
+    if function is None:
+        return
+    if not isinstance(function, nn.Module):
+        raise TypeError(f"logit_function: expected an nn.Module or None, got {type(function).__name__}")
+    for module in function.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            raise ValueError(
+                "logit_function: expected a deterministic elementwise module, "
+                f"got one that holds {type(module).__name__}"
+            )
+
+
+def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
+    """What a module made of the scores, if the shape says that it is elementwise."""
+    if logits.shape != scores.shape:
+        raise ValueError(
+            f"logit_function: expected an elementwise module, but it turned shape {tuple(scores.shape)} "
+            f"into {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
+    """f(scores), where -inf stays and takes no gradient, whatever the function."""
+    if isinstance(function, LogitFunction) and function.operations() != ():  # it sees to -inf itself
+        return checked_logits(function(scores), scores)
+    f = nn.Identity() if function is None else function
+    return pass_impossible(lambda finite: checked_logits(f(at_least_float32(finite)), finite), scores)
+
+
+def operations_of(function: nn.Module) -> Sequence[Operation] | None:
+    """A LogitFunction's primitives; None where only autograd can serve it."""
+    return function.operations() if isinstance(function, LogitFunction) else None
+
+
+def module_state(function: nn.Module | None) -> ModuleState | None:
+    """What a module that only autograd can serve holds now."""
+    if function is None or operations_of(function) is not None:
+        return None
+    tensors = _tensors(function)
+    trained = tuple(name for name, t in tensors.items() if t.requires_grad)
+    return ModuleState(trained, {name: t for name, t in tensors.items() if not t.requires_grad})
+
+
+def function_parameters(function: nn.Module | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What a tile differentiates for: a LogitFunction's tables, or any other module's trainable tensors."""
+    if function is None:
+        return []
+    if isinstance(function, LogitFunction) and function.operations() is not None:
+        return [table.to(device) for table in function.tables(dtype, device)]
+    return [t for t in _tensors(function).values() if t.requires_grad]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())

@@ -1,0 +1,82 @@
+"""The registry of implementations: a new one is its own file and one line here.
+
+| impl | what it is | needs |
+|---|---|---|
+| "native" | walks over chunks of tokens, in C++: one (chunk, V) block | Linux, a CPU, functions of the library |
+| "torch" | the same walk in torch: a few blocks | any device, any elementwise module |
+| "reference" | keeps the (N, V) logits, leaves gradients to autograd: the definition | any device |
+"""
+
+import functools
+import warnings
+
+from uncork.loss.call import Call, Implementation, Missing
+from uncork.loss.chunked import Chunked
+from uncork.loss.reference import Reference
+from uncork.loss.tile import LogProbTiles
+from uncork.loss.tile_native import NativeTiles
+from uncork.loss.tile_torch import TorchTiles
+
+# The fastest first: `impl=None` takes the first that serves the call. The last serves every call.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "native": Chunked(NativeTiles),
+    "torch": Chunked(TorchTiles),
+    "reference": Reference(),
+}
+
+
+def check_name(impl: str | None) -> None:
+    """Raises a ValueError that lists the names unless this is one of them, or None."""
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {sorted(IMPLEMENTATIONS)} or None, got {impl!r}")
+
+
+def choose(impl: str | None, call: Call) -> Implementation:
+    """The implementation that was asked for, or the fastest that serves the call.
+
+    Raises:
+        ValueError: for an unknown name, or where the one that was asked for cannot serve the call; with its reason.
+    """
+    check_name(impl)
+    if impl is None:
+        return IMPLEMENTATIONS[_fastest(call)]
+    if reason := IMPLEMENTATIONS[impl].refuses(call):
+        raise ValueError(f'impl="{impl}" cannot serve this call: {reason}')
+    return IMPLEMENTATIONS[impl]
+
+
+def title(call: Call) -> str:
+    """What `impl=None` takes for a call, to be read by people: "torch", or "native (avx512)"."""
+    name = _fastest(call)
+    variant = IMPLEMENTATIONS[name].variant()
+    return f"{name} ({variant})" if variant else name
+
+
+def log_prob_tiles(call: Call) -> type[LogProbTiles] | None:
+    """The fastest tiles that serve the call and give log-probabilities; None where plain torch has to make them."""
+    for implementation in IMPLEMENTATIONS.values():
+        tiles = getattr(implementation, "tiles", None)
+        if isinstance(tiles, type) and issubclass(tiles, LogProbTiles) and not implementation.refuses(call):
+            return tiles
+    return None
+
+
+def _fastest(call: Call) -> str:
+    missing: dict[str, str] = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        reason = implementation.refuses(call)
+        if not reason:
+            for other, why in missing.items():
+                _say_missing(other, why, name)
+            return name
+        if isinstance(reason, Missing):
+            missing[name] = reason
+    raise AssertionError("no implementation serves every call")
+
+
+@functools.cache
+def _say_missing(name: str, reason: str, instead: str) -> None:
+    warnings.warn(
+        f"uncork: the {name} tile is missing, so impl={instead!r} serves (slower, same results): {reason}",
+        stacklevel=6,
+    )
