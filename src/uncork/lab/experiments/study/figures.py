@@ -14,6 +14,7 @@ from uncork.lab.analysis import SLOPE_GRID
 from uncork.lab.experiments.study.run import Cell
 from uncork.lab.experiments.study.store import Rows
 from uncork.lab.experiments.study.tables import Costs, measured_as
+from uncork.lab.report.statistics import baseline
 from uncork.lab.report.style import (
     FONT,
     GRID,
@@ -29,7 +30,6 @@ from uncork.lab.report.style import (
     shortened,
     strokes,
 )
-from uncork.lab.report.summary import baseline
 
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2

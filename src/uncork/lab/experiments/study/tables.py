@@ -13,18 +13,8 @@ import pandas as pd
 from uncork.heads import HeadSpec
 from uncork.lab.experiments.study.run import Cell
 from uncork.lab.experiments.study.store import Rows
-from uncork.lab.report.summary import (
-    BASELINE,
-    NO_NUMBER,
-    baseline,
-    heads_of,
-    holm,
-    paired_p,
-    perplexity,
-    probability,
-    run_row,
-    summarise_table,
-)
+from uncork.lab.report.statistics import BASELINE, baseline, holm, paired
+from uncork.lab.report.tables import NO_NUMBER, heads_of, perplexity, probability, run_row, summarise
 
 TESTED = {name: (BASELINE, *HeadSpec(name).controls) for name in ("plif", "mop")} | {
     "mos (of all 128 units)": (BASELINE, "moc (of all 128 units)", "softmax (11 epochs)"),
@@ -68,10 +58,10 @@ def _settings(cell: Cell) -> str:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a place and head: what `uncork.lab.report.summary.summarise` says, within the place."""
+    """One row a place and head: what `uncork.lab.report.tables.summarise` says, within the place."""
     parts = []
     for place, own in runs.groupby("place", sort=False):
-        told = summarise_table(own)
+        told = summarise(own)
         more = own.groupby("head", sort=False).agg(
             valid_perplexity_best=("valid_perplexity", "min"),
             train_perplexity=("train_perplexity", "mean"),
@@ -86,7 +76,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         by_head = _by_head(own)
         base = baseline(heads_of(own))
         told["change_percent"] = [
-            math.nan if base in (None, head) else _pair(by_head[head], by_head[base])["change_percent"]
+            math.nan if base in (None, head) else paired(by_head[head], by_head[base]).change_percent
             for head in told["head"]
         ]
         told.insert(0, "in_features", first["in_features"])
@@ -106,7 +96,7 @@ def bars(runs: pd.DataFrame) -> pd.DataFrame:
     for place, own in runs.groupby("place", sort=False):
         by_head, names = _by_head(own), heads_of(own)
         tests = [
-            {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
+            {"place": place, "learned": learned, "control": control, **_test(by_head[learned], by_head[control])}
             for learned in by_head
             for control in TESTED.get(learned, TESTED.get(names[learned], ()))
             if control in by_head
@@ -121,15 +111,13 @@ def _by_head(runs: pd.DataFrame) -> dict[str, pd.Series]:
     return {str(head): own.set_index("seed")["test_perplexity"] for head, own in runs.groupby("head", sort=False)}
 
 
-def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
-    seeds = mine.index.intersection(theirs.index)
-    a, b = mine[seeds].to_numpy(dtype=float), theirs[seeds].to_numpy(dtype=float)
-    ratio = np.log(a) - np.log(b)
+def _test(learned: pd.Series, control: pd.Series) -> dict[str, float]:
+    both = paired(learned, control)
     return {
-        "pairs": len(seeds),
-        "change_percent": 100 * math.expm1(float(ratio.mean())) if len(seeds) else math.nan,
-        "lower": int((ratio < 0).sum()),
-        "p_value": paired_p(a, b),
+        "pairs": both.pairs,
+        "change_percent": both.change_percent,
+        "lower": both.lower,
+        "p_value": both.p_value,
     }
 
 
