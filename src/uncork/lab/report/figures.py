@@ -129,12 +129,11 @@ def pictures(records: Sequence[Record], table: pd.DataFrame, summary: pd.DataFra
 
 def undrawn_functions(records: Sequence[Record], table: pd.DataFrame) -> list[str]:
     """What the functions are that have no picture, since it would show a straight line: a sentence a head."""
-    told = []
-    for group in _groups(records, table):
-        if not group.functions or not group.straight:
-            continue
-        told.append(f"{group.label} is {_line(*group.slopes)} ({_slope_words(group)}), and not drawn.")
-    return told
+    return [
+        f"{group.label} is {_line(*group.slopes)} ({_slope_words(group)}), and not drawn."
+        for group in _groups(records, table)
+        if group.functions and group.straight
+    ]
 
 
 def _line(low: float, high: float) -> str:

@@ -225,8 +225,8 @@ def display(summary: pd.DataFrame) -> pd.DataFrame:
     Columns that no head has a number for are left out, and the numerical rank where it misleads.
     """
     text = pd.DataFrame({name: [show(row) for _, row in summary.iterrows()] for name, show in _COLUMNS.items()})
-    left_out = [name for name in text.columns if (text[name] == NO_NUMBER).all()]
-    return text.drop(columns=[*left_out, *(["rank"] if misleading_rank(summary) and "rank" not in left_out else [])])
+    shown = [name for name in text.columns if (text[name] != NO_NUMBER).any()]
+    return text[[name for name in shown if name != "rank" or not misleading_rank(summary)]]
 
 
 def markdown(text: pd.DataFrame) -> str:
@@ -261,13 +261,14 @@ def terminal_table(
     if blocks is not None:
         parts = [(title, text.iloc[:0]), *((f"\n{value}", own) for value, own in text.groupby(blocks, sort=False))]
     for index, (heading, own) in enumerate(parts):
-        part = Table(title=heading, title_justify="left", title_style="", header_style="", show_header=index == 0,
-                     box=SIMPLE, show_edge=False, pad_edge=False)  # fmt: skip
+        part = Table(show_header=index == 0, box=SIMPLE, show_edge=False, pad_edge=False)
         for name, size in sizes.items():
             part.add_column(escape(str(name)), justify="left" if name == columns[0] else "right", overflow="fold",
                             min_width=size if blocks is not None else None)  # fmt: skip
         for row in own[list(sizes)].itertuples(index=False):
             part.add_row(*(escape(str(cell)) for cell in row))
+        if heading is not None:
+            console.print(heading, markup=False, soft_wrap=True)
         console.print(part)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))
