@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from uncork.lab.report.summary import to_markdown
+from uncork.lab.report.statistics import BASELINE
+from uncork.lab.report.tables import display, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,9 +29,10 @@ def block(folder: str, name: str | None = None) -> str:
     origin = json.loads((where / "provenance.json").read_text(encoding="utf-8"))
     frame = pd.read_csv(where / "table.csv")
     of_text = "test_perplexity" not in frame
-    table = (
-        plain_markdown(pd.read_csv(where / "table.csv", dtype=str, na_filter=False)) if of_text else to_markdown(frame)
-    )
+    if of_text:
+        table = plain_markdown(pd.read_csv(where / "table.csv", dtype=str, na_filter=False))
+    else:
+        table = markdown(display(frame.assign(baseline=frame["head"] == BASELINE)))
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     return (
         f"{table.strip()}\n\n```\n{origin['command']}\n```\n"

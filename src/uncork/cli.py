@@ -78,12 +78,11 @@ _NEXT = (
 
 def compare(command: Compare) -> dict[str, Any]:
     """Runs the comparison; returns what the last line says."""
-    from rich.console import Console
-
     from uncork.lab.experiments.compare import Texts, check_stored, make_cells, started_runs, train_all
-    from uncork.lab.report.findings import caveats, headline
+    from uncork.lab.report.findings import caveats, headline, verdict
     from uncork.lab.report.page import write_report
-    from uncork.lab.report.summary import print_table, runs_table, summarise
+    from uncork.lab.report.records import read_records
+    from uncork.lab.report.tables import DEVIATION, SPARE, display, runs_table, summarise, terminal_table
     from uncork.lab.run.files import write_json
     from uncork.lab.run.store import RunStore
 
@@ -105,21 +104,18 @@ def compare(command: Compare) -> dict[str, Any]:
         workers=command.workers,
         threads=command.threads or max(1, cores() // command.workers),
     )
-    runs = started_runs(store.root, cells)
-    if all(run.result is None for run in runs):
+    records = read_records(started_runs(store.root, cells))
+    if all(record.result is None for record in records):
         raise LabError(f"no run finished: {next(iter(failed.values()), 'nothing was run')}")
     title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
     notes = [f"{name} did not finish: {message}" for name, message in failed.items()]
-    report = write_report(command.out_dir, runs, title=title, command=_command_line(), notes=notes)
+    report = write_report(command.out_dir, records, title=title, command=_command_line(), notes=notes)
+    runs = runs_table(records)
     summary = summarise(runs)
-    say()
-    console = Console()
-    with console.capture() as table:
-        print_table(summary, console)
-    say(table.get().rstrip("\n"))
-    for sentence in (headline(summary), *caveats(summary, runs_table(runs))):
+    say(f"\n{terminal_table(display(summary), title=DEVIATION, spare=SPARE)}")
+    for sentence in (verdict(summary, runs), headline(summary), *caveats(summary, runs)):
         say(f"- {sentence}")
-    kinds = sorted({str(run.result.get("loss")) for run in runs if run.result})
+    kinds = sorted({str(record.result.get("loss")) for record in records if record.result})
     say(f"- Computed by the {', '.join(kinds)} loss.")
     say(f"\nThe report: {report}\n{_NEXT}")
     return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
@@ -130,6 +126,7 @@ def train(command: Train) -> dict[str, Any]:
     import torch
 
     from uncork.lab.report.page import write_report
+    from uncork.lab.report.records import read_records
     from uncork.lab.run.store import RunStore
     from uncork.lab.train.head import with_head
     from uncork.lab.train.result import epochs_told
@@ -160,7 +157,9 @@ def train(command: Train) -> dict[str, Any]:
         on_progress=lambda p: say(progress_line(out_dir.name, p, p.seconds_left)),
         tensorboard=command.tensorboard,
     )
-    report = write_report(out_dir, [run], title=f"{config.head} on {corpus.name}", command=_command_line(), notes=[])
+    report = write_report(
+        out_dir, read_records([run]), title=f"{config.head} on {corpus.name}", command=_command_line(), notes=[]
+    )
     test = result["test"]
     if epochs := epochs_told(result, config):
         say(epochs)

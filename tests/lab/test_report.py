@@ -1,7 +1,9 @@
 """The report: one self-contained, valid page whose words and numbers are those of the runs."""
 
+import json
 import math
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from uncork.heads import HEAD_NAMES, HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.report.figures import pictures
+from uncork.lab.report import figures, records
 from uncork.lab.report.page import write_report
+from uncork.lab.report.records import read_records
 from uncork.lab.report.style import (
     INK,
     LONGEST,
@@ -19,11 +22,13 @@ from uncork.lab.report.style import (
     changes_by_decile,
     label_ends,
     new_axes,
+    set_apart,
     shortened,
-    spread,
     strokes,
 )
-from uncork.lab.report.summary import summarise
+from uncork.lab.report.tables import runs_table, summarise
+from uncork.lab.run import files
+from uncork.lab.run import store as store_module
 from uncork.lab.run.store import Run, RunStore
 
 LEVELS = {
@@ -69,7 +74,7 @@ def synthetic_analysis(head, d, rng):
     deciles[2] |= {"tokens": 0, "cross_entropy": None}
     return {
         "rank": {"contexts": 1000, "in_features": d, "vocab_size": 9000, "linear_rank": d + 2, "numerical": numerical,
-                 "effective": {"1e-2": 1, "1e-4": 9, "1e-6": 17 if head in LINEAR else 60},
+                 "effective": {"1e-2": 1, "1e-4": d // 2 + 1 if head in LINEAR else 30, "1e-6": 60},
                  "tail_energy": 1e-29 if head in LINEAR else 3e-5, "singular_values": values.tolist()},
         "function": function,
         "histogram": {"contexts": 200, "edges": edges.tolist(), "counts": np.rint(counts).astype(int).tolist(),
@@ -170,7 +175,16 @@ class Page(HTMLParser):
 
 def write(tmp_path, runs, **options):
     options = {"title": "Output layers on sotu", "command": "uncork compare --seeds 3", **options}
-    return Page(write_report(tmp_path / "report", runs, **options))
+    return Page(write_report(tmp_path / "report", read_records(runs), **options))
+
+
+def summary_of(runs):
+    return summarise(runs_table(read_records(runs)))
+
+
+def pictures(runs):
+    read = read_records(runs)
+    return figures.pictures(read, runs_table(read), summary_of(runs))
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +206,9 @@ def test_the_page_is_valid_and_needs_nothing_but_itself(comparison):
     local = {match for reference in page.references for match in re.findall(r"#([^)\"]+)", reference)}
     assert local <= set(page.ids)
     assert page.source.startswith("<!doctype html>")
-    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 10
-    assert page.source.count('role="img" aria-label="') == 10
-    assert "$" not in page.text
+    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 9
+    assert page.source.count('role="img" aria-label="') == 9
+    assert not re.search(r"\{\{|\{%|&amp;lt;|Undefined", page.source)
 
 
 def test_figures_follow_the_page_s_colours(comparison):
@@ -213,7 +227,7 @@ def test_everything_is_written(comparison):
     mean = np.mean([run.result["test"]["perplexity"] for run in made[:2]])
     assert table["test_perplexity"][0] == pytest.approx(mean, rel=1e-12)
     pictures = sorted(path.name for path in (out / "figures").iterdir())
-    assert len(pictures) == 10
+    assert len(pictures) == 9
     assert {"perplexity.png", "curves-tokens.png", "function-3-plif.png", "deciles.png"} <= set(pictures)
     assert all((out / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
@@ -234,11 +248,75 @@ def test_figures_of_an_earlier_report_are_gone(tmp_path, store):
     assert not old.exists()
 
 
+def test_every_file_of_a_run_is_read_once(tmp_path, store, monkeypatch):
+    runs = [make_run(store, head, seed) for head in LEVELS for seed in range(2)]
+    beside = make_run(store, "mos", 5, analysis=False)
+    (beside.path / "analysis.json").write_text(json.dumps(runs[0].result["analysis"]))
+    reads: Counter[str] = Counter()
+
+    def counted(path):
+        reads[str(path.relative_to(store.root))] += 1
+        return files.read_json(path)
+
+    monkeypatch.setattr(store_module, "read_json", counted)
+    monkeypatch.setattr(records, "read_json", counted)
+    write(tmp_path, [*runs, beside])
+    assert reads == dict.fromkeys(
+        [*(f"{run.name}/result.json" for run in [*runs, beside]), "mos-seed5/analysis.json"], 1
+    )
+
+
+@pytest.mark.parametrize(("seeds", "shaded"), [((2, 2), 1), ((1, 1), 0), ((2, 1), 0), ((2, 0), 1)])
+def test_the_lowest_row_is_shaded_where_no_head_has_but_one_seed(tmp_path, store, seeds, shaded):
+    runs = [make_run(store, head, seed, finished=seed < count, analysis=False)
+            for head, count in zip(("softmax", "plif"), seeds, strict=True) for seed in range(2)]  # fmt: skip
+    page = write(tmp_path, runs)
+    assert page.source.count('<tr class="best">') == shaded
+    assert ("is shaded" in page.text) == bool(shaded)
+
+
+def test_the_page_opens_with_the_verdict(tmp_path, store):
+    runs = [make_run(store, head, 0, analysis=False) for head in ("softmax", "plif")]
+    assert '<p class="verdict">No verdict: one seed.</p>' in write(tmp_path, runs).source
+    runs = [make_run(store, head, seed, perplexity=level + seed, name=f"{head}{seed}", analysis=False)
+            for head, level in (("softmax", 100.0), ("plif", 97.0)) for seed in range(5)]  # fmt: skip
+    page = write(tmp_path, runs)
+    assert '<p class="verdict">plif ends lower than softmax in 5 of 5 seeds, p &lt;0.001, −2.9 %.</p>' in page.source
+
+
+def test_functions_that_are_lines_are_said_and_not_drawn(comparison, tmp_path, store):
+    _, page, out = comparison
+    assert "temperature is a straight line (slope 1.15), and not drawn." in page.text
+    assert not list((out / "figures").glob("*temperature*"))
+    assert len(list((out / "figures").glob("function-*"))) == 3
+    run = make_run(store, "plif", 0)
+    function = {"x": [-1.0, 1.0], "y": [-1.0, 1.0], "slope": [0.99, 1.02]}
+    run.finish({**run.result, "analysis": {**run.result["analysis"], "function": function}})
+    page = write(tmp_path, [run, make_run(store, "softmax", 0)])
+    assert "plif is nearly the identity (slope from 0.99 to 1.02), and not drawn." in page.text
+    assert "Above, f(z) for each seed" not in page.text
+
+
+def test_a_rank_that_misleads_has_no_column_and_no_figure(tmp_path, store):
+    runs = [make_run(store, head, 0) for head in ("softmax", "plif")]
+    page = write(tmp_path, runs)
+    assert any("singular-values" in name for name in page.ids)
+    assert '<th scope="col">rank</th>' in page.source
+    analysis = runs[1].result["analysis"]
+    small = {**analysis, "rank": {**analysis["rank"], "effective": {"1e-4": 9}}}
+    runs[1].finish({**runs[1].result, "analysis": small})
+    page = write(tmp_path, runs)
+    assert not any("singular-values" in name for name in page.ids)
+    assert '<th scope="col">rank</th>' not in page.source
+    assert "left out, since it counts what is too small to matter. Rank (ε-rank): softmax 18 (9), plif" in page.text
+    assert pd.read_csv(tmp_path / "report" / "table.csv")["numerical_rank"].notna().all()
+
+
 @pytest.mark.parametrize("head", ["softmax", "plif"])
 def test_one_run(tmp_path, store, head):
     page = write(tmp_path, [make_run(store, head, 0, perplexity=50.0)])
     assert "50.00" in page.text
-    assert "A head with one seed has no spread" in page.text
+    assert "Of a head with one seed nobody knows how far another seed would move it" in page.text
     expected = (
         "no other head has finished"
         if head == "softmax"
@@ -340,7 +418,7 @@ def test_a_head_that_is_far_behind_does_not_set_the_scale(store):
 
 
 def test_labels_keep_their_distance():
-    heights = spread([0.0, 0.01, 0.02, 0.5, 0.99, 1.0], 0.1)
+    heights = set_apart([0.0, 0.01, 0.02, 0.5, 0.99, 1.0], 0.1)
     assert np.all(np.diff(heights) > 0.1 - 1e-9)
     assert min(heights) >= 0
     assert max(heights) <= 1
@@ -368,11 +446,11 @@ def test_labels_that_are_cut_stay_apart():
     assert short["mos"] == "mos"
     assert all(len(short[label]) <= LONGEST for label in labels[:5])
     figure, axes = new_axes(4, 3, xlabel="", ylabel="")
-    label_ends(figure, axes, [(1.0, 0.1 * place, label, INK) for place, label in enumerate(labels)])
+    label_ends(figure, axes, [(1.0, 0.1 * index, label, INK) for index, label in enumerate(labels)])
     assert [text.get_text() for text in axes.texts] == [short[label] for label in labels]
 
 
-# Two softmaxes, of which the one that is not the baseline is better (as the bar's order has it) or worse.
+# Two softmaxes, of which the one that is not the baseline is better or worse.
 TWO = {
     "softmax (scale=1)": ("softmax", 104.94, 1), "plif": ("plif", 93.1, 4), "softmax": ("softmax", 94.15, 4),
     "mos": ("mos", 95.9, 4), "plif-frozen": ("plif-frozen", 94.6, 4),
@@ -389,7 +467,7 @@ def two(request, store):
         for label, (head, level, scale) in levels.items() for seed in range(2)
     ]  # fmt: skip
     runs = runs[::-1] if request.param == "reversed" else runs
-    return runs, {picture.name: picture for picture in pictures(runs)}, summarise(runs).set_index("head")
+    return runs, {picture.name: picture for picture in pictures(runs)}, summary_of(runs).set_index("head")
 
 
 def lines(axes):
@@ -414,13 +492,13 @@ def test_the_dotted_line_of_the_perplexities_is_the_baseline_of_the_table(two):
     assert len(across) == 1
     assert across[0] == pytest.approx([table["test_perplexity"]["softmax"]] * 2)
     assert "the dotted line that of softmax." in drawn["perplexity"].caption
-    bars = [(x[0], y.mean(), colour) for x, y, colour in lines(axes) if y.tolist() != [0, 1]]
+    drawn_means = [(x[0], y.mean(), colour) for x, y, colour in lines(axes) if y.tolist() != [0, 1]]
     colours = [HeadSpec(TWO[label][0]).colour for label in means.index]
-    assert bars == [(mean, place, colours[place]) for place, mean in enumerate(means)]
-    for place, (label, dots) in enumerate(zip(means.index, axes.collections, strict=True)):
+    assert drawn_means == [(mean, row, colours[row]) for row, mean in enumerate(means)]
+    for row, (label, dots) in enumerate(zip(means.index, axes.collections, strict=True)):
         x, y = np.asarray(dots.get_offsets()).T
         assert sorted(x) == pytest.approx([table["test_perplexity_min"][label], table["test_perplexity_max"][label]])
-        assert y.tolist() == [place] * 2
+        assert y.tolist() == [row] * 2
 
 
 def test_the_curves_against_the_baseline_end_where_the_table_does(two):
@@ -464,7 +542,7 @@ def test_the_figure_by_frequency_is_against_the_baseline(two):
     runs, drawn, table = two
     axes = drawn["deciles"].figure.axes[0]
     assert axes.get_ylabel() == "perplexity against softmax"
-    assert "perplexity against that of softmax on held-out words" in drawn["deciles"].caption
+    assert "Perplexity against that of softmax on held-out words" in drawn["deciles"].caption
     loss = {run.config["head"]: run.result["analysis"]["deciles"][0]["cross_entropy"] for run in runs}
     others = [label for label in table.index if label != "softmax"]
     zero, *changes = lines(axes)

@@ -1,7 +1,7 @@
 """The pictures of a comparison: perplexities, learning curves, functions, singular values, frequency deciles."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from uncork.lab.report.records import Record
+from uncork.lab.report.statistics import baseline
 from uncork.lab.report.style import (
     FONT,
     GRID,
@@ -30,15 +32,17 @@ from uncork.lab.report.style import (
     shortened,
     strokes,
 )
-from uncork.lab.report.summary import baseline, heads_of, run_analysis, run_labels, runs_table
+from uncork.lab.report.tables import heads_of, misleading_rank
 from uncork.lab.run.store import Run
 
-__all__ = ["Picture", "pictures"]
+__all__ = ["Picture", "pictures", "undrawn_functions"]
 
 WIDTH, HEIGHT = 4.6, 3.2
 SEED_ALPHA = 0.55
 FAR = 1.25  # times the lowest mean test perplexity
 SMALLEST = 1e-18  # singular values below this share of the first are drawn there
+STRAIGHT = 0.15  # a function whose slopes differ by less looks like a line: it is said in words, not drawn
+IDENTITY = 0.05  # of a line whose slope is nearer to 1
 
 Array = NDArray[np.float64]
 
@@ -60,8 +64,24 @@ class _Group:
 
     label: str
     runs: list[Run]
-    analyses: list[dict[str, Any]]
+    analyses: list[Mapping[str, Any]]
     perplexities: list[float]
+
+    @property
+    def functions(self) -> list[Mapping[str, Any]]:
+        """The analyses that have a function, in the order of the seeds."""
+        return [analysis for analysis in self.analyses if analysis.get("function")]
+
+    @property
+    def slopes(self) -> tuple[float, float]:
+        """The least and the largest slope of its functions over their scores, of all seeds."""
+        slopes = np.concatenate([analysis["function"]["slope"] for analysis in self.functions])
+        return float(slopes.min()), float(slopes.max())
+
+    @property
+    def straight(self) -> bool:
+        """Whether its functions are straight lines as far as one could see."""
+        return all(np.ptp(analysis["function"]["slope"]) < STRAIGHT for analysis in self.functions)
 
 
 @dataclass(frozen=True)
@@ -89,16 +109,47 @@ class _Curve(NamedTuple):
     losses: Array
 
 
-def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Every figure that the finished runs have data for, in the order of the report; [] when none has finished."""
-    table = runs_table(runs)
-    groups = _groups(runs, table)
+def pictures(records: Sequence[Record], table: pd.DataFrame, summary: pd.DataFrame) -> list[Picture]:
+    """Every figure that the finished runs have data for, in the order of the report; [] when none has finished.
+
+    Singular values are left out where the rank that one would count in them misleads, and straight functions, of which
+    `undrawn_functions` tells.
+
+    Args:
+        records: the runs. table, summary: what `runs_table` and `summarise` make of them.
+    """
+    groups = _groups(records, table)
     if not groups:
         return []
     heads = heads_of(table)
     comparison = _Comparison(groups, strokes(heads), baseline(heads), _far(groups))
-    makers = (_perplexities, _curves, _functions, _singular_values, _deciles)
+    makers = [_perplexities, _curves, _functions, *([] if misleading_rank(summary) else [_singular_values]), _deciles]
     return [picture for make in makers for picture in make(comparison)]
+
+
+def undrawn_functions(records: Sequence[Record], table: pd.DataFrame) -> list[str]:
+    """What the functions are that have no picture, since it would show a straight line: a sentence a head."""
+    return [
+        f"{group.label} is {_line(*group.slopes)} ({_slope_words(group)}), and not drawn."
+        for group in _groups(records, table)
+        if group.functions and group.straight
+    ]
+
+
+def _line(low: float, high: float) -> str:
+    """What a function is called whose slope is between these.
+
+    >>> _line(1.0, 1.0), _line(0.98, 1.01), _line(1.3, 1.3), _line(0.9, 1.0)
+    ('the identity', 'nearly the identity', 'a straight line', 'nearly a straight line')
+    """
+    if max(abs(low - 1), abs(high - 1)) < IDENTITY:
+        return "the identity" if f"{low:.2f}" == f"{high:.2f}" == "1.00" else "nearly the identity"
+    return "a straight line" if f"{low:.2f}" == f"{high:.2f}" else "nearly a straight line"
+
+
+def _slope_words(group: _Group) -> str:
+    low, high = (f"{slope:.2f}" for slope in group.slopes)
+    return f"slope {low if low == high else f'from {low} to {high}'}"
 
 
 def _far(groups: Sequence[_Group]) -> list[str]:
@@ -109,19 +160,19 @@ def _far(groups: Sequence[_Group]) -> list[str]:
     return far if len(means) - len(far) >= 2 else []
 
 
-def _groups(runs: Sequence[Run], table: pd.DataFrame) -> list[_Group]:
-    labels = {run.path: label for run, label in zip(runs, run_labels(runs), strict=True)}
-    by_name = {(labels[run.path], run.config.get("seed")): run for run in runs}
+def _groups(records: Sequence[Record], table: pd.DataFrame) -> list[_Group]:
+    found = {(record.label, record.seed): record for record in records}
     groups = []
     for label, own in table[table["done"]].groupby("head", sort=False):
-        members = [by_name[str(label), seed] for seed in own["seed"]]
-        analyses = [analysis for run in members if (analysis := run_analysis(run))]
-        groups.append(_Group(str(label), members, analyses, [float(value) for value in own["test_perplexity"]]))
+        members = [found[str(label), seed] for seed in own["seed"]]
+        analyses = [record.analysis for record in members if record.analysis]
+        runs, perplexities = [record.run for record in members], own["test_perplexity"].astype(float).tolist()
+        groups.append(_Group(str(label), runs, analyses, perplexities))
     return groups
 
 
 def _perplexities(comparison: _Comparison) -> list[Picture]:
-    """A row a head, the best on top; a dot a seed, a bar at the mean."""
+    """A row a head, the best on top; a dot a seed, an upright stroke at the mean."""
     rows = [group for group in comparison.groups if np.isfinite(group.perplexities).all()]
     if not rows:
         return []
@@ -130,12 +181,12 @@ def _perplexities(comparison: _Comparison) -> list[Picture]:
     left = 0.15 + 0.08 * max(map(len, short.values()))
     figure, axes = new_axes(WIDTH, 0.75 + 0.33 * len(rows), xlabel="test perplexity", ylabel="", left=left, right=0.62)
     across = ""
-    for place, group in enumerate(rows):
+    for row, group in enumerate(rows):
         stroke, mean = comparison.style[group.label], float(np.mean(group.perplexities))
-        axes.scatter(group.perplexities, [place] * len(group.perplexities), s=22, color=stroke.color, alpha=SEED_ALPHA,
+        axes.scatter(group.perplexities, [row] * len(group.perplexities), s=22, color=stroke.color, alpha=SEED_ALPHA,
                      linewidths=0, zorder=3)  # fmt: skip
-        axes.plot([mean, mean], [place - 0.3, place + 0.3], color=stroke.color, linewidth=2.4, zorder=4)
-        axes.annotate(f"{mean:.{2 if mean < 100 else 1}f}", xy=(1.03, place), xycoords=("axes fraction", "data"),
+        axes.plot([mean, mean], [row - 0.3, row + 0.3], color=stroke.color, linewidth=2.4, zorder=4)
+        axes.annotate(f"{mean:.{2 if mean < 100 else 1}f}", xy=(1.03, row), xycoords=("axes fraction", "data"),
                       color=stroke.color, fontsize=FONT, va="center", annotation_clip=False)  # fmt: skip
         if group.label == comparison.base:
             axes.axvline(mean, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
@@ -150,8 +201,8 @@ def _perplexities(comparison: _Comparison) -> list[Picture]:
     axes.set_xlim(min(near) - margin, max(near) + margin)
     said = "; ".join(f"{group.label} {float(np.mean(group.perplexities)):.1f}" for group in reversed(rows))
     caption = (
-        f"Test perplexity, lower is better. Each dot is a seed, the bar their mean (the number at the right){across}. "
-        "Look whether the dots of two heads overlap: a gap smaller than their scatter is no gap."
+        f"Test perplexity, lower is better. A dot is a seed, the stroke their mean (the number at the right){across}. "
+        "A gap smaller than the scatter of the dots is one only where it holds seed by seed, as the table tells."
         + comparison.among(group.label for group in rows)
     )
     return [Picture("perplexity", "result", figure, caption, f"Mean test perplexity: {said}.")]
@@ -265,19 +316,16 @@ def _functions(comparison: _Comparison) -> list[Picture]:
     """One picture a head that has a function: f above, its slope below, over the histogram of the scores."""
     result: list[Picture] = []
     for number, group in enumerate(comparison.groups):
-        analyses = [analysis for analysis in group.analyses if analysis.get("function")]
-        if not analyses:
+        if not group.functions or group.straight:
             continue
-        slopes = np.concatenate([analysis["function"]["slope"] for analysis in analyses])
-        low, high = f"{slopes.min():.2f}", f"{slopes.max():.2f}"
-        caption = f"{group.label}: slope {low if low == high else f'from {low} to {high}'}"
-        figure = _draw_function(analyses, comparison.style[group.label])
+        caption = f"{group.label}: {_slope_words(group)}"
+        figure = _draw_function(group.functions, comparison.style[group.label])
         said = f"The function of {caption} over the range of the scores."
         result.append(Picture(f"function-{number}-{_file_name(group.label)}", "functions", figure, caption, said))
     return result
 
 
-def _draw_function(analyses: list[dict[str, Any]], stroke: Stroke) -> Figure:
+def _draw_function(analyses: Sequence[Mapping[str, Any]], stroke: Stroke) -> Figure:
     figure, upper = new_axes(3.4, 3.9, xlabel="", ylabel="f(z)", left=0.66, right=0.12)
     box = upper.get_position()
     upper.set_position((box.x0, box.y0 + 0.3 * box.height, box.width, 0.7 * box.height))
@@ -300,7 +348,7 @@ def _draw_function(analyses: list[dict[str, Any]], stroke: Stroke) -> Figure:
     return figure
 
 
-def _draw_histogram(axes: Axes, histogram: dict[str, Any]) -> None:
+def _draw_histogram(axes: Axes, histogram: Mapping[str, Any]) -> None:
     """The scores' histogram in the lower third, with logarithmic heights, under everything else."""
     low, high = axes.get_ylim()
     if histogram.get("counts"):
@@ -309,9 +357,9 @@ def _draw_histogram(axes: Axes, histogram: dict[str, Any]) -> None:
         axes.stairs(tops, histogram["edges"], baseline=low, fill=True, color=MUTED, alpha=0.25, zorder=0)
     targets = histogram.get("target_quantiles") or {}
     if {"0.05", "0.5", "0.95"} <= set(targets):
-        place = low + 0.02 * (high - low)
-        axes.plot([targets["0.05"], targets["0.95"]], [place, place], color=INK, linewidth=2.2, solid_capstyle="butt")
-        axes.plot([targets["0.5"]], [place], marker="o", markersize=4.5, color=INK)
+        height = low + 0.02 * (high - low)
+        axes.plot([targets["0.05"], targets["0.95"]], [height, height], color=INK, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([targets["0.5"]], [height], marker="o", markersize=4.5, color=INK)
     axes.set_ylim(low, high)
 
 
@@ -368,7 +416,7 @@ def _deciles(comparison: _Comparison) -> list[Picture]:
     changes = {label: losses[label] - losses[base] for label in others}
     figure = changes_by_decile(changes, comparison.style, base=base, far=comparison.far, size=(WIDTH, HEIGHT))
     caption = (
-        f"Where the difference lies: perplexity against that of {base} on held-out words, by how often the word "
+        f"Perplexity against that of {base} on held-out words, by how often the word "
         "stands in training. Words are sorted by frequency and cut into ten parts of equal training tokens; a part "
         "without tokens has no dot. Mean over seeds; below the line is better." + comparison.among(others)
     )

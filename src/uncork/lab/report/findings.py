@@ -7,13 +7,76 @@ from typing import Any
 import pandas as pd
 
 from uncork.heads import HEAD_NAMES, HeadSpec
-from uncork.lab.report.summary import BASELINE, MIN_SEEDS_FOR_TEST, baseline, heads_of, perplexity, probability
+from uncork.lab.report.statistics import BASELINE, MIN_SEEDS_FOR_TEST, baseline, paired
+from uncork.lab.report.tables import by_seed, heads_of, misleading_rank, perplexity, plus_minus, probability, rank_text
 
-__all__ = ["caveats", "control_sentence", "headline"]
+__all__ = ["caveats", "control_sentence", "headline", "rank_sentence", "verdict"]
 
 SIGNIFICANT = 0.05
 SHORT_EPOCHS = 10
 MORE_PARAMETERS = 0.02
+
+
+def verdict(summary: pd.DataFrame, runs: pd.DataFrame) -> str:
+    """What the runs decide: each head against the softmax where it was tested, or that nothing is decided, and why.
+
+    Args:
+        summary, runs: what `summarise` and `runs_table` make of the runs.
+    """
+    done = _finished(summary)
+    base = baseline(heads_of(summary)) if len(summary) else None
+    others = _contenders(done, base)
+    if done.empty:
+        return "No verdict: no run has finished."
+    if base is None:
+        return "No verdict: there is no softmax to compare with."
+    if base not in set(done["head"]):
+        return f"No verdict: {base} has not finished."
+    if not others:
+        return "No verdict: no other head has finished."
+    tested = [row for row in others if not math.isnan(row["p_holm"])]
+    undecided = [row for row in others if math.isnan(row["p_holm"])]
+    said = [_decided(row, base, runs) for row in tested]
+    reasons: dict[str, list[str]] = {}
+    for row in undecided:
+        reasons.setdefault(_why_undecided(row, base, runs), []).append(row["head"])
+    for reason, heads in reasons.items():
+        of_some = f" on {_listed(heads)}" if len(heads) < len(others) else ""
+        said.append(f"No verdict{of_some}: {reason}.")
+    return " ".join(said)
+
+
+def _finished(summary: pd.DataFrame) -> pd.DataFrame:
+    return summary[summary["seeds"] > 0] if len(summary) else summary
+
+
+def _contenders(done: pd.DataFrame, base: str | None) -> list[Any]:
+    """The rows of the heads that are compared with the softmax, the lowest first; controls only where all are."""
+    if done.empty:
+        return []
+    rows = [row for _, row in done.sort_values("test_perplexity", kind="stable").iterrows() if row["head"] != base]
+    return [row for row in rows if not _is_control(row["name"])] or rows
+
+
+def _decided(row: Any, base: str, runs: pd.DataFrame) -> str:
+    """A head that was tested, in a sentence."""
+    both = paired(by_seed(runs, row["head"]), by_seed(runs, base))
+    numbers = f"{_p_text(row['p_holm'])}, {plus_minus(both.change_percent, math.nan, 1, '+')} %"
+    way, count = ("lower", both.lower) if both.change_percent < 0 else ("higher", both.higher)
+    if row["p_holm"] < SIGNIFICANT:
+        return f"{row['head']} ends {way} than {base} in {count} of {both.pairs} seeds, {numbers}."
+    return f"{row['head']} is not told apart from {base}: {way} in {count} of {both.pairs} seeds, {numbers}."
+
+
+def _why_undecided(row: Any, base: str, runs: pd.DataFrame) -> str:
+    values = by_seed(runs, row["head"]), by_seed(runs, base)
+    if not all(math.isfinite(value) for own in values for value in own):
+        return "a test perplexity is not a finite number"
+    if not row["pairs"]:
+        return f"no seed is shared with {base}"
+    if row["pairs"] == 1:
+        return "one seed"
+    return f"{row['pairs']:.0f} seeds, and a test takes {MIN_SEEDS_FOR_TEST}"
 
 
 def headline(summary: pd.DataFrame) -> str:
@@ -21,21 +84,21 @@ def headline(summary: pd.DataFrame) -> str:
 
     With a test, a head is said to be lower or higher only where p < 0.05 after Holm's correction.
     """
-    done = summary[summary["seeds"] > 0] if len(summary) else summary
+    done = _finished(summary)
     if done.empty:
         return "No run has finished, so there is nothing to compare yet."
-    rows = [row for _, row in done.sort_values("test_perplexity", kind="stable").iterrows()]
     base = baseline(heads_of(summary))
-    softmax = next((row for row in rows if row["head"] == base), None)
-    if softmax is None:
-        if len(rows) == 1:
+    others = _contenders(done, base)
+    if base not in set(done["head"]):
+        if len(done) == 1:
             lacking = "there is no softmax" if base is None else f"{base} has not finished,"
-            reached = f"{rows[0]['head']} reaches a test perplexity of {_level(rows[0])} on {_seeds(rows[0])}"
+            (row,) = (row for _, row in done.iterrows())
+            reached = f"{row['head']} reaches a test perplexity of {_level(row)} on {_seeds(row)}"
             return f"{reached}; {lacking} to compare it with."
         lacking = "without a softmax to compare with" if base is None else f"before {base} has finished to compare with"
-        return f"Test perplexity {lacking}: {', '.join(_value(row) for row in rows)}."
-    others = [row for row in rows if row["head"] != base and not _is_control(row["name"])]
-    others = others or [row for row in rows if row["head"] != base]
+        ranked = [row for _, row in done.sort_values("test_perplexity", kind="stable").iterrows()]
+        return f"Test perplexity {lacking}: {', '.join(_value(row) for row in ranked)}."
+    (softmax,) = (row for _, row in done[done["head"] == base].iterrows())
     if not others:
         return (
             f"{base} reaches a test perplexity of {_level(softmax)} on {_seeds(softmax)}; no other head has finished."
@@ -61,10 +124,10 @@ def control_sentence(summary: pd.DataFrame, runs: pd.DataFrame) -> str | None:
     learned = next((label for label in rows if names[label] == "plif"), None)
     if frozen is None or learned is None:
         return sentence
-    wins, pairs = _wins(runs, learned, frozen)
-    if pairs == 0:
+    both = paired(by_seed(runs, learned), by_seed(runs, frozen))
+    if both.pairs == 0:
         return sentence
-    sentence += f" {learned} is below the frozen random one in {wins} of {pairs} seeds"
+    sentence += f" {learned} is below the frozen random one in {both.lower} of {both.pairs} seeds"
     if not rows[learned]["test_perplexity"] < rows[frozen]["test_perplexity"]:
         sentence += ", and not below it in the mean: these runs do not show that learning the function helps"
     return f"{sentence}."
@@ -84,6 +147,17 @@ def caveats(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
                 "perplexity that is not a finite number, so no mean is given and no test made."
             )
     return notes + _control_caveats(summary)
+
+
+def rank_sentence(summary: pd.DataFrame) -> str | None:
+    """Why the numerical rank is not shown; None where it does not mislead."""
+    misleading = misleading_rank(summary)
+    if not misleading:
+        return None
+    base = summary[summary["baseline"]]
+    rows = pd.concat([base, summary[summary["head"].isin(misleading)]]).to_dict("records")
+    ranks = (f"{row['head']} {rank_text(row['numerical_rank'])} ({rank_text(row['effective_rank'])})" for row in rows)
+    return f"left out, since it counts what is too small to matter. Rank (ε-rank): {', '.join(ranks)}."
 
 
 def _training_caveats(runs: pd.DataFrame) -> list[str]:
@@ -111,14 +185,14 @@ def _training_caveats(runs: pd.DataFrame) -> list[str]:
 
 
 def _seed_caveats(summary: pd.DataFrame) -> list[str]:
-    done = summary[summary["seeds"] > 0] if len(summary) else summary
+    done = _finished(summary)
     if done.empty:
         return []
     notes = []
     low, high = int(done["seeds"].min()), int(done["seeds"].max())
     if low == 1:
         notes.append(
-            "A head with one seed has no spread: a difference of the size that another seed makes means nothing."
+            "Of a head with one seed nobody knows how far another seed would move it: a small difference means nothing."
         )
     if low != high:
         notes.append(
@@ -182,15 +256,8 @@ def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def _wins(runs: pd.DataFrame, first: str, second: str) -> tuple[int, int]:
-    """Seeds in which the first head's test perplexity is the lower one, and seeds that both have."""
-    done = runs[runs["done"]]
-    both = done[done["head"] == first].merge(done[done["head"] == second], on="seed")
-    return int((both["test_perplexity_x"] < both["test_perplexity_y"]).sum()), len(both)
-
-
 def _is_control(name: str) -> bool:
-    """Whether a head is there to be compared with, not to win: a cheap or an empty form of another one."""
+    """Whether a head is a control: it shows how much of another head's gain needs no learned function."""
     return name in HEAD_NAMES and HeadSpec(name).is_control
 
 
@@ -223,8 +290,9 @@ def _shared(row: Any) -> str:
 
 
 def _tested(row: Any) -> str:
-    p_value = row["p_holm"]
-    if math.isnan(p_value):
-        return ""
+    return "" if math.isnan(row["p_holm"]) else f" ({_p_text(row['p_holm'])})"
+
+
+def _p_text(p_value: float) -> str:
     shown = probability(p_value)
-    return f" (p {shown})" if shown.startswith("<") else f" (p = {shown})"
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"

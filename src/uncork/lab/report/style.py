@@ -135,8 +135,8 @@ def shortened(labels: Iterable[str]) -> dict[str, str]:
     half = LONGEST // 2
     both = [label if len(label) <= LONGEST else label[:half] + "…" + label[half + 1 - LONGEST :] for label in whole]
     short = {}
-    for place, label in enumerate(whole):
-        choices = [own[place] for own in (begun, both) if own.count(own[place]) == 1]
+    for index, label in enumerate(whole):
+        choices = [own[index] for own in (begun, both) if own.count(own[index]) == 1]
         short[label] = next(iter(choices), label)
     return short
 
@@ -147,23 +147,23 @@ def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, st
         return
     ends = sorted(ends, key=lambda end: end[1])
     to_axes = axes.transData + axes.transAxes.inverted()
-    places = [to_axes.transform((x, y)).clip(0, 1) for x, y, _, _ in ends]  # a line may end outside the frame
+    tips = [to_axes.transform((x, y)).clip(0, 1) for x, y, _, _ in ends]  # a line may end outside the frame
     height_points = axes.get_position().height * figure.get_figheight() * 72
-    heights = spread([float(place[1]) for place in places], 1.25 * FONT / height_points)
+    heights = set_apart([float(tip[1]) for tip in tips], 1.25 * FONT / height_points)
     short = shortened(label for _, _, label, _ in ends)
-    for (_, _, label, color), place, height in zip(ends, places, heights, strict=True):
+    for (_, _, label, color), tip, height in zip(ends, tips, heights, strict=True):
         axes.annotate(
-            short[label], xy=(place[0], place[1]), xytext=(1.045, height), xycoords="axes fraction",
+            short[label], xy=(tip[0], tip[1]), xytext=(1.045, height), xycoords="axes fraction",
             textcoords="axes fraction", color=color, fontsize=FONT, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 0,
                         "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
+def set_apart(heights: Sequence[float], gap: float) -> list[float]:
     """Ascending heights moved as little as need be until neighbours are `gap` apart and, if they fit, all in [0, 1].
 
-    >>> spread([0.5, 0.5], 0.25)
+    >>> set_apart([0.5, 0.5], 0.25)
     [0.375, 0.625]
     """
     groups = [[min(max(height, 0.0), 1.0), 1] for height in heights]  # [centre, members]
@@ -201,13 +201,13 @@ def changes_by_decile(
     ends, seen = [], [0.0]
     for label, nats in changes.items():
         change, stroke = 100 * np.expm1(nats), style[label]
-        place = np.flatnonzero(np.isfinite(change))
-        if not place.size:
+        told = np.flatnonzero(np.isfinite(change))
+        if not told.size:
             continue
-        axes.plot(place + 1, change[place], color=stroke.color, linestyle=stroke.linestyle,
+        axes.plot(told + 1, change[told], color=stroke.color, linestyle=stroke.linestyle,
                   linewidth=stroke.linewidth, marker="o", markersize=3)  # fmt: skip
-        ends.append((float(place[-1] + 1), float(change[place[-1]]), label, stroke.color))
-        seen += [] if label in far else change[place].tolist()
+        ends.append((float(told[-1] + 1), float(change[told[-1]]), label, stroke.color))
+        seen += [] if label in far else change[told].tolist()
     axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
     axes.set_xlim(0.7, 10.3)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))

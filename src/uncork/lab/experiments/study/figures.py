@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from uncork.diagnose.output_layer import SLOPE_GRID
 from uncork.lab.experiments.study.run import Cell
 from uncork.lab.experiments.study.tables import Costs, measured_as
+from uncork.lab.report.statistics import baseline
 from uncork.lab.report.style import (
     FONT,
     GRID,
@@ -28,7 +29,6 @@ from uncork.lab.report.style import (
     shortened,
     strokes,
 )
-from uncork.lab.report.summary import baseline
 from uncork.lab.run.rows import Rows
 
 Array = NDArray[np.float64]

@@ -11,17 +11,8 @@ import numpy as np
 import pandas as pd
 
 from uncork.lab.experiments.study.run import Cell
-from uncork.lab.report.summary import (
-    NO_NUMBER,
-    baseline,
-    heads_of,
-    holm,
-    paired_p,
-    perplexity,
-    probability,
-    run_row,
-    summarise_table,
-)
+from uncork.lab.report.statistics import baseline, holm, paired
+from uncork.lab.report.tables import NO_NUMBER, heads_of, perplexity, probability, run_row, summarise
 from uncork.lab.run.rows import Rows
 
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
@@ -62,10 +53,10 @@ def _settings(cell: Cell) -> str:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a place and head: what `uncork.lab.report.summary.summarise` says, within the place."""
+    """One row a place and head: what `uncork.lab.report.tables.summarise` says, within the place."""
     parts = []
     for place, own in runs.groupby("place", sort=False):
-        told = summarise_table(own)
+        told = summarise(own)
         more = own.groupby("head", sort=False).agg(
             valid_perplexity_best=("valid_perplexity", "min"),
             train_perplexity=("train_perplexity", "mean"),
@@ -80,7 +71,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         by_head = _by_head(own)
         base = baseline(heads_of(own))
         told["change_percent"] = [
-            math.nan if base in (None, head) else _pair(by_head[head], by_head[base])["change_percent"]
+            math.nan if base in (None, head) else paired(by_head[head], by_head[base]).change_percent
             for head in told["head"]
         ]
         told.insert(0, "in_features", first["in_features"])
@@ -103,7 +94,7 @@ def bars(runs: pd.DataFrame, controls: Mapping[str, Sequence[str]]) -> pd.DataFr
     for place, own in runs.groupby("place", sort=False):
         by_head, names = _by_head(own), heads_of(own)
         tests = [
-            {"place": place, "learned": learned, "control": control, **_pair(by_head[learned], by_head[control])}
+            {"place": place, "learned": learned, "control": control, **_test(by_head[learned], by_head[control])}
             for learned in by_head
             for control in controls.get(learned, controls.get(names[learned], ()))
             if control in by_head
@@ -118,15 +109,13 @@ def _by_head(runs: pd.DataFrame) -> dict[str, pd.Series]:
     return {str(head): own.set_index("seed")["test_perplexity"] for head, own in runs.groupby("head", sort=False)}
 
 
-def _pair(mine: pd.Series, theirs: pd.Series) -> dict[str, float]:
-    seeds = mine.index.intersection(theirs.index)
-    a, b = mine[seeds].to_numpy(dtype=float), theirs[seeds].to_numpy(dtype=float)
-    ratio = np.log(a) - np.log(b)
+def _test(learned: pd.Series, control: pd.Series) -> dict[str, float]:
+    both = paired(learned, control)
     return {
-        "pairs": len(seeds),
-        "change_percent": 100 * math.expm1(float(ratio.mean())) if len(seeds) else math.nan,
-        "lower": int((ratio < 0).sum()),
-        "p_value": paired_p(a, b),
+        "pairs": both.pairs,
+        "change_percent": both.change_percent,
+        "lower": both.lower,
+        "p_value": both.p_value,
     }
 
 

@@ -48,7 +48,7 @@ from uncork.lab.experiments.synthetic.tables import (
     usual_settings,
 )
 from uncork.lab.report.style import FONT, GRID, INK, MUTED, Stroke, dress, plain_log_ticks
-from uncork.lab.report.summary import NO_NUMBER
+from uncork.lab.report.tables import NO_NUMBER
 
 __all__ = ["by_beta", "by_features", "by_head", "by_pieces", "functions", "heat_maps"]
 

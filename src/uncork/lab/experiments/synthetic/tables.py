@@ -13,7 +13,8 @@ import pandas as pd
 
 from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
-from uncork.lab.report.summary import NO_NUMBER, baseline
+from uncork.lab.report.statistics import baseline, paired
+from uncork.lab.report.tables import NO_NUMBER
 from uncork.lab.train.head import parse_head
 
 __all__ = [
@@ -44,7 +45,6 @@ NO_KL = 1e-4
 """Nats. At and below it the head models the targets; a ratio to such a KL divergence says nothing, and is nan."""
 
 MEASURES = ["mode_matching", "kl", "cross_entropy"]
-_PAIRED = ["mode_gain", "kl_gain", "mode_ratio", "kl_ratio", "cross_entropy_ratio"]
 _DECIMALS = {"entropy": 6, "cross_entropy": 6, "kl": 6, "mode_matching": 3, "largest_score": 3, "last_gain": 8,
              "seconds": 2}  # fmt: skip
 
@@ -207,24 +207,30 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: as `rows_frame` returns them.
     """
-    paired = _with_softmax(rows)
-    paired["mode_gain"] = paired["mode_matching"] - paired["mode_matching_softmax"]
-    paired["kl_gain"] = paired["kl_softmax"] - paired["kl"]
-    least = {"mode_matching": 0.0, "kl": NO_KL, "cross_entropy": NO_KL}
-    for name, ratio in zip(MEASURES, ("mode_ratio", "kl_ratio", "cross_entropy_ratio"), strict=True):
-        base = paired[f"{name}_softmax"]
-        paired[ratio] = paired[name] / base.where(base > least[name])
-
-    groups = paired.groupby([*POINT, "head", *SETTINGS], sort=False)
+    groups = _with_softmax(rows).groupby([*POINT, "head", *SETTINGS], sort=False)
     result = pd.DataFrame({"seeds": groups["seed"].nunique()})
     for name in MEASURES:
         result[name], result[f"{name}_std"] = groups[name].mean(), groups[name].std()
     for name in ("parameters", "width", "converged"):
         result[name] = groups[name].mean()
-    result["pairs"] = groups["kl_softmax"].count()
-    for name in _PAIRED:
-        result[name], result[f"{name}_std"] = groups[name].mean(), groups[name].std()
-    return _sorted(result.reset_index(), [*POINT, "head", *SETTINGS])
+    against = pd.DataFrame([_against_softmax(own.set_index("seed")) for _, own in groups], index=result.index)
+    return _sorted(result.join(against).reset_index(), [*POINT, "head", *SETTINGS])
+
+
+def _against_softmax(own: pd.DataFrame) -> dict[str, float]:
+    """One head's cells of a point, by seed, beside those of its softmax."""
+    softmax = {name: own[f"{name}_softmax"].dropna() for name in MEASURES}
+    mode, kl, cross_entropy = (paired(own[name], softmax[name]) for name in MEASURES)
+    lower = paired(softmax["kl"], own["kl"])
+    told: dict[str, float] = {
+        "pairs": kl.pairs,
+        "mode_gain": mode.difference, "mode_gain_std": mode.difference_std,
+        "kl_gain": lower.difference, "kl_gain_std": lower.difference_std,
+    }  # fmt: skip
+    ratios = {"mode": mode.ratio(), "kl": kl.ratio(NO_KL), "cross_entropy": cross_entropy.ratio(NO_KL)}
+    for name, (mean, deviation) in ratios.items():
+        told |= {f"{name}_ratio": mean, f"{name}_ratio_std": deviation}
+    return told
 
 
 def _with_softmax(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,17 +1,32 @@
 """The numbers of a comparison, by hand and against scipy, and the sentences made from them."""
 
-import io
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from rich.console import Console
 from scipy import stats
 
 from uncork.lab.errors import LabError
-from uncork.lab.report.findings import caveats, control_sentence, headline
-from uncork.lab.report.summary import baseline, heads_of, print_table, run_labels, runs_table, summarise, to_markdown
+from uncork.lab.report import tables
+from uncork.lab.report.findings import caveats, control_sentence, headline, rank_sentence, verdict
+from uncork.lab.report.records import read_records
+from uncork.lab.report.statistics import baseline, paired
+from uncork.lab.report.tables import DEVIATION, SPARE, display, heads_of, markdown, misleading_rank, terminal_table
 from uncork.lab.run.store import RunStore
+
+
+def runs_table(runs):
+    return tables.runs_table(read_records(runs))
+
+
+def summarise(runs):
+    return tables.summarise(runs_table(runs))
+
+
+def run_labels(runs):
+    return [record.label for record in read_records(runs)]
+
 
 SOFTMAX = [100.0, 102.0, 101.0, 99.0, 103.0]
 PLIF = [95.0, 96.5, 97.0, 93.0, 98.0]
@@ -94,6 +109,28 @@ def test_no_test_below_five_seeds(runs):
     assert math.isnan(row["p_holm"])
 
 
+def test_pairs_by_hand():
+    mine, theirs = pd.Series({3: 8.0, 1: 2.0, 2: 9.0}), pd.Series({0: 1.0, 1: 4.0, 2: 9.0, 3: 4.0})
+    both = paired(mine, theirs)
+    assert (both.pairs, both.lower, both.higher) == (3, 1, 1)
+    assert both.difference == pytest.approx(2 / 3)
+    assert both.difference_std == pytest.approx(np.std([4, -2, 0], ddof=1))
+    assert both.change_percent == pytest.approx(0, abs=1e-12)  # twice as much, half as much, the same
+    assert both.ratio() == pytest.approx((3.5 / 3, np.std([2, 0.5, 1], ddof=1)))
+    assert both.ratio(4.0) == (1.0, pytest.approx(math.nan, nan_ok=True))
+    assert math.isnan(both.p_value)
+    none = paired(mine, pd.Series({7: 1.0}))
+    assert (none.pairs, none.lower, none.higher) == (0, 0, 0)
+    assert all(map(math.isnan, (none.difference, none.difference_std, none.change_percent, *none.ratio())))
+
+
+def test_a_pair_that_is_not_finite_makes_every_number_nan():
+    mine = pd.Series([*PLIF[:4], math.inf])
+    both = paired(mine, pd.Series(SOFTMAX))
+    assert (both.pairs, both.lower, both.higher) == (5, 0, 0)
+    assert all(map(math.isnan, (both.difference, both.difference_std, both.change_percent, both.p_value)))
+
+
 def test_only_shared_seeds_are_paired(make):
     runs = [make("softmax", s, v) for s, v in zip((0, 1, 2), (100.0, 110.0, 120.0), strict=True)]
     runs += [make("plif", s, v) for s, v in zip((1, 2, 7), (109.0, 122.0, 1.0), strict=True)]
@@ -106,7 +143,7 @@ def test_without_a_shared_seed_the_means_are_compared(make):
     frame = summarise([make("softmax", 0, 100.0), make("plif", 1, 97.0)])
     row = row_of(frame, "plif")
     assert (row["pairs"], row["difference"]) == (0, pytest.approx(-3.0))
-    assert "−3.00 (unpaired)" in to_markdown(frame)
+    assert "−3.00 (unpaired)" in markdown(display(frame))
     assert "none shared with the softmax" in headline(frame)
 
 
@@ -260,7 +297,7 @@ def test_no_runs_at_all():
 
 
 def test_markdown(runs):
-    lines = to_markdown(summarise(runs)).splitlines()
+    lines = markdown(display(summarise(runs))).splitlines()
     assert lines[0].startswith(
         "| head | seeds | test perplexity | valid perplexity | vs softmax (lower in) | p (Holm) |"
     )
@@ -269,14 +306,94 @@ def test_markdown(runs):
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
-@pytest.mark.parametrize("width", [80, 200])
-def test_terminal_table_fits(runs, width):
-    out = io.StringIO()
-    print_table(summarise(runs), Console(file=out, width=width))
-    text = out.getvalue()
-    assert "95.90 ± 1.95" in text
-    assert max(map(len, text.splitlines())) <= width
-    assert ("peak MiB" in text) == (width == 200)
+def test_the_terminal_s_table_drops_columns_until_it_fits(runs):
+    text = display(summarise(runs))
+    shown = {width: terminal_table(text, title=DEVIATION, spare=SPARE, width=width) for width in (70, 90, 130, 200)}
+    for width, table in shown.items():
+        lines = table.splitlines()
+        assert lines[0] == DEVIATION
+        assert "95.90 ± 1.95" in table
+        assert max(map(len, lines)) <= width
+    names = {width: table.splitlines()[1] for width, table in shown.items()}
+    assert [("peak MiB" in names[w], "tokens/s" in names[w], "p (Holm)" in names[w]) for w in (70, 90, 130, 200)] == [
+        (False, False, True), (False, True, True), (True, True, True), (True, True, True),
+    ]  # fmt: skip
+    assert names[200].split() == " ".join(text.columns).split()
+
+
+def test_the_terminal_s_table_has_a_line_above_each_block():
+    text = pd.DataFrame(
+        {"point": ["M = 1", "M = 1", "M = 2"], "head": ["softmax", "[plif]", "mos"], "KL": [1, 22, 333]}
+    )
+    assert terminal_table(text, blocks="point", width=80).splitlines() == [
+        "head       KL", "─────────────", "", "M = 1", "softmax     1", "[plif]     22", "", "M = 2", "mos       333",
+    ]  # fmt: skip
+
+
+def verdict_of(runs):
+    return verdict(summarise(runs), runs_table(runs))
+
+
+def test_the_verdict_of_five_seeds(make, runs):
+    change = 100 * math.expm1(np.mean(np.log(PLIF) - np.log(SOFTMAX)))
+    assert verdict_of(runs) == f"plif ends lower than softmax in 5 of 5 seeds, p <0.001, −{-change:.1f} %."
+    runs += [make("gss", s, v + d) for s, (v, d) in enumerate(zip(SOFTMAX, [1, -1, 0.5, -0.2, 0.3], strict=True))]
+    runs += [make("mos", s, v + 5 + 0.1 * s) for s, v in enumerate(SOFTMAX)]
+    runs += [make("sigsoftmax", s, 120.0) for s in (0, 1)]
+    assert verdict_of(runs).split(". ")[1:] == [
+        "gss is not told apart from softmax: higher in 3 of 5 seeds, p = 0.74, +0.1 %",
+        "mos ends higher than softmax in 5 of 5 seeds, p <0.001, +5.1 %",
+        "No verdict on sigsoftmax: 2 seeds, and a test takes 5.",
+    ]
+
+
+def test_the_verdict_leaves_the_controls_to_their_own_sentence(make, runs):
+    controls = [make("temperature", s, v - 1) for s, v in enumerate(SOFTMAX)]
+    assert "temperature" not in verdict_of([*runs, *controls])
+    assert verdict_of([*runs[:5], *controls]).startswith("temperature ends lower than softmax in 5 of 5 seeds")
+
+
+def test_there_is_no_verdict_without_a_test_and_the_reason_is_said(make):
+    softmax, plif = make("softmax", 0, 9.0), make("plif", 0, 8.0)
+    assert verdict_of([]) == verdict_of([make("plif", 5, None)]) == "No verdict: no run has finished."
+    assert verdict_of([plif]) == "No verdict: there is no softmax to compare with."
+    assert verdict_of([make("softmax", 6, None), plif]) == "No verdict: softmax has not finished."
+    assert verdict_of([softmax]) == "No verdict: no other head has finished."
+    assert verdict_of([softmax, plif]) == "No verdict: one seed."
+    assert verdict_of([softmax, plif, make("softmax", 1, 9.0), make("plif", 1, 8.0)]) == (
+        "No verdict: 2 seeds, and a test takes 5."
+    )
+    assert verdict_of([softmax, make("plif", 4, 8.0)]) == "No verdict: no seed is shared with softmax."
+    assert verdict_of([softmax, plif, make("mos", 0, math.inf)]) == (
+        "No verdict on plif: one seed. No verdict on mos: a test perplexity is not a finite number."
+    )
+
+
+def ranked(make, ranks):
+    """One run a head, {head: (numerical rank, ε-rank)}."""
+    return [
+        make(head, 0, 9.0, analysis={"rank": {"numerical": numerical, "effective": {"1e-4": effective}}})
+        for head, (numerical, effective) in ranks.items()
+    ]
+
+
+def test_the_numerical_rank_is_left_out_where_the_rank_by_size_says_otherwise(make):
+    frame = summarise(ranked(make, {"softmax": (18, 15), "softcap": (1000, 15), "plif": (1000, 16), "mos": (18, 15)}))
+    assert misleading_rank(frame) == ["softcap"]
+    assert "rank" not in display(frame).columns
+    assert "ε-rank" in display(frame).columns
+    assert rank_sentence(frame).endswith("Rank (ε-rank): softmax 18 (15), softcap 1,000 (15).")
+    lower = summarise(ranked(make, {"softmax": (18, 15), "gss": (9, 30)}))
+    assert misleading_rank(lower) == ["gss"]
+
+
+def test_the_numerical_rank_is_shown_where_both_ranks_agree_or_one_is_not_known(make):
+    frame = summarise(ranked(make, {"softmax": (18, 15), "mos": (1000, 40), "gss": (9, 3), "temperature": (18, 40)}))
+    assert misleading_rank(frame) == []
+    assert rank_sentence(frame) is None
+    assert display(frame)["rank"].tolist() == ["18", "18", "9", "1,000"]
+    assert misleading_rank(summarise([make("softmax", 3, 9.0), make("plif", 3, 8.0)])) == []
+    assert misleading_rank(summarise(ranked(make, {"plif": (1000, 15), "mos": (18, 15)}))) == []
 
 
 def test_headline_without_a_test_says_so(runs):
@@ -321,7 +438,7 @@ def test_caveats_name_what_stands_against_the_result(make):
     runs += [make("plif", 0, 9.0, parameters=1100, stopped="early"), make("plif", 1, None)]
     text = " ".join(caveats(summarise(runs), runs_table(runs)))
     for words in ("In 2 of 3 runs validation was best at the very last step", "1 of 3 runs stopped before",
-                  "A head with one seed", "between 1 and 2 finished seeds", "left out of every number here: plif-1",
+                  "Of a head with one seed", "between 1 and 2 finished seeds", "left out of every number here: plif-1",
                   "Not run: temperature, softcap, plif-frozen", "plif +10%"):  # fmt: skip
         assert words in text, words
 
