@@ -17,15 +17,12 @@ from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
 from uncork.logit_functions import LogitFunction
 
-__all__ = ["SLOPE_GRID", "analyse", "frequency_deciles", "learned_slopes"]
-
 EFFECTIVE = ("1e-2", "1e-4", "1e-6")
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 DECILES = 10
 BINS = 80
 GRID = 201
 HISTOGRAM_CONTEXTS = 200
-SLOPE_GRID = tuple(range(-20, 21, 2))
 CHUNK = 50  # contexts at once: (CHUNK, K, V) float64 scores stay below about 200 MB at K = 15, V = 33,000
 
 
@@ -88,16 +85,6 @@ def analyse(
             }
     finally:
         model.train(training)
-
-
-def learned_slopes(model: LanguageModel) -> list[float] | None:
-    """f' at the scores of SLOPE_GRID, of a head whose function is trained; None for any other."""
-    function = getattr(model.head, "logit_function", None)
-    if not isinstance(function, LogitFunction) or not any(p.requires_grad for p in function.parameters()):
-        return None
-    grid = torch.tensor(SLOPE_GRID, dtype=torch.float32, device=next(function.parameters()).device)
-    with torch.no_grad():
-        return [float(slope) for slope in function.derivative(grid)]
 
 
 def frequency_deciles(counts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the command line prints, and how it survives that nobody reads it; what this process may use and does."""
+"""Printing that outlives a closed pipe, a closed terminal and a full disk; the cores and the memory of this process."""
 
 import errno
 import io
@@ -7,10 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:  # the help must not wait for torch
-    from uncork.lab.train.trainer import Progress
+from typing import TextIO
 
 
 class NobodyReads(KeyboardInterrupt):
@@ -67,15 +64,6 @@ def clock(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
-def progress_line(name: str, p: "Progress", left: float | None) -> str:
-    """One line of where a run stands; left: seconds."""
-    validation = "" if p.valid_perplexity is None else f"  valid ppl {p.valid_perplexity:8.2f}"
-    return (
-        f"{name:28} step {p.step:>6}/{p.steps_total}  loss {p.cross_entropy:6.3f}{validation}  "
-        f"{p.tokens_per_second:8,.0f} tok/s  {clock(left)} left"
-    )
 
 
 def cores() -> int:

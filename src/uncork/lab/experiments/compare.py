@@ -20,12 +20,13 @@ from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.run.files import read_json, write_json
 from uncork.lab.run.interrupts import become_worker
 from uncork.lab.run.key import key_of
+from uncork.lab.run.progress import Progress
 from uncork.lab.run.store import Run, RunStore
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train.checkpoints import check_head, load_trained
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.evaluation import evaluate
-from uncork.lab.train.training import Progress, train
+from uncork.lab.train.trainer import train
 
 # What a head may set for itself beside its own options, since a fair comparison tunes it for each head.
 OWN_SETTINGS = (
@@ -84,9 +85,11 @@ def with_head(base: TrainConfig, text: str, seed: int) -> TrainConfig:
         LabError: a head that cannot be read or built, a bad seed.
     """
     name, options, settings = parse_head(text)
-    base = dataclasses.replace(base, seed=seed)
+    base = base.updated(seed=seed)
     try:
-        config = dataclasses.replace(base, head=name, head_options=options, **settings)
+        preset = TrainConfig.of(base.preset)
+        own = {key: getattr(preset, key) if value is None else value for key, value in settings.items()}
+        config = base.updated(head=name, head_options=options, **own)
     except LabError as error:
         said = str(error)
         raise LabError(said if said.startswith("head ") else f"head {text}: {said}") from None
@@ -137,7 +140,7 @@ def _same_run(first: TrainConfig, second: TrainConfig) -> bool:
     if first.seed != second.seed:
         return False
     heads = [HeadSpec(config.head, config.head_options) for config in (first, second)]
-    rest = [dataclasses.replace(config.resolved(), head_options={}) for config in (first, second)]
+    rest = [config.updated(head_options={}) for config in (first, second)]
     return heads[0] == heads[1] and rest[0] == rest[1]
 
 
@@ -171,18 +174,18 @@ def run_task(
         return run
     train(task.config, corpus, run, on_progress=on_progress)
     trained = load_trained(run.path)
-    preset = task.config.resolved_preset().training
+    settings = task.config
     analysis = analyse(
         trained.model,
         corpus.splits["test"],
         corpus.counts,
-        batch_size=preset.eval_batch_size,
-        bptt=preset.bptt,
+        batch_size=settings.eval_batch_size,
+        bptt=settings.bptt,
         contexts=contexts,
     )
     # As much of the training text as the test has, without dropout: what the model has learned by heart.
     seen = corpus.splits["train"][: len(corpus.splits["test"])]
-    own = evaluate(trained.model, seen, batch_size=preset.eval_batch_size, bptt=preset.bptt)
+    own = evaluate(trained.model, seen, batch_size=settings.eval_batch_size, bptt=settings.bptt)
     own_numbers = {"train_cross_entropy": own.cross_entropy, "contexts_asked": contexts}
     write_json(run.path / "analysis.json", {**analysis, **own_numbers})
     return run

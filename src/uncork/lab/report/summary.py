@@ -8,7 +8,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -89,13 +88,12 @@ def _usual(heads: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run was trained, by its config.json: the fields of TrainConfig in their order, nested ones joined by dots.
+    """How a run was trained, by its config.json: the settings of TrainConfig in their order, nested ones joined by dots.
 
-    The head's options come with their defaults, and a field that the run's version did not have with what it did. Head,
-    seed, what no number depends on, and other keys than fields are left out.
+    The head's options come with their defaults. Head, seed and whatever is no setting are left out.
     """
-    known = [f.name for f in fields(TrainConfig) if f.name not in {"head", "seed", *TrainConfig.HARMLESS}]
-    values = {**TrainConfig.ADDED, **config, "head_options": _head_options(config)}
+    known = [name for name in TrainConfig.of().to_dict() if name not in ("head", "seed")]
+    values = {**config, "head_options": _head_options(config)}
     return _flatten({name: values[name] for name in known if name in values})
 
 

@@ -213,8 +213,8 @@ def evaluate_run(
     return evaluate(
         trained.model,
         tokens,
-        batch_size=trained.training.eval_batch_size,
-        bptt=trained.training.bptt,
+        batch_size=trained.config.eval_batch_size,
+        bptt=trained.config.bptt,
         words=words,
         bytes=bytes,
         unknown=unknown,

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from uncork.lab.analysis import SLOPE_GRID
 from uncork.lab.experiments.study.run import Cell
 from uncork.lab.experiments.study.store import Rows
 from uncork.lab.experiments.study.tables import Costs, measured_as
@@ -30,6 +29,7 @@ from uncork.lab.report.style import (
     strokes,
 )
 from uncork.lab.report.summary import baseline
+from uncork.lab.train.trainer import SLOPE_GRID
 
 Array = NDArray[np.float64]
 _WIDTH, _HEIGHT = 4.6, 3.2

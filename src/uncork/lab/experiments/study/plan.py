@@ -122,7 +122,7 @@ def config_of(head: str, place: Place, seed: int, settings: Mapping[str, Any] = 
     corpus, d = place
     name, options, own = parse_head(head)
     fields: dict[str, Any] = {**BASE, **CORPORA[corpus], "in_features": d, **settings, **own}
-    return TrainConfig(head=name, head_options=options, seed=seed, **fields)
+    return TrainConfig.of(head=name, head_options=options, seed=seed, **fields)
 
 
 def text_of(config: TrainConfig) -> str:

@@ -11,8 +11,9 @@ from uncork.lab.errors import LabError
 from uncork.lab.experiments.compare import Event, Task, Texts, TimeLeft, run_all
 from uncork.lab.experiments.study.store import RowStore, outdated, row_of
 from uncork.lab.run.key import key_of
+from uncork.lab.run.progress import progress_line
 from uncork.lab.run.store import Run
-from uncork.lab.terminal import progress_line, say
+from uncork.lab.terminal import say
 from uncork.lab.train.config import TrainConfig
 
 CONTEXTS = 500
