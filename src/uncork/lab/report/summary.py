@@ -88,7 +88,7 @@ def _usual(heads: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run was trained, by its config.json: the settings of TrainConfig in their order, nested ones joined by dots.
+    """How a run was trained, by its config.json: the settings of TrainConfig, nested ones joined by dots.
 
     The head's options come with their defaults. Head, seed and whatever is no setting are left out.
     """

@@ -109,7 +109,7 @@ def describe(config: TrainConfig, model: LanguageModel, corpus: Corpus) -> dict[
 
 
 def described_config(description: dict[str, Any]) -> TrainConfig:
-    """The settings in a description; an earlier one has what the preset gave apart from them, in `model` and `training`."""
+    """The settings in a description. Earlier ones have what the preset gave apart from them: `model`, `training`."""
     values = dict(description["config"])
     for name, kept in (("model_options", description.get("model")), ("training_options", description.get("training"))):
         if kept is not None:
@@ -123,7 +123,9 @@ def check_description(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise LabError(f"{checkpoint.path}: was not written by this version of uncork's training")
     written = {**stored, "config": described_config(stored).to_dict()}
-    ours, theirs = (run_key.flat({k: of[k] for k in of if k not in ("model", "training")}) for of in (expected, written))
+    ours, theirs = (
+        run_key.flat({k: of[k] for k in of if k not in ("model", "training")}) for of in (expected, written)
+    )
     different = [k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k)]
     if different:
         shown = [f"{name} was {theirs.get(name, 'absent')}, is {ours.get(name, 'absent')}" for name in different]

@@ -1,5 +1,4 @@
-"""Train a language model through accelerate, so that whatever stops it loses nothing: steps, rows of metrics, validations
-and checkpoints, over one process or several."""
+"""Train a language model through accelerate, over one process or several, so that whatever stops it loses nothing."""
 
 import math
 import time
