@@ -226,8 +226,6 @@ def generate(command: Generate) -> dict[str, Any]:
     from uncork.lab.train.generation import generate as sample
 
     _require_counts(command, "max_tokens")
-    if not 0 <= command.seed < 2**63:
-        raise LabError(f"--seed must be an integer from 0 to 2^63 - 1, got {command.seed}")
     _require_run(command.run)
     trained = load_trained(command.run)
     text = sample(
@@ -283,7 +281,7 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 
 def version() -> str:
-    """What a report of a mistake should begin with."""
+    """The versions that a bug report should state."""
     import torch
 
     import uncork

@@ -15,9 +15,10 @@ class NobodyReads(KeyboardInterrupt):
 
 
 def ready_streams() -> None:
-    """Make printing safe: a stream that the caller closed (`>&-`) leads nowhere, a letter it cannot show becomes ?.
+    """Make printing safe: what goes to a stream that the caller closed (`>&-`) is dropped, and a letter that the
+    stream's encoding lacks becomes ?.
 
-    A file opened later would otherwise get a closed stream's number, and what a library below prints there.
+    Otherwise the next file to be opened would get the number of the closed stream, and prints would end up in it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -78,7 +79,8 @@ STATUS = Path("/proc/self/status")
 def resident(name: str) -> int:
     """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). Linux alone; see STATUS.
 
-    The peak of getrusage is none: a new program starts with that of the process that started it.
+    Read here because nothing else has the peak: psutil does not tell it on Linux, and getrusage's counts the memory of
+    the process that started this one.
     """
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
     assert found is not None

@@ -91,7 +91,7 @@ def check_head(config: TrainConfig) -> None:
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that no draw of one shifts another's."""
+    """A separate seed for each purpose, so that drawing more numbers for one changes no other."""
     return random.Random(f"{seed} {purpose}").getrandbits(63)
 
 

@@ -18,7 +18,7 @@ from uncork.lab.validated import NonNegative, Positive, Seed, Share, Size, Switc
 
 RULES = 1
 """The version of the rules of training and evaluation: raised when the same settings come to give other numbers, beyond
-rounding. Runs of before are then refused by name, and not taken for those of now.
+rounding. A run made under earlier rules is then refused, with that reason, instead of being taken for a new one.
 
 1: version 0.1.0 and after.
 """

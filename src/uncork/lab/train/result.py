@@ -90,7 +90,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():
-        return resident("VmHWM")  # Linux's ru_maxrss starts at what the process held that started this one
+        return resident("VmHWM")
     try:
         import resource
     except ImportError:  # Windows

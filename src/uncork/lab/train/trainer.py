@@ -112,9 +112,10 @@ def train(
 
 
 class Trainer:
-    """One session of `train`: `start`, `train`, `finish`; the arguments are its own.
+    """One session of training: call `start`, `train` and `finish`, in this order.
 
     Args:
+        config, corpus, run, on_progress: as for the function `train`.
         accelerator: accelerate's, for device, processes and precision.
         interrupt: entered already.
     """
@@ -336,7 +337,7 @@ class Trainer:
         )
 
     def _interruptible(self) -> AbstractContextManager[None]:
-        """Where Ctrl-C may come at once; of several processes none may leave the others waiting."""
+        """Lets Ctrl-C end an evaluation at once; with several processes it waits, so that none leaves the others."""
         return self.interrupt.raising() if self.accelerator.num_processes == 1 else nullcontext()
 
     def _save(self) -> None:
