@@ -22,7 +22,7 @@ from uncork.lab.run.files import atomic_write_text, write_json
 from uncork.lab.run.provenance import provenance
 from uncork.lab.run.store import RunStore
 from uncork.lab.train.config import TrainConfig, text_record
-from uncork.lab.train.training import train
+from uncork.lab.train.trainer import train
 
 SEED = 100
 EPOCHS = {"lstm-laptop": 1.0, "lstm-small": 2.0, "transformer-small": 2.0, "transformer-laptop": 1.0}
@@ -40,7 +40,7 @@ VARIANTS = (
 
 def measure(preset: str, bias_prior: bool, rate: float, scale: float, work_dir: Path, threads: int) -> dict[str, Any]:
     """One run to its end; its validation perplexity."""
-    config = TrainConfig(
+    config = TrainConfig.of(
         corpus="sotu",
         vocab_size=5000,
         min_count=2,

@@ -24,9 +24,9 @@ from uncork.lab.models import build_model
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import cores
+from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
 from uncork.lab.train.optimisation import build_optimizer, clip_gradients
-from uncork.lab.train.presets import get_preset
 
 
 class Case(NamedTuple):
@@ -55,17 +55,15 @@ def build_step(
     case: Case, head: str, *, tokens_a_stream: int | None = None, impl: str | None = None
 ) -> tuple[Step, int]:
     """A training step as `uncork train` makes it, and the tokens of its batch; impl: of the loss."""
-    preset = get_preset(case.preset)
-    if case.in_features is not None:
-        preset = preset.with_out_features(case.in_features)
-    training = preset.training
+    given = {} if case.in_features is None else {"in_features": case.in_features}
+    config = TrainConfig.of(case.preset, **given)
     name, options, _ = parse_head(head)
     torch.manual_seed(0)
     model = build_model(
-        preset.model, uncork.build_head(name, preset.model.feature_size, case.vocab_size, **options), case.vocab_size
+        config.model, uncork.build_head(name, config.in_features, case.vocab_size, **options), case.vocab_size
     )
-    optimizer = build_optimizer(model, training)
-    size = (case.batch_size or training.batch_size, tokens_a_stream or training.bptt)
+    optimizer = build_optimizer(model, config)
+    size = (case.batch_size or config.batch_size, tokens_a_stream or config.bptt)
     tokens, target = (torch.randint(case.vocab_size, size) for _ in range(2))
     model.train()
     head_loss: Any = model.head.loss
@@ -75,7 +73,7 @@ def build_step(
         loss: torch.Tensor = head_loss(output.features, target, impl=impl) + output.penalty
         optimizer.zero_grad()
         loss.backward()
-        clip_gradients(optimizer, training.clip or 0.0, training.clip or 0.0)
+        clip_gradients(optimizer, config.clip, config.clip)
         optimizer.step()
         return loss.detach()
 
@@ -88,18 +86,18 @@ def measure(
     """One row a head: milliseconds and the ratio to the softmax of the same round, with all quantiles."""
     built = {head: build_step(case, head, tokens_a_stream=tokens_a_stream) for head in heads}
     times, _ = interleave({head: step for head, (step, _) in built.items()}, rounds)
-    preset = get_preset(case.preset)
+    preset = TrainConfig.of(case.preset)
     rows = []
     for head, own in times.items():
         ratio = quantiles([seconds / times[BASE][turn] for turn, seconds in own.items()])
         rows.append(
             {
                 "preset": case.preset,
-                "in_features": preset.model.feature_size,
+                "in_features": preset.in_features,
                 "vocab_size": case.vocab_size,
                 "tokens": built[head][1],
-                "streams": case.batch_size or preset.training.batch_size,
-                "streams_of_preset": preset.training.batch_size,
+                "streams": case.batch_size or preset.batch_size,
+                "streams_of_preset": preset.batch_size,
                 "head": head,
                 "milliseconds": round(1e3 * quantiles(list(own.values()))["median"], 1),
                 **{f"ratio_{name}": round(value, 3) for name, value in ratio.items()},

@@ -16,7 +16,7 @@ from uncork import build_head, cli
 from uncork.lab.errors import LabError
 from uncork.lab.experiments import compare
 from uncork.lab.experiments.compare import make_cells
-from uncork.lab.train import training
+from uncork.lab.train import trainer
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
 
@@ -76,7 +76,7 @@ def test_the_files_of_a_folder_that_were_read_are_said(command, text, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "train_all", stop)
-    monkeypatch.setattr(training, "train", stop)
+    monkeypatch.setattr(trainer, "train", stop)
     heads = ["--heads", "softmax"] if command == "compare" else []
     assert run(command, "--corpus", folder, "--out-dir", tmp_path / "out", *heads, *SMALL) == 130
     said = capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_resume_of_nothing_is_an_error(text, tmp_path, capsys, monkeypatch):
     assert "holds no run, so there is nothing to resume" in capsys.readouterr().err
     assert not out.exists()
     with monkeypatch.context() as patched:  # before the first checkpoint
-        patched.setattr("uncork.lab.train.training.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("uncork.lab.train.trainer.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*command) == 130
     assert "no checkpoint was written yet" in capsys.readouterr().err
     assert run(*command, "--resume") == 0
@@ -324,7 +324,7 @@ def test_heads_as_the_command_line_writes_them():
 
 
 def test_cells_go_seed_by_seed():
-    cells = make_cells(["softmax", "softcap:cap=15"], [0, 1], TrainConfig())
+    cells = make_cells(["softmax", "softcap:cap=15"], [0, 1], TrainConfig.of())
     assert [t.name for t in cells] == ["softmax-seed0", "softcap_cap_15-seed0", "softmax-seed1", "softcap_cap_15-seed1"]
     assert cells[3].config.head_options == {"cap": 15}
     assert cells[3].config.seed == 1

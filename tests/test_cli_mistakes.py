@@ -14,9 +14,8 @@ import pytest
 import uncork
 from uncork import cli
 from uncork.lab.command_line import parse
-from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.config import TrainConfig, known_settings
 from uncork.lab.train.head import with_head
-from uncork.lab.train.preset_settings import known_settings
 from uncork.lab.train.presets import PRESETS
 
 COMMANDS = {kind.__name__.lower(): kind for kind in cli._COMMANDS}
@@ -63,9 +62,9 @@ def place(trained, tmp_path, monkeypatch):
     def begin(*args, **options):
         raise WorkBegins
 
-    for name in ("lab.compare.run_all", "lab.study.experiment.run_cells", "lab.synthetic.experiment.run_cells",
-                 "lab.bench.run.run", "lab.training.train"):  # fmt: skip
-        monkeypatch.setattr(f"uncork.{name}", begin)
+    for name in ("experiments.compare.run_all", "experiments.study.experiment.run_cells", "train.trainer.train",
+                 "experiments.synthetic.experiment.run_cells", "experiments.bench.run.run"):  # fmt: skip
+        monkeypatch.setattr(f"uncork.lab.{name}", begin)
     return tmp_path
 
 
@@ -131,7 +130,10 @@ def test_a_number_that_only_training_meets_is_one_line(given, trained, tmp_path,
         (["train", "--out-dir", "x", "--in-features", "0"], "uncork: --in-features must be"),
         (["train", "--out-dir", "x", "--seed", "1" + 20 * "0"], "uncork: --seed must be an integer from 0 to 2^63 - 1"),
         (["train", "--out-dir", "x", "--set", "clip=-1"], "uncork: --set clip: clip must be"),
-        (["train", "--out-dir", "x", "--head", "plif:lr=0"], "uncork: head plif:lr=0: lr must be above 0"),
+        (
+            ["train", "--out-dir", "x", "--head", "plif:lr=0"],
+            "uncork: head plif:lr=0: lr must be a finite number above 0, got 0",
+        ),
         (["train", "--out-dir", "x", "--head", "plif:num_pieces=1e12"], "uncork: "),
         (
             ["train", "--out-dir", "x", "--set", "model_options.dropout=0.1"],
@@ -152,14 +154,14 @@ def test_the_examples_of_the_help_work(name, place, capsys):
     assert cli.main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     text = " ".join(re.sub("[│]", " ", shown).split())
-    if issubclass(COMMANDS[name], cli.Experiment):
+    if issubclass(COMMANDS[name], cli.TrainingFlags):
         settings = re.findall(
             r"(?<![\w:,.=])[a-z_]+(?:\.[a-z_]+)?=[^\s,;:]+", text.partition("Any other setting")[2].partition(" --")[0]
         )
         assert settings
         COMMANDS[name](Path("x"), set=tuple(settings)).base()
     for head in re.findall(rf"\b(?:{'|'.join(uncork.HEAD_NAMES)}):[a-z_]+=[^\s)]*[^\s.,;)]", text):
-        with_head(TrainConfig(), head, 0)
+        with_head(TrainConfig.of(), head, 0)
 
 
 def test_the_commands_of_readme_and_docs_are_understood():
@@ -169,7 +171,7 @@ def test_the_commands_of_readme_and_docs_are_understood():
         for line in re.findall(r"^(uncork [^`\n]*)$", page.read_text(), re.M):
             words = shlex.split(line, comments=True)[1:]
             command = parse(COMMANDS, words, "")
-            if isinstance(command, cli.Experiment):
+            if isinstance(command, cli.TrainingFlags):
                 with_head(command.base(), getattr(command, "head", "softmax"), 0)
             for head in getattr(command, "heads", ()) if isinstance(command, cli.Compare) else ():
                 with_head(command.base(), head, 0)
@@ -190,8 +192,7 @@ def test_every_setting_that_is_listed_is_taken(preset, capsys):
     given = [line.removeprefix("--set ") for line in lines if line.startswith("--set")]
     assert len(given) > 15
     config = cli.Train(Path("x"), preset=preset, set=tuple(given)).base()
-    assert config.resolved_preset().model == PRESETS[preset].model
-    assert config.resolved_preset().training == PRESETS[preset].training
+    assert config == TrainConfig.of(preset, min_count=1)
     assert all(setting.about for setting in known_settings(preset).values())
 
 

@@ -16,14 +16,14 @@ from typing import Any
 
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
-from uncork.lab.terminal import NobodyReads, complain, cores, progress_line, ready_streams, say
+from uncork.lab.terminal import NobodyReads, complain, cores, ready_streams, say
 
 try:
     from uncork.lab.command_line import flag, parse, with_flags
     from uncork.lab.experiments.bench.settings import Bench
     from uncork.lab.experiments.study.settings import Study
     from uncork.lab.experiments.synthetic.settings import Synthetic
-    from uncork.lab.settings import Compare, Evaluate, Experiment, Generate, Presets, Train
+    from uncork.lab.settings import Compare, Evaluate, Generate, Presets, Train, TrainingFlags
 except ModuleNotFoundError as error:
     complain(f"uncork: the command line {in_one_line(error)}")
     raise SystemExit(2) from None
@@ -38,21 +38,20 @@ def _announce(command: Any) -> None:
             say(f"  {field.name.replace('_', '-'):18} {shown}")
 
 
-def _announce_preset(command: Experiment, config: Any) -> None:
+def _announce_preset(command: TrainingFlags, config: Any) -> None:
     """What the flags that were not given come to."""
-    resolved = config.resolved()
     names = ("min_count", "in_features", "epochs", "lr", "batch_size", "bptt")
-    shown = [f"{name.replace('_', '-')} {getattr(resolved, name)}" for name in names if getattr(command, name) is None]
+    shown = [f"{name.replace('_', '-')} {getattr(config, name)}" for name in names if getattr(command, name) is None]
     if shown:
         say(f"  {'resolved':18} {', '.join(shown)}")
 
 
-def _announce_corpus(corpus: Any, features: int | None, more: str = "") -> None:
+def _announce_corpus(corpus: Any, features: int, more: str = "") -> None:
     """What was read, from which of a user's files, and how tight the bottleneck is."""
     origin = f" ({corpus.origin})" * bool(corpus.origin)
     say(
         f"\n{corpus.name}{origin}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
-        f"d = {features}, V / d = {corpus.vocab_size // (features or 1)}{more}\n"
+        f"d = {features}, V / d = {corpus.vocab_size // features}{more}\n"
     )
 
 
@@ -94,7 +93,7 @@ def compare(command: Compare) -> dict[str, Any]:
     check_stored(store.root, cells, texts)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = cells[0].config.load_corpus(data_dir=command.data_dir)
-    features = cells[0].config.resolved().in_features
+    features = cells[0].config.in_features
     _announce_corpus(corpus, features, f"; {len(cells)} runs")
     failed = train_all(
         store.root,
@@ -127,11 +126,12 @@ def train(command: Train) -> dict[str, Any]:
 
     from uncork.lab.report.page import write_report
     from uncork.lab.report.records import read_records
+    from uncork.lab.run.progress import progress_line
     from uncork.lab.run.store import RunStore
+    from uncork.lab.train.config import text_record
     from uncork.lab.train.head import with_head
     from uncork.lab.train.result import epochs_told
-    from uncork.lab.train.training import text_record
-    from uncork.lab.train.training import train as train_run
+    from uncork.lab.train.trainer import train as train_run
 
     _require_counts(command, "threads")
     config = with_head(command.base(), command.head, command.seed)
@@ -140,7 +140,7 @@ def train(command: Train) -> dict[str, Any]:
     if command.resume and not (out_dir / "config.json").exists():
         raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
     corpus = config.load_corpus(data_dir=command.data_dir)
-    _announce_corpus(corpus, config.resolved().in_features)
+    _announce_corpus(corpus, config.in_features)
     run = RunStore(out_dir.parent).run(out_dir.name, config.stored(text_record(corpus)))
     if run.result is not None:
         say(f"{out_dir} was trained before, with the same settings on the same text: nothing is trained")
@@ -169,7 +169,7 @@ def train(command: Train) -> dict[str, Any]:
 
 def presets(command: Presets) -> dict[str, Any]:
     """Prints the presets, or the settings of one; returns them."""
-    from uncork.lab.train.preset_settings import known_settings
+    from uncork.lab.train.config import known_settings
     from uncork.lab.train.presets import PRESETS
 
     if not command.name:
@@ -211,8 +211,6 @@ def generate(command: Generate) -> dict[str, Any]:
     from uncork.lab.train.generation import generate as sample
 
     _require_counts(command, "max_tokens")
-    if not 0 <= command.seed < 2**63:
-        raise LabError(f"--seed must be an integer from 0 to 2^63 - 1, got {command.seed}")
     _require_run(command.run)
     trained = load_trained(command.run)
     text = sample(
@@ -224,7 +222,7 @@ def generate(command: Generate) -> dict[str, Any]:
         top_k=command.top_k,
         top_p=command.top_p,
         seed=command.seed,
-        window=trained.training.bptt,
+        window=trained.config.bptt,
     )
     say(text)
     return {"command": "generate", "run": str(command.run), "prompt": command.prompt, "text": text}
@@ -268,7 +266,7 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 
 def version() -> str:
-    """What a report of a mistake should begin with."""
+    """The versions that a bug report should state."""
     import torch
 
     import uncork
@@ -322,7 +320,7 @@ def _stopped(command: Any, signum: int) -> str:
             return f"{how}; no checkpoint was written yet"
         again = "" if command.resume else " with --resume added"
         return f"{how}; the same command{again} goes on from what is kept"
-    return how + "; the same command goes on from what is kept" * isinstance(command, Experiment | Synthetic | Study)
+    return how + "; the same command goes on from what is kept" * isinstance(command, TrainingFlags | Synthetic | Study)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def tiny_config(tiny_folder):
         options = {**base["model_options"], **fields.pop("model_options", {})}
         settings = {"corpus": str(tiny_folder), "in_features": 4, "epochs": 2, "batch_size": 8, "bptt": 10,
                     "log_every": 3, **fields}  # fmt: skip
-        return TrainConfig(preset=base["preset"], model_options=options, **settings)
+        return TrainConfig.of(preset=base["preset"], model_options=options, **settings)
 
     return make
 

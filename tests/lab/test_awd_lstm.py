@@ -159,7 +159,7 @@ def test_embedding_dropout_drops_whole_words():
     ("name", "place"), [("input_dropout", "input"), ("hidden_dropout", "hidden"), ("output_dropout", "output")]
 )
 def test_each_dropout_acts_in_its_place(name, place):
-    config = AWDLSTMConfig.from_dict({**CONFIG.to_dict(), name: 0.5})
+    config = CONFIG.updated(**{name: 0.5})
     backbone, tokens = AWDLSTM(config, V).double(), make_tokens()
     plain = [plain_lstm(layer) for layer in backbone.layers]
     torch.manual_seed(2)
@@ -219,7 +219,7 @@ def test_state_carries_the_stream_on():
 )
 def test_published_parameter_counts(preset, vocab_size, count):
     published = {"awd-lstm-ptb": 24.22, "awd-lstm-wt2": 33.55}[preset]
-    config = get_preset(preset).model
+    config = get_preset(preset).values["model"]
     with torch.device("meta"):
         model = build_model(config, SoftmaxHead(config.feature_size, vocab_size), vocab_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -14,11 +14,11 @@ from uncork.lab.run.store import RunStore
 from uncork.lab.settings import Compare
 from uncork.lab.train import checkpoints as ckpt
 from uncork.lab.train.checkpoints import build_untrained, load_trained
+from uncork.lab.train.config import Training, text_record
 from uncork.lab.train.evaluation import evaluate
 from uncork.lab.train.head import parse_head
 from uncork.lab.train.optimisation import build_optimizer
-from uncork.lab.train.presets import TrainingPreset
-from uncork.lab.train.training import text_record, train
+from uncork.lab.train.trainer import train
 
 V, D = 50, 6
 TIED = AWDLSTMConfig(embedding_size=D, hidden_sizes=(D,), tie_weights=True)
@@ -85,7 +85,7 @@ def test_runs_of_0_1_0_load_as_the_head_that_they_describe(tmp_path, options):
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_an_optimiser_goes_on_to_the_bit(tmp_path, kind):
-    training = TrainingPreset(optimizer=kind, lr=0.1, weight_decay=0.01)
+    training = Training(optimizer=kind, lr=0.1, weight_decay=0.01)
     model, other = make_model(), make_model(seed=1)
     optimizer, fresh = build_optimizer(model, training), build_optimizer(other, training)
     take_steps(model, optimizer, 3)
@@ -161,7 +161,7 @@ def copied(tmp_path, finished):
 def finished(tmp_path_factory, tiny_corpus, tiny_folder):
     from uncork.lab.train.config import TrainConfig
 
-    config = TrainConfig(
+    config = TrainConfig.of(
         corpus=str(tiny_folder), head="mop", head_options={"num_pieces": 9}, in_features=4, max_steps=6, batch_size=8,
         bptt=10, model_options={"embedding_size": 6, "hidden_sizes": [8]},
     )  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_trained_model_is_rebuilt_from_its_folder_alone(finished, tiny_corpus,
     assert trained.model.head.logit_function.num_pieces == 9
     assert trained.tokenizer.spec() == tiny_corpus.tokenizer.spec()
     assert trained.fingerprint == tiny_corpus.fingerprint
-    assert trained.training.bptt == 10
+    assert trained.config.bptt == 10
     assert trained.result == finished.result
     assert not trained.model.training
 

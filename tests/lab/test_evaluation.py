@@ -12,8 +12,9 @@ from uncork.lab.data.tokenization import BPETokenizer, WordTokenizer
 from uncork.lab.errors import LabError
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
 from uncork.lab.run.store import RunStore
+from uncork.lab.train.config import text_record
 from uncork.lab.train.evaluation import Evaluation, evaluate, evaluate_run, unknown_share
-from uncork.lab.train.training import text_record, train
+from uncork.lab.train.trainer import train
 
 V, D = 50, 4
 LSTM = AWDLSTMConfig(embedding_size=6, hidden_sizes=(8,), out_features=D, output_dropout=0.5)
@@ -102,7 +103,7 @@ def finished(tmp_path_factory, tiny_corpus, tiny_folder):
     from uncork.lab.train.config import TrainConfig
 
     options = {"embedding_size": 6, "hidden_sizes": [8]}
-    config = TrainConfig(
+    config = TrainConfig.of(
         corpus=str(tiny_folder), model_options=options, in_features=4, epochs=1, batch_size=8, bptt=10, log_every=5
     )
     run = RunStore(tmp_path_factory.mktemp("runs")).run("one", config.stored(text_record(tiny_corpus)))

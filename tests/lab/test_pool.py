@@ -10,7 +10,7 @@ import torch
 
 from uncork.lab.errors import LabError
 from uncork.lab.run.pool import Event, Job, TimeLeft, run_jobs
-from uncork.lab.train.trainer import Progress
+from uncork.lab.run.progress import Progress
 
 
 def square(number, tell):

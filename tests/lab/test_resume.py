@@ -14,8 +14,9 @@ import pytest
 from uncork.lab.errors import LabError
 from uncork.lab.run.store import RunStore
 from uncork.lab.train import trainer as trainer_module
+from uncork.lab.train.config import text_record
 from uncork.lab.train.evaluation import evaluate
-from uncork.lab.train.training import text_record, train
+from uncork.lab.train.trainer import train
 
 TIMES = {"tokens_per_second", "seconds", "train_seconds", "peak_memory_bytes"}
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
@@ -85,7 +86,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(case, tmp_path, tiny_corpus, t
     sessions = train_to_the_end(config, tiny_corpus, broken)
     assert sessions == 1 + sum(step < straight.result["steps"] for step in (0, 1, 4, 7, 12, 20, 21))
     assert numbers(broken) == numbers(straight)
-    if config.resolved_preset().training.asgd != "never":
+    if config.asgd != "never":
         assert any(key.startswith("average.") for key in broken.load_checkpoint().tensors)
 
 
@@ -142,8 +143,8 @@ KILLED = """
 import json, sys
 from pathlib import Path
 from uncork.lab.run.store import RunStore
-from uncork.lab.train.config import TrainConfig
-from uncork.lab.train.training import text_record, train
+from uncork.lab.train.config import TrainConfig, text_record
+from uncork.lab.train.trainer import train
 root, cache, config = Path(sys.argv[1]), Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
 corpus = config.load_corpus(cache_dir=cache)
 run = RunStore(root).run("killed", config.stored(text_record(corpus)))
@@ -166,7 +167,8 @@ def kill_when(command, step):
 def check_killing(tmp_path, cache, config, corpus, steps):
     straight, killed = new_run(tmp_path, config, corpus, "straight"), new_run(tmp_path, config, corpus, "killed")
     train(config, corpus, straight)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(cache), json.dumps(config.to_dict())]
+    settings = json.dumps({**config.to_dict(), "checkpoint_every": 0.0})
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(cache), settings]
     assert [kill_when(command, step) for step in steps] == [True] * len(steps)
     assert killed.result is None
     assert killed.load_checkpoint().step > 0
@@ -229,18 +231,18 @@ def test_the_last_checkpoint_of_another_training_is_refused(tmp_path, tiny_corpu
     with pytest.raises(KeyboardInterrupt):
         train(config, tiny_corpus, run)
     with pytest.raises(LabError, match=r"head was \"softmax\", is \"plif\""):
-        train(dataclasses.replace(config, head="plif"), tiny_corpus, run)
+        train(config.updated(head="plif"), tiny_corpus, run)
     with pytest.raises(LabError, match="fingerprint"):
         train(config, dataclasses.replace(tiny_corpus, fingerprint="another"), run)
-    assert train(dataclasses.replace(config, checkpoint_every=1.0), tiny_corpus, run)["steps"] == 9
+    assert train(config.updated(checkpoint_every=1.0), tiny_corpus, run)["steps"] == 9
 
 
 TWO_PROCESSES = """
 import json, signal, sys
 from pathlib import Path
 from uncork.lab.run.store import RunStore
-from uncork.lab.train.config import TrainConfig
-from uncork.lab.train.training import text_record, train
+from uncork.lab.train.config import TrainConfig, text_record
+from uncork.lab.train.trainer import train
 root, cache, config = Path(sys.argv[1]), Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
 corpus = config.load_corpus(cache_dir=cache)
 run = RunStore(root).run("two", config.stored(text_record(corpus)))

@@ -1,7 +1,5 @@
 """What a run is: one key for equal records, and a difference that is named as the user knows it."""
 
-import dataclasses
-
 import pytest
 
 from uncork.lab.run import key as run_key
@@ -13,13 +11,12 @@ TEXT = {"sha256": "aa", "tokens": {"train": 100}}
 
 
 def record(text=TEXT, **fields):
-    return TrainConfig(**{"preset": "lstm-small", **fields}).record(text)
+    return TrainConfig.of(**{"preset": "lstm-small", **fields}).record(text)
 
 
-def with_training(monkeypatch, name="lstm-small", **values):
+def with_values(monkeypatch, name="lstm-small", **values):
     preset = PRESETS[name]
-    changed = dataclasses.replace(preset, training=dataclasses.replace(preset.training, **values))
-    monkeypatch.setitem(PRESETS, name, changed)
+    monkeypatch.setitem(PRESETS, name, preset._replace(values={**preset.values, **values}))
 
 
 @pytest.mark.parametrize(
@@ -51,13 +48,11 @@ def test_a_difference_is_named_as_it_was_given(before, after, expected):
 
 def test_a_preset_that_changed_is_named_with_its_value(monkeypatch):
     was = record()
-    with_training(monkeypatch, lr=0.004)
+    with_values(monkeypatch, lr=0.004)
     assert differences(was, record()) == ["preset lstm-small: training.lr was 0.008, is 0.004"]
-    with_training(monkeypatch, lr=0.008, epochs=7)
+    with_values(monkeypatch, lr=0.008, epochs=7)
     assert differences(was, record()) == ["preset lstm-small: training.epochs was 4, is 7"]
-    preset = PRESETS["lstm-small"]
-    model = dataclasses.replace(preset.model, input_dropout=0.5)
-    monkeypatch.setitem(PRESETS, "lstm-small", dataclasses.replace(preset, model=model))
+    with_values(monkeypatch, model=PRESETS["lstm-small"].values["model"].updated(input_dropout=0.5))
     assert differences(record(), record()) == []
     assert "preset lstm-small: model.input_dropout was 0.2, is 0.5" in differences(was, record())
 

@@ -19,6 +19,7 @@ from uncork.lab.experiments.study import experiment, figures, tables
 from uncork.lab.experiments.study.plan import Part, Plan
 from uncork.lab.experiments.study.run import Cell, run_cells
 from uncork.lab.experiments.study.settings import Study
+from uncork.lab.experiments.study.store import asked
 from uncork.lab.run.key import differences, key_of
 from uncork.lab.run.rows import RowStore, outdated, rounded
 from uncork.lab.train.config import TrainConfig, text_record
@@ -53,7 +54,7 @@ def test_a_run_is_kept_as_it_ends_and_not_run_again(cells, tmp_path, capsys):
     rows = store.rows()
     assert list(rows) == [cell.key for cell in cells]
     plif = rows[cells[1].key]
-    assert TrainConfig(**plif["config"]) == cells[1].config
+    assert TrainConfig.from_dict(plif["config"]) == cells[1].config
     assert plif["result"]["test"]["perplexity"] > 1
     assert [epoch for epoch, _ in plif["history"]] == pytest.approx([10 / 21, 20 / 21, 1], abs=0.02)
     assert min(loss for _, loss in plif["history"]) == pytest.approx(plif["result"]["valid"]["cross_entropy"], rel=1e-5)
@@ -81,7 +82,7 @@ def test_the_test_split_of_a_trial_is_not_kept(cells, tmp_path):
 
 
 def test_a_run_that_fails_leaves_the_others(cells, tmp_path):
-    bad = replace(cells[1], config=replace(cells[1].config, lr=1e30))
+    bad = replace(cells[1], config=cells[1].config.updated(lr=1e30))
     store, failed = run([cells[0], bad, cells[2]], tmp_path)
     assert list(store.rows()) == [cells[0].key, cells[2].key]
     (message,) = failed.values()
@@ -132,7 +133,7 @@ def test_rows_that_are_kept_are_found_under_their_keys():
         assert len(PLAN.kept_cells(PLAN.parts[name], rows)) == PLAN.parts[name].size
     for key in found:  # what was asked for is what is recorded
         row = rows[key]
-        assert differences(row["record"], TrainConfig(**row["config"]).record(row["record"]["text"])) == []
+        assert differences(row["record"], TrainConfig.from_dict(row["config"]).record(row["record"]["text"])) == []
 
 
 def test_the_kept_parts_keep_what_the_presets_had_then(monkeypatch):
@@ -140,8 +141,8 @@ def test_the_kept_parts_keep_what_the_presets_had_then(monkeypatch):
     part = PLAN.parts["again"]
     keys = [cell.key for cell in PLAN.cells(part, {})]
     preset = PRESETS["lstm-small"]
-    training = replace(preset.training, bias_prior=True, output_lr_scale=8.0, decay="matrices")
-    monkeypatch.setitem(PRESETS, "lstm-small", replace(preset, training=training))
+    values = {**preset.values, "bias_prior": True, "output_lr_scale": 8.0, "decay": "matrices"}
+    monkeypatch.setitem(PRESETS, "lstm-small", preset._replace(values=values))
     assert [cell.key for cell in PLAN.cells(part, {})] == keys
 
 
@@ -149,11 +150,11 @@ def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_p
     store, _ = run(cells[:2], tmp_path)
     rows = store.rows()
     preset = PRESETS["lstm-laptop"]
-    monkeypatch.setitem(PRESETS, "lstm-laptop", replace(preset, training=replace(preset.training, warmup=0.5)))
-    again = [replace(cell) for cell in cells[:2]]
+    monkeypatch.setitem(PRESETS, "lstm-laptop", preset._replace(values={**preset.values, "warmup": 0.5}))
+    again = [replace(cell, config=TrainConfig.from_dict(cell.config.asked())) for cell in cells[:2]]
     assert not {cell.key for cell in again} & rows.keys()
     said = "2 kept runs do not count: preset lstm-laptop: training.warmup was 0.02, is 0.5"
-    assert outdated([cell.record for cell in again], rows) == [said]
+    assert outdated([cell.record for cell in again], rows, asked) == [said]
     capsys.readouterr()
     _, failed = run(again, tmp_path)
     assert said in capsys.readouterr().out
@@ -515,7 +516,7 @@ def test_the_figures_over_cost_take_each_heads_cost_at_the_tokens_it_was_trained
         ("plif", 1000, 80.0),
     ):
         for seed in (1, 2):
-            config = TrainConfig(corpus="ptb", preset="lstm-small", head=label.split()[0], seed=seed, epochs=tokens)
+            config = TrainConfig.of(corpus="ptb", preset="lstm-small", head=label.split()[0], seed=seed, epochs=tokens)
             cells.append(Cell("tiny d=4", label, config))
             result = {"tokens": tokens, "test": {"perplexity": perplexity * seed}}
             rows[cells[-1].key] = {"result": result}

@@ -9,12 +9,13 @@ import torch
 
 from uncork.diagnose.output_layer import SLOPE_GRID
 from uncork.lab.errors import LabError
+from uncork.lab.run.progress import Progress
 from uncork.lab.run.store import RunStore
-from uncork.lab.train import training
 from uncork.lab.train.checkpoints import load_trained
+from uncork.lab.train.config import text_record
 from uncork.lab.train.evaluation import evaluate
 from uncork.lab.train.result import epochs_told
-from uncork.lab.train.training import Progress, TrainingDiverged, text_record, train
+from uncork.lab.train.trainer import TrainingDiverged, _accelerator, train
 
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
 
@@ -267,7 +268,7 @@ def test_accelerate_is_told_what_its_variables_say_otherwise(monkeypatch, tiny_c
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    accelerator = training._accelerator(tiny_config(), cpu=True)
+    accelerator = _accelerator(tiny_config(), cpu=True)
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.mixed_precision == "no"
     assert accelerator.state.dynamo_plugin.backend == "NO"

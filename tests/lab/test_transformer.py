@@ -1,6 +1,5 @@
 """The transformer held to a direct computation, and its positions, initialisation and limits."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -68,7 +67,7 @@ def test_transformer_equals_a_direct_computation():
 
 
 def test_transformer_dropout_acts_in_training_alone():
-    config = dataclasses.replace(CONFIG, dropout=0.5)
+    config = CONFIG.updated(dropout=0.5)
     backbone, tokens = make_backbone(config), make_tokens()
     still = make_backbone(CONFIG).eval()
     torch.testing.assert_close(backbone.eval()(tokens).features, still(tokens).features)
@@ -103,7 +102,7 @@ def test_transformer_refuses_a_sequence_over_its_limit():
 
 
 def test_half_precision_keeps_positions_exact():
-    config = dataclasses.replace(CONFIG, max_length=512)
+    config = CONFIG.updated(max_length=512)
     half = Transformer(config, V).bfloat16().eval()
     cos, _ = rotary_table(512, 4, like=half.embedding.weight)
     assert cos.dtype == torch.float32

@@ -21,6 +21,7 @@ BINS = 80
 GRID = 201
 HISTOGRAM_CONTEXTS = 200
 SLOPE_GRID = tuple(range(-20, 21, 2))
+"""The scores at which a row of validation has the slopes of a learned function."""
 CHUNK = 50  # contexts at once: (CHUNK, K, V) float64 scores stay below about 200 MB at K = 15, V = 33,000
 
 

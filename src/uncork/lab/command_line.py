@@ -73,7 +73,7 @@ def close_to(word: str, known: Iterable[str]) -> str:
 
 
 class _Captured(io.StringIO):
-    """Takes what is printed, and looks to tyro like the stream that it will be printed to: its colours, its boxes."""
+    """Keeps what is printed, with the encoding of the real stream and its answer to isatty, which tyro formats for."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()

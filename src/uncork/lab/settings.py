@@ -1,18 +1,21 @@
-"""What the commands that train and read runs are asked to do: their flags, and the TrainConfig that they come to."""
+"""The flags of the commands that train and read runs, and the TrainConfig that they come to."""
 
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from uncork.lab.errors import LabError
 
+if TYPE_CHECKING:  # the help must not wait for torch
+    from uncork.lab.train.config import TrainConfig
+
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What `train` and `compare` share."""
+class TrainingFlags:
+    """What `train` and `compare` share. A flag that is None leaves the preset's value."""
 
     out_dir: Path
     """Where everything is written. A run that is already done there is not run again."""
@@ -59,24 +62,39 @@ class Experiment:
     """Any other setting: clip=0.25 training_options.schedule=constant model_options.input_dropout=0.1; `uncork presets
     NAME` lists them."""
 
-    def base(self) -> Any:
-        """The TrainConfig of these flags, with no head yet."""
-        from uncork.heads.spec import parse_value
-        from uncork.lab.command_line import close_to
+    def base(self) -> "TrainConfig":
+        """The settings that these flags come to, with no head yet."""
         from uncork.lab.train.config import TrainConfig
-        from uncork.lab.train.preset_settings import known_settings
 
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        settable = known_settings(self.preset)
-        values: dict[str, Any] = {k: v for k, v in vars(self).items() if k in known and k != "head"}
+        flags = {name for name in TrainConfig.model_fields if name != "head"} | {"in_features"}
+        values = {name: value for name, value in vars(self).items() if name in flags and value is not None}
         if self.corpus not in ("sotu", "ptb", "wikitext-2") and Path(self.corpus).exists():
             values["corpus"] = str(Path(self.corpus).absolute())  # so that the run can be evaluated from anywhere
-        if self.min_count is None:
-            values["min_count"] = 1 if self.corpus in ("ptb", "wikitext-2") else 2
-        given: dict[str, str] = {}
+        values.setdefault("min_count", 1 if self.corpus in ("ptb", "wikitext-2") else 2)
+        given = self._given()
+        for key, value in given.items():
+            field, _, option = key.partition(".")
+            if option:
+                values.setdefault(field, {})[option] = value
+            elif value is not None:
+                values[field] = value
+        try:
+            return TrainConfig.of(**values)
+        except LabError as error:
+            named = next((key for key in given if re.match(rf"{key.rpartition('.')[2]}\b", str(error))), None)
+            raise LabError(f"--set {named}: {error}" if named else str(error)) from None
+
+    def _given(self) -> dict[str, Any]:
+        """What `--set` gives, by its keys. Raises LabError for a key that the preset does not have."""
+        from uncork.heads.spec import parse_value
+        from uncork.lab.command_line import close_to
+        from uncork.lab.train.config import known_settings
+
+        settable = known_settings(self.preset)
+        given: dict[str, Any] = {}
         for item in self.set:
             key, equals, text = item.partition("=")
-            field, _, option = key.partition(".")
+            field = key.partition(".")[0]
             if field in ("head", "head_options", "seed", "preset", "corpus", "tokenization"):
                 raise LabError(f"--set {key}: the head with its options, and the {field}, have flags of their own")
             if not equals:
@@ -87,20 +105,12 @@ class Experiment:
                     f"--set {key}: {self.preset} has no such setting{close_to(key, settable)} (there are {there}; "
                     f"uncork presets {self.preset} explains them)"
                 )
-            given[option or field] = f"--set {key}"
-            if option:
-                values.setdefault(field, {})[option] = parse_value(text)
-            else:
-                values[field] = parse_value(text)
-        try:
-            return TrainConfig(**values)
-        except LabError as error:
-            name = next((n for n in given if re.match(rf"{n}\b", str(error).removeprefix("each of "))), None)
-            raise LabError(f"{given[name]}: {error}" if name else str(error)) from None
+            given[key] = parse_value(text)
+        return given
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare(Experiment):
+class Compare(TrainingFlags):
     """Train the same language model with each output layer and report what each one buys.
 
     Writes runs/, table.csv, runs.csv, figures/ and report.html into --out-dir. Rows that are done are not run again, so
@@ -125,7 +135,7 @@ class Compare(Experiment):
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Experiment):
+class Train(TrainingFlags):
     """Train one language model with one output layer; --out-dir becomes the run's folder."""
 
     head: str = "plif"

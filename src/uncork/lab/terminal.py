@@ -1,4 +1,4 @@
-"""What the command line prints, and how it survives that nobody reads it; what this process may use and does."""
+"""Printing that outlives a closed pipe, a closed terminal and a full disk; the cores and the memory of this process."""
 
 import errno
 import io
@@ -7,10 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:  # the help must not wait for torch
-    from uncork.lab.train.trainer import Progress
+from typing import TextIO
 
 
 class NobodyReads(KeyboardInterrupt):
@@ -18,9 +15,10 @@ class NobodyReads(KeyboardInterrupt):
 
 
 def ready_streams() -> None:
-    """Make printing safe: a stream that the caller closed (`>&-`) leads nowhere, a letter it cannot show becomes ?.
+    """Make printing safe: what goes to a stream that the caller closed (`>&-`) is dropped, and a letter that the
+    stream's encoding lacks becomes ?.
 
-    A file opened later would otherwise get a closed stream's number, and what a library below prints there.
+    Otherwise the next file to be opened would get the number of the closed stream, and prints would end up in it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -69,15 +67,6 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
-def progress_line(name: str, p: "Progress", left: float | None) -> str:
-    """One line of where a run stands; left: seconds."""
-    validation = "" if p.valid_perplexity is None else f"  valid ppl {p.valid_perplexity:8.2f}"
-    return (
-        f"{name:28} step {p.step:>6}/{p.steps_total}  loss {p.cross_entropy:6.3f}{validation}  "
-        f"{p.tokens_per_second:8,.0f} tok/s  {clock(left)} left"
-    )
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,7 +79,8 @@ STATUS = Path("/proc/self/status")
 def resident(name: str) -> int:
     """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). Linux alone; see STATUS.
 
-    The peak of getrusage is none: a new program starts with that of the process that started it.
+    Read here because nothing else has the peak: psutil does not tell it on Linux, and getrusage's counts the memory of
+    the process that started this one.
     """
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
     assert found is not None

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from uncork.lab.run.pool import Event, Job, TimeLeft, run_jobs
-from uncork.lab.terminal import clock, progress_line, say
+from uncork.lab.run.progress import progress_line
+from uncork.lab.terminal import clock, say
 
 QUIET = 10.0
 """Seconds between two lines on how far one job is."""

@@ -22,7 +22,7 @@ from uncork.lab.train.checkpoints import load_trained
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.evaluation import evaluate
 from uncork.lab.train.head import with_head
-from uncork.lab.train.training import train
+from uncork.lab.train.trainer import train
 
 
 class Trained(Protocol):
@@ -103,7 +103,7 @@ def _same_run(first: TrainConfig, second: TrainConfig) -> bool:
     if first.seed != second.seed:
         return False
     heads = [HeadSpec(config.head, config.head_options) for config in (first, second)]
-    rest = [dataclasses.replace(config.resolved(), head_options={}) for config in (first, second)]
+    rest = [config.updated(head_options={}) for config in (first, second)]
     return heads[0] == heads[1] and rest[0] == rest[1]
 
 
@@ -171,18 +171,17 @@ def run_cell(
         return
     train(config, corpus, run, on_progress=tell)
     trained = load_trained(run.path)
-    preset = config.resolved_preset().training
     analysis = analyse(
         trained.model,
         corpus.splits["test"],
         corpus.counts,
-        batch_size=preset.eval_batch_size,
-        bptt=preset.bptt,
+        batch_size=config.eval_batch_size,
+        bptt=config.bptt,
         contexts=contexts,
     )
     # As much of the training text as the test has, without dropout: what the model has learned by heart.
     seen = corpus.splits["train"][: len(corpus.splits["test"])]
-    own = evaluate(trained.model, seen, batch_size=preset.eval_batch_size, bptt=preset.bptt)
+    own = evaluate(trained.model, seen, batch_size=config.eval_batch_size, bptt=config.bptt)
     own_numbers = {"train_cross_entropy": own.cross_entropy, "contexts_asked": contexts}
     write_json(run.path / "analysis.json", {**analysis, **own_numbers})
 

@@ -1,6 +1,6 @@
 """Language models of the laboratory: a backbone (AWD-LSTM or transformer) under any head."""
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
@@ -22,7 +22,6 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "build_model",
-    "model_config_from_dict",
 ]
 
 
@@ -35,18 +34,3 @@ def build_model(config: ModelConfig, head: nn.Module, vocab_size: int) -> Langua
         return LanguageModel(config.build(vocab_size), head, tie_weights=config.tie_weights)
     except ValueError as error:
         raise LabError(f"model and head do not fit: {error}") from error
-
-
-def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
-    """The config that `to_dict` wrote, of whatever kind.
-
-    >>> model_config_from_dict({"kind": "transformer", "width": 64}).feature_size
-    64
-
-    Raises LabError for an unknown kind, an unknown field or a bad value.
-    """
-    kinds: dict[str, type[ModelConfig]] = {cls.kind: cls for cls in (AWDLSTMConfig, TransformerConfig)}
-    kind = values.get("kind")
-    if kind not in kinds:
-        raise LabError(f"model kind must be one of {', '.join(kinds)}, got {kind!r}")
-    return kinds[kind].from_dict(values)

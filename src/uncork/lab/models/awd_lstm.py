@@ -4,77 +4,47 @@ Merity, Keskar, Socher (2017), *Regularizing and Optimizing LSTM Language Models
 Shapes in comments: B batch, T time, D features, H hidden units, V vocabulary.
 """
 
-import dataclasses
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.lab.errors import LabError
-from uncork.lab.models.language_model import (
-    Backbone,
-    BackboneConfig,
-    BackboneOutput,
-    require_bool,
-    require_dropout,
-    require_non_negative,
-    require_size,
-    require_tokens,
-)
+from uncork.lab.models.language_model import Backbone, BackboneConfig, BackboneOutput, require_tokens
+from uncork.lab.validated import NonNegative, Share, Size, expects, require
 
 
-@dataclasses.dataclass(frozen=True)
 class AWDLSTMConfig(BackboneConfig):
     """Settings of an AWD-LSTM; with every dropout and penalty 0 it is a plain LSTM.
 
-    >>> config = AWDLSTMConfig(hidden_sizes=(64, 32), out_features=8)
-    >>> config.feature_size
+    >>> AWDLSTMConfig(hidden_sizes=(64, 32), out_features=8).feature_size
     8
-    >>> AWDLSTMConfig.from_dict(config.to_dict()) == config
-    True
     """
 
-    kind: ClassVar[str] = "awd-lstm"
-
-    embedding_size: int = 400
+    kind: Literal["awd-lstm"] = "awd-lstm"
+    embedding_size: Size = 400
     """Size of the word embeddings."""
-    hidden_sizes: tuple[int, ...] = (1150, 1150, 400)
+    hidden_sizes: Annotated[
+        tuple[Size, ...], Field(min_length=1, strict=False), expects("a list of at least one size, each at least 1")
+    ] = (1150, 1150, 400)
     """Hidden units of each LSTM layer, first to last."""
-    out_features: int | None = None
-    """Features given to the head: a linear map follows the last layer. None: the last layer's size, without a map."""
-    tie_weights: bool = False
-    """The head's weight is the embedding."""
-    weight_drop: float = 0.0
+    weight_drop: Share = 0.0
     """Probability of dropping an element of the hidden-to-hidden matrices (DropConnect, one mask per call)."""
-    embedding_dropout: float = 0.0
+    embedding_dropout: Share = 0.0
     """Probability of dropping a whole word from the embedding."""
-    input_dropout: float = 0.0
+    input_dropout: Share = 0.0
     """Locked dropout (one mask for all time steps) of the embedded words."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Share = 0.0
     """Locked dropout between LSTM layers."""
-    output_dropout: float = 0.0
+    output_dropout: Share = 0.0
     """Locked dropout of the features given to the head."""
-    activation_penalty: float = 0.0
+    activation_penalty: NonNegative = 0.0
     """AR: this times the mean square of the dropped features is added to the training loss."""
-    temporal_penalty: float = 0.0
+    temporal_penalty: NonNegative = 0.0
     """TAR: this times the mean square of the features' change from step to step is added to the training loss."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.hidden_sizes, tuple) or not self.hidden_sizes:
-            raise LabError(f"hidden_sizes must be a tuple of at least one layer, got {self.hidden_sizes!r}")
-        require_size("embedding_size", self.embedding_size)
-        for size in self.hidden_sizes:
-            require_size("each of hidden_sizes", size)
-        if self.out_features is not None:
-            require_size("out_features", self.out_features)
-        require_bool("tie_weights", self.tie_weights)
-        for name in ("weight_drop", "embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout"):
-            require_dropout(name, getattr(self, name))
-        for name in ("activation_penalty", "temporal_penalty"):
-            require_non_negative(name, getattr(self, name))
 
     @property
     def feature_size(self) -> int:
@@ -172,7 +142,7 @@ class AWDLSTM(Backbone):
 
     def __init__(self, config: AWDLSTMConfig, vocab_size: int) -> None:
         super().__init__()
-        require_size("vocab_size", vocab_size)
+        require("vocab_size", Size, vocab_size)
         self.config = config
         self.out_features = config.feature_size
         self.embedding = nn.Embedding(vocab_size, config.embedding_size)

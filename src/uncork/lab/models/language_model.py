@@ -4,14 +4,12 @@ Shapes in comments: B batch, T time, D features, V vocabulary.
 """
 
 import abc
-import dataclasses
-import math
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from uncork.lab.errors import LabError
+from uncork.lab.validated import Size, Switch, Validated
 
 
 class BackboneOutput(NamedTuple):
@@ -127,13 +125,15 @@ class LanguageModel(nn.Module):
         return {"head.weight": "backbone.embedding.weight"} if self.tie_weights else {}
 
 
-@dataclasses.dataclass(frozen=True)
-class BackboneConfig(abc.ABC):
-    """Plain, validated settings of a backbone that go into JSON and come back equal."""
+class BackboneConfig(Validated, abc.ABC):
+    """Settings of a backbone."""
 
-    kind: ClassVar[str]
-    tie_weights: bool
-    out_features: int | None
+    kind: str
+    tie_weights: Switch = False
+    """The head's weight is the embedding."""
+    out_features: Size | None = None
+    """Features given to the head: a linear map to them ends the body. None: the size of its last layer, without a map.
+    """
 
     @property
     @abc.abstractmethod
@@ -143,55 +143,6 @@ class BackboneConfig(abc.ABC):
     @abc.abstractmethod
     def build(self, vocab_size: int) -> Backbone:
         """A new backbone with these settings."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field and the `kind`, in JSON's types."""
-        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        return {"kind": self.kind, **fields}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The config that `to_dict` wrote. Raises LabError for another kind, an unknown field or a bad value."""
-        fields = dict(values)
-        kind = fields.pop("kind", cls.kind)
-        if kind != cls.kind:
-            raise LabError(f"model kind must be {cls.kind!r} here, got {kind!r}")
-        unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise LabError(f"unknown setting of model {cls.kind!r}: {', '.join(unknown)}")
-        # JSON has no tuples.
-        restored: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return cls(**restored)
-
-
-def require_size(name: str, value: object) -> None:
-    """Raise LabError unless the value is an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LabError(f"{name} must be an integer of at least 1, got {value!r}")
-    if value >= 2**63:
-        raise LabError(f"{name} must be below 2^63, got {value}")
-
-
-def require_dropout(name: str, value: object) -> None:
-    """Raise LabError unless the value is a probability below 1."""
-    if not _is_real(value) or not 0.0 <= cast(float, value) < 1.0:
-        raise LabError(f"{name} must be in [0, 1), got {value!r}")
-
-
-def require_non_negative(name: str, value: object) -> None:
-    """Raise LabError unless the value is a finite number of at least 0."""
-    if not _is_real(value) or not 0.0 <= cast(float, value) < math.inf:
-        raise LabError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def require_bool(name: str, value: object) -> None:
-    """Raise LabError unless the value is True or False."""
-    if not isinstance(value, bool):
-        raise LabError(f"{name} must be true or false, got {value!r}")
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def require_tokens(tokens: Tensor) -> None:

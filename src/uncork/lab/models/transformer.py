@@ -4,72 +4,52 @@ RMSNorm: Zhang, Sennrich (2019), arXiv 1910.07467. Rotary positions: Su et al. (
 SwiGLU: Shazeer (2020), arXiv 2002.05202. Shapes in comments: B batch, T time, D width, H heads, E = D / H.
 """
 
-import dataclasses
-from typing import ClassVar
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.lab.errors import LabError
-from uncork.lab.models.language_model import (
-    Backbone,
-    BackboneConfig,
-    BackboneOutput,
-    require_bool,
-    require_dropout,
-    require_size,
-    require_tokens,
-)
+from uncork.lab.models.language_model import Backbone, BackboneConfig, BackboneOutput, require_tokens
+from uncork.lab.validated import Share, Size, require
 
 ROTARY_BASE = 10_000.0
 INIT_STD = 0.02
 NORM_EPS = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
 class TransformerConfig(BackboneConfig):
     """Settings of a decoder-only transformer.
 
     >>> config = TransformerConfig(width=48, num_heads=4)
     >>> config.feature_size, config.hidden_size
     (48, 128)
-    >>> TransformerConfig.from_dict(config.to_dict()) == config
-    True
     """
 
-    kind: ClassVar[str] = "transformer"
-
-    width: int = 256
+    kind: Literal["transformer"] = "transformer"
+    width: Size = 256
     """Size of the word embeddings and of the residual stream."""
-    depth: int = 4
+    depth: Size = 4
     """Number of blocks, each attention and MLP."""
-    num_heads: int = 4
+    num_heads: Size = 4
     """Attention heads; each has width / num_heads features, an even number."""
-    mlp_size: int | None = None
+    mlp_size: Size | None = None
     """Hidden units of the gated MLP. None: 8/3 of the width, rounded up to a multiple of 32."""
-    max_length: int = 512
+    max_length: Size = 512
     """Longest sequence (tokens) that a call accepts."""
-    out_features: int | None = None
-    """Features given to the head: a linear map follows the last norm. None: the width, without a map."""
-    tie_weights: bool = False
-    """The head's weight is the embedding."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout of the embedded words, of the attention weights and of what each block adds to the stream."""
 
-    def __post_init__(self) -> None:
-        for name in ("width", "depth", "num_heads", "max_length"):
-            require_size(name, getattr(self, name))
-        for name in ("mlp_size", "out_features"):
-            if getattr(self, name) is not None:
-                require_size(name, getattr(self, name))
+    @model_validator(mode="after")
+    def _require_pairs(self) -> Self:
         if self.width % (2 * self.num_heads):
             raise LabError(
                 f"width must be a multiple of 2 * num_heads = {2 * self.num_heads} (rotary positions turn pairs of "
                 f"features), got {self.width}"
             )
-        require_bool("tie_weights", self.tie_weights)
-        require_dropout("dropout", self.dropout)
+        return self
 
     @property
     def feature_size(self) -> int:
@@ -170,7 +150,7 @@ class Transformer(Backbone):
 
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
-        require_size("vocab_size", vocab_size)
+        require("vocab_size", Size, vocab_size)
         self.config = config
         self.out_features = config.feature_size
         self.embedding = nn.Embedding(vocab_size, config.width)

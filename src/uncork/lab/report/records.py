@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from uncork.heads import HeadSpec
@@ -70,8 +70,8 @@ def _analysis(run: Run, result: Mapping[str, Any] | None) -> Mapping[str, Any] |
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    known = [f.name for f in fields(TrainConfig) if f.name not in {"head", "seed", *TrainConfig.HARMLESS}]
-    values = {**TrainConfig.ADDED, **config, "head_options": _head_options(config)}
+    known = [name for name in TrainConfig.of().to_dict() if name not in ("head", "seed")]
+    values = {**config, "head_options": _head_options(config)}
     return _flatten({name: values[name] for name in known if name in values})
 
 

@@ -8,7 +8,7 @@ A row holds at least
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,23 @@ class RowStore:
                 file.write(json.dumps(plain(row)).encode() + b"\n")
 
 
-def outdated(wanted: Iterable[Mapping[str, Any]], rows: Rows) -> list[str]:
+def outdated(
+    wanted: Iterable[Mapping[str, Any]],
+    rows: Rows,
+    asked: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config,
+) -> list[str]:
     """Why kept rows are not taken for runs that the same settings ask for, one line a reason.
 
     Args:
         wanted: the record, with `asked`, of each run that has no row under its key.
+        asked: what a row's config asks for, in the form in which `wanted` says it.
     """
-    by_asked = {_canonical(row["config"]): row for row in rows.values() if "config" in row}
+    was = {_canonical(asked(row["config"])): row for row in rows.values() if "config" in row}
     reasons: dict[str, int] = {}
     for record in wanted:
-        row = by_asked.get(_canonical(record["asked"]))
+        row = was.get(_canonical(record["asked"]))
         if row is not None:
-            reason = told(differences({**row["record"], "asked": row["config"]}, record))
+            reason = told(differences({**row["record"], "asked": asked(row["config"])}, record))
             reasons[reason] = reasons.get(reason, 0) + 1
     return [f"{count} kept runs do not count: {reason}" for reason, count in reasons.items() if reason]
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 import uncork
 from uncork.heads.state import KEY as HEAD_SPEC
 from uncork.lab.data.corpora import Corpus
 from uncork.lab.data.tokenization import Tokenizer
 from uncork.lab.errors import LabError
-from uncork.lab.models import LanguageModel, ModelConfig, build_model, model_config_from_dict
+from uncork.lab.models import LanguageModel, build_model
 from uncork.lab.run import key as run_key
 from uncork.lab.run.files import plain, read_json, write_json
 from uncork.lab.run.store import Checkpoint, Run
 from uncork.lab.train.config import TrainConfig
-from uncork.lab.train.presets import TrainingPreset
 
 FORMAT = 1
 LAST, BEST = "last", "best"
@@ -78,12 +78,11 @@ def build_untrained(config: TrainConfig, corpus: Corpus) -> LanguageModel:
 
     Raises LabError for a head option that does not exist or does not fit.
     """
-    preset = config.resolved_preset()
-    prior = {"bias_init": corpus.counts} if preset.training.bias_prior else {}
+    prior = {"bias_init": corpus.counts} if config.bias_prior else {}
     torch.manual_seed(derived_seed(config.seed, "head"))
     head = config.build_head(corpus.vocab_size, **prior)
     torch.manual_seed(derived_seed(config.seed, "backbone"))
-    return build_model(preset.model, head, corpus.vocab_size)
+    return build_model(config.model, head, corpus.vocab_size)
 
 
 def check_head(config: TrainConfig) -> None:
@@ -92,18 +91,16 @@ def check_head(config: TrainConfig) -> None:
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that no draw of one shifts another's."""
+    """A separate seed for each purpose, so that drawing more numbers for one changes no other."""
     return random.Random(f"{seed} {purpose}").getrandbits(63)
 
 
-def describe(config: TrainConfig, model: LanguageModel, model_config: ModelConfig, corpus: Corpus) -> dict[str, Any]:
+def describe(config: TrainConfig, model: LanguageModel, corpus: Corpus) -> dict[str, Any]:
     """What a model is and how it is trained, as plain JSON, from which `load_trained` rebuilds it."""
     head: Any = model.head
     description = {
         "format": FORMAT,
         "config": config.to_dict(),
-        "training": config.resolved_preset().training.to_dict(),
-        "model": model_config.to_dict(),
         "head": head.spec(),
         "vocab_size": corpus.vocab_size,
         "fingerprint": corpus.fingerprint,
@@ -111,14 +108,25 @@ def describe(config: TrainConfig, model: LanguageModel, model_config: ModelConfi
     return dict(plain(description))
 
 
+def described_config(description: dict[str, Any]) -> TrainConfig:
+    """The settings in a description. Earlier ones have what the preset gave apart from them: `model`, `training`."""
+    values = dict(description["config"])
+    for name, kept in (("model_options", description.get("model")), ("training_options", description.get("training"))):
+        if kept is not None:
+            values[name] = {key: kept[key] for key in TrainConfig.of(values["preset"]).to_dict()[name] if key in kept}
+    return TrainConfig.from_dict(values)
+
+
 def check_description(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
     """Raise LabError that lists what differs, unless the checkpoint is of the very same training."""
     stored = checkpoint.state.get("description")
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise LabError(f"{checkpoint.path}: was not written by this version of uncork's training")
-    ours, theirs = run_key.flat(expected), run_key.flat(stored)
-    harmless = {f"config.{name}" for name in TrainConfig.HARMLESS}
-    different = [k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k) and k not in harmless]
+    written = {**stored, "config": described_config(stored).to_dict()}
+    ours, theirs = (
+        run_key.flat({k: of[k] for k in of if k not in ("model", "training")}) for of in (expected, written)
+    )
+    different = [k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k)]
     if different:
         shown = [f"{name} was {theirs.get(name, 'absent')}, is {ours.get(name, 'absent')}" for name in different]
         raise LabError(f"{checkpoint.path}: is of another training: {run_key.told(shown)}")
@@ -128,6 +136,12 @@ def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The model's state, each tied tensor once."""
     tied = model.tied_keys()
     return {f"model.{key}": tensor for key, tensor in model.state_dict().items() if key not in tied}
+
+
+def average_tensors(average: AveragedModel) -> dict[str, Tensor]:
+    """The mean of averaged SGD, of the weights that are trained."""
+    named = average.module.named_parameters()
+    return {f"average.{name}": parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
 def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
@@ -222,7 +236,6 @@ class Trained:
     """With the best weights, in evaluation mode."""
     tokenizer: Tokenizer
     config: TrainConfig
-    training: TrainingPreset
     """How it was trained; `bptt` and `eval_batch_size` are how it is evaluated."""
     step: int
     """After which these weights were reached."""
@@ -252,11 +265,10 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
         raise LabError(f"{tokenizer_path}: {error}") from error
     try:
         description = checkpoint.state["description"]
-        config = TrainConfig.from_dict(description["config"])
-        training = TrainingPreset.from_dict(description["training"])
+        config = described_config(description)
         with torch.random.fork_rng(devices=[]):
             head = uncork.head_from_spec(description["head"])
-            model = build_model(model_config_from_dict(description["model"]), head, description["vocab_size"])
+            model = build_model(config.model, head, description["vocab_size"])
         fingerprint = str(description["fingerprint"])
     except (KeyError, TypeError, ValueError, LabError) as error:
         raise LabError(f"{checkpoint.path}: does not describe a model of this version of uncork ({error})") from error
@@ -268,4 +280,4 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
         )
     load_model(model, checkpoint)
     model.to(device).eval()
-    return Trained(model, tokenizer, config, training, checkpoint.step, fingerprint, run.result)
+    return Trained(model, tokenizer, config, checkpoint.step, fingerprint, run.result)

@@ -1,42 +1,97 @@
-"""The settings of one training run, in JSON's types, and what they resolve to."""
+"""What is trained, on what, and how: every setting of a run, resolved and checked."""
 
-import dataclasses
 import hashlib
 import json
-import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field, field_validator, model_validator
 
 import uncork
 from uncork.lab.data.corpora import Corpus, load_corpus
 from uncork.lab.errors import LabError
-from uncork.lab.models.language_model import require_bool, require_non_negative, require_size
+from uncork.lab.models import ModelConfig, TransformerConfig
 from uncork.lab.run.key import RECORD
-from uncork.lab.train.presets import Preset, TrainingPreset, get_preset
+from uncork.lab.train.presets import get_preset
+from uncork.lab.validated import NonNegative, Positive, Seed, Share, Size, Switch, Validated, expects, require
 
 RULES = 1
 """The version of the rules of training and evaluation: raised when the same settings come to give other numbers, beyond
-rounding. Runs of before are then refused by name, and not taken for those of now.
+rounding. A run made under earlier rules is then refused, with that reason, instead of being taken for a new one.
 
 1: version 0.1.0 and after.
 """
-_OWN_TRAINING = ("lr", "batch_size", "bptt", "weight_decay", "bias_prior", "output_lr_scale")
-"""Fields of TrainConfig that replace those of the same name in the preset's training, as clip and epochs do, whose
-values differ."""
-_DECIDED_ELSEWHERE = frozenset({
-    "corpus", "tokenization", "vocab_size", "min_count", "max_train_tokens",  # the text
-    "preset", "in_features", "model_options", "clip", "training_options", *_OWN_TRAINING,  # model and training
-    "head", "head_options",
-})  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """What is trained, on what, and how; a field that is None takes the preset's value.
+class Text(Validated):
+    """The text of a run."""
 
-    >>> config = TrainConfig(head="plif", in_features=8, lr=0.01).resolved()
+    corpus: str = "sotu"
+    """The text: sotu, ptb, wikitext-2, or the path of a text file or of a folder of .txt files."""
+    tokenization: Literal["word", "bpe"] = "word"
+    """Words, or subwords trained on the corpus."""
+    vocab_size: Size | None = None
+    """At most so many ids. None: every word, or 8,192 subwords."""
+    min_count: Size = 1
+    """Words rarer than this in the training split become <unk>."""
+    max_train_tokens: Size | None = None
+    """Train on the first so many tokens alone. None: on all."""
+
+
+class TrainingOptions(Validated):
+    """How a model is trained, in what is changed seldom: `--set training_options.NAME`."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam (with decoupled weight decay) or plain SGD."""
+    eval_batch_size: Size = 32
+    """Parallel streams of a text that is evaluated."""
+    variable_bptt: Switch = False
+    """Draw each batch's length around bptt and scale its learning rate by length / bptt, as AWD-LSTM does."""
+    asgd: Annotated[Literal["never", "trigger"] | Size, expects("'never', 'trigger' or an epoch (from 1)")] = "never"
+    """When SGD starts to average its iterates: never, when validation stops improving, or at this epoch (from 1)."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """The learning rate after the warm-up: constant, or down to 0 along half a cosine."""
+    warmup: Share = 0.0
+    """Share of all steps, in [0, 1), over which the learning rate rises linearly."""
+    decay: Literal["all", "matrices"] = "all"
+    """What weight decay applies to: everything but the functions, or of that the matrices alone (no biases, norms,
+    embeddings); see `uncork.parameter_groups`."""
+
+    @model_validator(mode="after")
+    def _require_sgd(self) -> Self:
+        if self.asgd != "never" and self.optimizer != "sgd":
+            raise LabError(f"asgd averages SGD's iterates; the optimizer is {self.optimizer!r}")
+        return self
+
+
+class Training(TrainingOptions):
+    """How a model is trained, whatever its head and its text.
+
+    >>> Training(optimizer="sgd", lr=20.0, asgd=200).asgd
+    200
+    """
+
+    lr: Positive = 3e-3
+    """Learning rate at its highest."""
+    batch_size: Size = 32
+    """Parallel streams of the training text, over all processes."""
+    bptt: Size = 64
+    """Tokens of each stream in a batch: how far gradients reach back."""
+    clip: NonNegative = 1.0
+    """Largest norm of the gradient of everything but the functions. 0: no clipping."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay of what `decay` says; with SGD it is an L2 penalty."""
+    bias_prior: Switch = False
+    """Start the bias of the output layer at the log unigram of the training text."""
+    output_lr_scale: NonNegative = 1.0
+    """Factor on the learning rate for weight and bias of the output layer."""
+
+
+class TrainConfig(Training, Text):
+    """Everything that a run is told, resolved: a preset is values of it, and `of` is how one is made.
+
+    >>> config = TrainConfig.of("lstm-laptop", head="plif", in_features=8, lr=0.01)
     >>> config.in_features, config.lr, config.bptt, config.epochs
     (8, 0.01, 48, 4.0)
     >>> TrainConfig.from_dict(config.to_dict()) == config
@@ -46,162 +101,120 @@ class TrainConfig:
         LabError: a bad value, an unknown preset, head or option; the message names the field.
     """
 
-    corpus: str = "sotu"
-    """The text: sotu, ptb, wikitext-2, or the path of a text file or of a folder of .txt files."""
-    tokenization: str = "word"
-    """word or bpe."""
-    vocab_size: int | None = None
-    """At most so many ids. None: every word, or 8,192 subwords."""
-    min_count: int = 1
-    """Words rarer than this in the training split become <unk>."""
-    max_train_tokens: int | None = None
-    """Train on the first so many tokens alone. None: on all."""
-    preset: str = "lstm-laptop"
-    """The backbone and how it is trained; see `uncork.lab.train.presets`."""
-    in_features: int | None = None
-    """Features d that the output layer receives: the width of the bottleneck."""
-    model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the backbone that replace the preset's, as {"hidden_sizes": [512]}."""
+    preset: str
+    """The preset that the values were taken from, and changed; see `uncork.lab.train.presets`."""
+    model: ModelConfig
+    """The backbone."""
     head: str = "softmax"
     """The output layer, one of `uncork.HEAD_NAMES`."""
-    head_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    head_options: dict[str, Any] = Field(default_factory=dict)
     """Its own options, as {"num_pieces": 50}."""
-    bias_prior: bool | None = None
-    """Start the bias of the output layer at the log unigram of the training text. None: as the preset says."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights, the dropouts and the variable lengths."""
-    epochs: float | None = None
+    epochs: Positive = 10.0
     """Passes over the training text; a fraction ends within one."""
-    max_steps: int | None = None
+    max_steps: Size | None = None
     """Stop after so many steps, if that is earlier. The schedule fits what is really done."""
-    lr: float | None = None
-    """Learning rate at its highest."""
-    batch_size: int | None = None
-    """Parallel streams of the text, over all processes."""
-    bptt: int | None = None
-    """Tokens of each stream in a batch."""
-    clip: float | None = None
-    """Largest norm of the gradient of everything but the functions. 0: no clipping."""
-    weight_decay: float | None = None
-    """Weight decay of everything but the functions, or of the matrices alone (training_options.decay)."""
-    training_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Other fields of `TrainingPreset` that replace the preset's, as {"asgd": "trigger"}."""
-    function_lr_scale: float = 1.0
+    function_lr_scale: NonNegative = 1.0
     """Factor on the learning rate for the parameters of the logit function."""
-    output_lr_scale: float | None = None
-    """Factor on the learning rate for weight and bias of the output layer. None: the preset's."""
-    function_clip: float | None = None
-    """Largest norm of the gradient of the functions' parameters, clipped apart. 0: no clipping. None: as clip."""
+    function_clip: NonNegative = Field(default_factory=lambda settings: settings["clip"])
+    """Largest norm of the gradient of the functions' parameters, clipped apart: as clip, unless it is given. 0: no
+    clipping."""
     precision: Literal["no", "bf16"] = "no"
     """Mixed precision of training: none, or bfloat16. Validation always computes in float32."""
-    eval_every: int | None = None
+    eval_every: Size | None = None
     """Steps between validations. None: at the end of each epoch. There is always one at the end of training."""
-    log_every: int = 20
+    log_every: Size = 20
     """Steps between rows of metrics.jsonl."""
-    patience: int | None = None
+    patience: Size | None = None
     """Stop early after so many validations in a row that are no better than the best. None: never."""
-    checkpoint_every: float = 60.0
-    """Seconds between checkpoints, at the least."""
+    checkpoint_every: NonNegative = Field(60.0, exclude=True)
+    """Seconds between checkpoints, at the least. No number depends on it, so it is not stored."""
 
-    HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every"})
-    """Fields that may change when a run goes on, since no number depends on them."""
-    ADDED: ClassVar[dict[str, Any]] = {"output_lr_scale": 1.0}
-    """Fields that files of earlier versions may lack, and what these versions did."""
+    @field_validator("head")
+    @classmethod
+    def _require_name(cls, name: str) -> str:
+        if name not in uncork.HEAD_NAMES:
+            raise LabError(f"head must be one of {', '.join(uncork.HEAD_NAMES)}, got {name!r}")
+        return name
 
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_train_tokens", "in_features", "max_steps", "batch_size", "bptt", "eval_every",
-                     "patience"):  # fmt: skip
-            if getattr(self, name) is not None:
-                require_size(name, getattr(self, name))
-        for name in ("min_count", "log_every"):
-            require_size(name, getattr(self, name))
-        for name in ("epochs", "lr", "clip", "weight_decay", "function_clip", "output_lr_scale"):
-            if getattr(self, name) is not None:
-                require_non_negative(name, getattr(self, name))
-        for name in ("function_lr_scale", "checkpoint_every"):
-            require_non_negative(name, getattr(self, name))
-        for name in ("epochs", "lr"):
-            if getattr(self, name) == 0:
-                raise LabError(f"{name} must be above 0, got 0")
-        if self.bias_prior is not None:
-            require_bool("bias_prior", self.bias_prior)
-        self._check_choices()
-        self.resolved_preset()
-
-    def _check_choices(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise LabError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed!r}")
-        if self.precision not in ("no", "bf16"):
-            raise LabError(f"precision must be 'no' or 'bf16', got {self.precision!r}")
-        if self.head not in uncork.HEAD_NAMES:
-            raise LabError(f"head must be one of {', '.join(uncork.HEAD_NAMES)}, got {self.head!r}")
-        for name in ("model_options", "head_options", "training_options"):
-            if not isinstance(getattr(self, name), dict):
-                raise LabError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
-        for options, fields in (
-            ("model_options", {"kind": "preset", "out_features": "in_features"}),
-            ("training_options", {name: name for name in (*_OWN_TRAINING, "clip", "epochs")}),
-        ):
-            for option, field in fields.items():
-                if option in getattr(self, options):
-                    raise LabError(f"{options}: give {option} by the field {field}")
-
-    def resolved_preset(self) -> Preset:
-        """The preset with this config's values in it; its `training.epochs` rounds `epochs` up."""
-        preset = get_preset(self.preset)
-        model = type(preset.model).from_dict({**preset.model.to_dict(), **self.model_options})
-        if self.in_features is not None and self.in_features != model.feature_size:
-            # Where the body ends in so many features by itself, it gets no linear map to as many.
-            model = type(model).from_dict({**model.to_dict(), "out_features": self.in_features})
-        own = {name: getattr(self, name) for name in _OWN_TRAINING}
-        own |= {"epochs": None if self.epochs is None else math.ceil(self.epochs)}
-        own = {name: value for name, value in own.items() if value is not None}
-        if self.clip is not None:
-            own["clip"] = self.clip or None
-        training = TrainingPreset.from_dict({**preset.training.to_dict(), **self.training_options, **own})
-        return Preset(preset.description, model, training)
-
-    def resolved(self) -> "TrainConfig":
-        """The same settings with the preset's values written out, as a run's config.json holds them."""
-        preset = self.resolved_preset()
-        training = preset.training
-        clip = training.clip or 0.0
-        return dataclasses.replace(
-            self,
-            in_features=preset.model.feature_size,
-            epochs=float(training.epochs) if self.epochs is None else self.epochs,
-            lr=training.lr,
-            batch_size=training.batch_size,
-            bptt=training.bptt,
-            clip=clip,
-            weight_decay=training.weight_decay,
-            bias_prior=training.bias_prior,
-            output_lr_scale=training.output_lr_scale,
-            function_clip=clip if self.function_clip is None else self.function_clip,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, in JSON's types."""
-        return dataclasses.asdict(self)
+    @model_validator(mode="after")
+    def _require_length(self) -> Self:
+        if isinstance(self.model, TransformerConfig):
+            if self.variable_bptt:
+                raise LabError("variable_bptt draws lengths without a limit, and a transformer has one: switch it off")
+            if self.bptt > self.model.max_length:
+                raise LabError(
+                    f"bptt must be at most the transformer's max_length = {self.model.max_length}, got {self.bptt}"
+                )
+        return self
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The config that `to_dict` wrote, of an earlier version too. Raises LabError for an unknown field or a bad
-        value."""
-        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise LabError(f"unknown setting: {', '.join(unknown)}")
-        return cls(**{**cls.ADDED, **values})
+    def of(cls, preset: str = "lstm-laptop", **values: Any) -> Self:
+        """The settings of a preset with these in place of its own; see `updated`."""
+        return cls(preset=preset, **get_preset(preset).values).updated(**values)
+
+    def updated(self, **values: Any) -> Self:
+        """The same settings with these in place of theirs.
+
+        Args:
+            values: by field, or as the command line calls them: `in_features`, and the dictionaries `model_options`
+                and `training_options`.
+        """
+        model, training = (values.pop(name, {}) for name in ("model_options", "training_options"))
+        require("model_options", dict[str, Any], model)
+        require("training_options", dict[str, Any], training)
+        body, features = self.model.updated(**model), values.pop("in_features", None)
+        if features is not None:
+            require("in_features", Size, features)
+            # Where the body ends in so many features by itself, it gets no linear map to as many.
+            body = body if features == body.feature_size else body.updated(out_features=features)
+        if "clip" in values and self.function_clip == self.clip:
+            values.setdefault("function_clip", values["clip"])
+        return super().updated(**{"model": body, **training, **values})
+
+    @property
+    def in_features(self) -> int:
+        """Features d that the output layer receives: the width of the bottleneck."""
+        return self.model.feature_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting that numbers depend on, in JSON's types, by the name that the command line has for it."""
+        values = self.model_dump(mode="json")
+        model = values.pop("model")
+        return {
+            "corpus": values.pop("corpus"),
+            "preset": values.pop("preset"),
+            "in_features": self.in_features,
+            "head": values.pop("head"),
+            "training_options": {name: values.pop(name) for name in TrainingOptions.model_fields},
+            "model_options": {name: value for name, value in model.items() if name not in ("kind", "out_features")},
+            **values,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The settings that `to_dict` wrote, or of an earlier version, where None stood for the preset's value.
+
+        Raises LabError for an unknown setting or a bad value.
+        """
+        return cls.of(**{name: value for name, value in values.items() if value is not None})
 
     def asked(self) -> dict[str, Any]:
-        """Text, preset and head, and all else that was given, in JSON's types: what differs from TrainConfig's own.
+        """Text, preset and head, and all else that differs from the preset, in JSON's types.
 
-        >>> TrainConfig(head="plif", lr=0.01).asked()
+        >>> TrainConfig.of("lstm-laptop", head="plif", lr=0.01).asked()
         {'corpus': 'sotu', 'preset': 'lstm-laptop', 'head': 'plif', 'lr': 0.01}
         """
-        own = dataclasses.asdict(TrainConfig())
-        always = ("corpus", "preset", "head")
-        return {name: value for name, value in self.to_dict().items() if name in always or value != own[name]}
+        preset = {**TrainConfig.of(self.preset).to_dict(), "function_clip": self.clip}
+        asked: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            if name in ("model_options", "training_options"):
+                own = {option: v for option, v in value.items() if preset[name].get(option) != v}
+                asked |= {name: own} if own else {}
+            elif name in ("corpus", "preset", "head") or value != preset[name]:
+                asked[name] = value
+        return asked
 
     def record(self, text: dict[str, Any] | None = None) -> dict[str, Any]:
         """Everything that decides the numbers of this run; see `uncork.lab.run.key`.
@@ -209,16 +222,13 @@ class TrainConfig:
         Args:
             text: what `text_record` says of the corpus. None: a record without it, to compare runs on one text.
         """
-        preset, resolved = self.resolved_preset(), self.resolved().to_dict()
-        training = preset.training.to_dict()
-        del training["epochs"]  # rounded up; the settings have the number itself
+        training = self.model_dump(mode="json", include=set(Training.model_fields))
+        elsewhere = {"preset", "model", "head", "head_options", *Training.model_fields, *Text.model_fields}
         record = {
             "rules": RULES,
-            "settings": {
-                k: v for k, v in resolved.items() if k not in _DECIDED_ELSEWHERE and k not in TrainConfig.HARMLESS
-            },
-            "model": preset.model.to_dict(),
-            "training": training,
+            "settings": self.model_dump(mode="json", exclude=elsewhere),
+            "model": self.model.model_dump(mode="json"),
+            "training": {**training, "clip": self.clip or None},
             "head": self.head_record(),
             "asked": self.asked(),
         }
@@ -236,15 +246,14 @@ class TrainConfig:
 
     def build_head(self, vocab_size: int, **prior: Any) -> Any:
         """The output layer at its start. Raises LabError for a head option that does not exist or does not fit."""
-        features = self.resolved_preset().model.feature_size
         try:
-            return uncork.build_head(self.head, features, vocab_size, **prior, **self.head_options)
+            return uncork.build_head(self.head, self.in_features, vocab_size, **prior, **self.head_options)
         except (TypeError, ValueError) as error:
             raise LabError(f"head {self.head}: {error}") from error
 
     def stored(self, text: dict[str, Any]) -> dict[str, Any]:
-        """What a run's config.json holds: every setting, resolved, and the record of what decides its numbers."""
-        return {**self.resolved().to_dict(), RECORD: self.record(text)}
+        """What a run's config.json holds: every setting, and the record of what decides its numbers."""
+        return {**self.to_dict(), RECORD: self.record(text)}
 
     def load_corpus(self, *, data_dir: Path | None = None, cache_dir: Path | None = None) -> Corpus:
         """The corpus that the config names. Raises LabError as `uncork.lab.data.corpora.load_corpus` does."""
@@ -257,6 +266,36 @@ class TrainConfig:
             data_dir=data_dir,
             cache_dir=cache_dir,
         )
+
+
+class Setting(NamedTuple):
+    """One setting of a preset: the value that it has there, and what it means."""
+
+    value: Any
+    about: str
+
+
+def known_settings(preset: str) -> dict[str, Setting]:
+    """What `--set` takes with this preset, as its keys.
+
+    >>> known_settings("lstm-laptop")["model_options.input_dropout"].value
+    0.2
+
+    Raises LabError for an unknown preset.
+    """
+    config = TrainConfig.of(preset)
+    options = TrainingOptions.model_fields
+    flags_alone = {"preset", "corpus", "tokenization", "head", "head_options", "seed", "model"}
+    found = {"in_features": Setting(config.in_features, str(TrainConfig.in_features.__doc__))}
+    for prefix, part, left_out in (
+        ("", config, flags_alone | options.keys()),
+        ("model_options.", config.model, {"kind", "out_features"}),
+        ("training_options.", config, TrainConfig.model_fields.keys() - options.keys()),
+    ):
+        for name, about in part.explanations().items():
+            if name not in left_out:
+                found[prefix + name] = Setting(getattr(part, name), about)
+    return found
 
 
 def text_record(corpus: Corpus) -> dict[str, Any]:

@@ -24,8 +24,7 @@ from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train.checkpoints import Trained, load_trained
 
 MOST_UNKNOWN = 0.5
-"""A text of which more than this share of the words is unknown to the model is not evaluated: what it finds easy is to
-say that it does not know them."""
+"""A text with a larger share of unknown words is refused: its perplexity would be that of guessing <unk>."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +212,8 @@ def evaluate_run(
     return evaluate(
         trained.model,
         tokens,
-        batch_size=trained.training.eval_batch_size,
-        bptt=trained.training.bptt,
+        batch_size=trained.config.eval_batch_size,
+        bptt=trained.config.bptt,
         words=words,
         bytes=bytes,
         unknown=unknown,

@@ -1,10 +1,10 @@
 """Text from a model, drawn from the exact distribution of its head."""
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from uncork.heads import Head
@@ -12,40 +12,34 @@ from uncork.lab.data.corpora import encode_text
 from uncork.lab.data.tokenization import Tokenizer
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
-from uncork.lab.models.language_model import require_non_negative, require_size
 from uncork.lab.train.evaluation import evaluation_mode
+from uncork.lab.validated import NonNegative, Seed, Size, Validated, expects
 
-DEFAULT_WINDOW = 64
+
+class Sampling(Validated):
+    """How words are drawn."""
+
+    max_tokens: Size = 100
+    """How many tokens to sample."""
+    temperature: NonNegative = 1.0
+    """1 is the model's own distribution, less is bolder, 0 always takes the likeliest word."""
+    top_k: Size | None = None
+    """Keep the k likeliest words. None: all."""
+    top_p: Annotated[float, Field(gt=0, le=1), expects("in (0, 1]")] | None = None
+    """Of those, keep the fewest likeliest that hold this share of probability. None: all."""
+    seed: Seed = 0
+    """The same seed, the same text."""
+    window: Size = 64
+    """How far back a transformer looks, in tokens; choose the bptt that it was trained with."""
 
 
-def generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: str = "",
-    *,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    window: int = DEFAULT_WINDOW,
-) -> str:
-    """The prompt, as the tokenizer writes it, and what the model says next. Arguments as in `sample_ids`.
+def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> str:
+    """The prompt, as the tokenizer writes it, and what the model says next. Options: the fields of `Sampling`.
 
     Words of the prompt that are not in the vocabulary become ``<unk>``. An empty prompt is the beginning of a line.
     """
     ids = prompt_ids(tokenizer, prompt)
-    sampled = sample_ids(
-        model,
-        ids or [tokenizer.eos_id],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        window=window,
-    )
-    return tokenizer.decode([*ids, *sampled])
+    return tokenizer.decode([*ids, *sample_ids(model, ids or [tokenizer.eos_id], **options)])
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -60,17 +54,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids if prompt.endswith("\n") else ids[:-1]
 
 
-def sample_ids(
-    model: LanguageModel,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    window: int = DEFAULT_WINDOW,
-) -> Iterator[int]:
+def sample_ids(model: LanguageModel, prompt: Sequence[int], **options: Any) -> Iterator[int]:
     """Sample one token after another.
 
         p_v proportional to P(v | tokens so far)^(1 / temperature),   over the words that top_k and top_p leave
@@ -81,81 +65,42 @@ def sample_ids(
     Args:
         model: on any device. An LSTM carries its state on; a transformer reads the last `window` tokens again.
         prompt: at least one id.
-        max_tokens: how many tokens to sample.
-        temperature: 1 is the model's own distribution, less is bolder, 0 always takes the likeliest word.
-        top_k: keep the k likeliest words. None: all.
-        top_p: of those, keep the fewest likeliest that hold this share of probability, in (0, 1]. None: all.
-        seed: the same seed, the same text.
-        window: how far back a transformer looks, in tokens; choose the bptt that it was trained with.
+        options: the fields of `Sampling`.
 
     Raises:
         LabError: a bad option, or an empty prompt.
     """
-    _check_options(prompt, max_tokens, temperature, top_k, top_p, window)
-    return _sample(model, list(prompt), max_tokens, temperature, top_k, top_p, seed, window)
+    if not prompt:
+        raise LabError("prompt must have at least one token; begin with the end of a line, <eos>")
+    return _sample(model, list(prompt), Sampling(**options))
 
 
-def _sample(
-    model: LanguageModel,
-    ids: list[int],
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    window: int,
-) -> Iterator[int]:
+def _sample(model: LanguageModel, ids: list[int], options: Sampling) -> Iterator[int]:
     device = next(model.parameters()).device
     head = cast(Head, model.head)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     state: tuple[Tensor, ...] = ()
     carries_state = bool(model.initial_state(1))
     unread = ids
-    for _ in range(max_tokens):
+    for _ in range(options.max_tokens):
         with torch.no_grad(), evaluation_mode(model):
-            tokens = torch.tensor([unread if carries_state else ids[-window:]], device=device)
+            tokens = torch.tensor([unread if carries_state else ids[-options.window :]], device=device)
             features, state = model.features(tokens, state)
-            chosen = _choose(head, features[0, -1], temperature, top_k, top_p, generator)
+            chosen = _choose(head, features[0, -1], options, generator)
         ids.append(chosen)
         unread = [chosen]
         yield chosen
 
 
-def _choose(
-    head: Head,
-    features: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
-) -> int:
+def _choose(head: Head, features: Tensor, options: Sampling, generator: torch.Generator) -> int:
     """One word after features (D,)."""
-    if temperature == 0:
+    if options.temperature == 0:
         return int(head.predict(features))
     # Ranked by the head, which knows the order of words whose logits its function has made equal.
-    log_prob, ids = head.topk(features, head.vocab_size if top_k is None else min(top_k, head.vocab_size))
+    log_prob, ids = head.topk(features, min(options.top_k or head.vocab_size, head.vocab_size))
     log_prob = log_prob.double().cpu()
-    prob = ((log_prob - log_prob.max()) / temperature).softmax(-1)
-    if top_p is not None:
+    prob = ((log_prob - log_prob.max()) / options.temperature).softmax(-1)
+    if options.top_p is not None:
         before = prob.cumsum(-1) - prob
-        prob = torch.where(before < top_p, prob, 0.0)
+        prob = torch.where(before < options.top_p, prob, 0.0)
     return int(ids[int(torch.multinomial(prob, 1, generator=generator))])
-
-
-def _check_options(
-    prompt: Sequence[int],
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    window: int,
-) -> None:
-    if not prompt:
-        raise LabError("prompt must have at least one token; begin with the end of a line, <eos>")
-    require_size("max_tokens", max_tokens)
-    require_size("window", window)
-    require_non_negative("temperature", temperature)
-    if top_k is not None:
-        require_size("top_k", top_k)
-    if top_p is not None and not (isinstance(top_p, int | float) and math.isfinite(top_p) and 0 < top_p <= 1):
-        raise LabError(f"top_p must be in (0, 1], got {top_p!r}")

@@ -1,6 +1,5 @@
 """A head as the command line writes it: its name, its own options, and what it sets of the training."""
 
-import dataclasses
 from typing import Any
 
 from uncork.heads.spec import parse_text
@@ -41,9 +40,11 @@ def with_head(base: TrainConfig, text: str, seed: int) -> TrainConfig:
         LabError: a head that cannot be read or built, a bad seed.
     """
     name, options, settings = parse_head(text)
-    base = dataclasses.replace(base, seed=seed)
+    base = base.updated(seed=seed)
     try:
-        config = dataclasses.replace(base, head=name, head_options=options, **settings)
+        preset = TrainConfig.of(base.preset)
+        own = {key: getattr(preset, key) if value is None else value for key, value in settings.items()}
+        config = base.updated(head=name, head_options=options, **own)
     except LabError as error:
         said = str(error)
         raise LabError(said if said.startswith("head ") else f"head {text}: {said}") from None

@@ -1,22 +1,20 @@
 """Optimisers, the learning rate's course, clipping in two groups, and averaged SGD."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 import uncork
-from uncork.lab.train.presets import TrainingPreset
+from uncork.lab.train.config import Training
 
 TRIGGER_CHECKS = 5
 """Validations that the non-monotone trigger of averaged SGD leaves out of its comparison (arXiv 1708.02182)."""
 
 
-def build_optimizer(
-    model: nn.Module, training: TrainingPreset, *, function_lr_scale: float = 1.0
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, training: Training, *, function_lr_scale: float = 1.0) -> torch.optim.Optimizer:
     """AdamW or SGD as `training` says, over the groups of `uncork.parameter_groups`.
 
     Args:
@@ -99,48 +97,20 @@ def averaging_triggered(history: Sequence[float], checks: int = TRIGGER_CHECKS) 
     return len(before) > checks and history[-1] > min(before[:-checks])
 
 
-class WeightAverage:
-    """The running mean of a model's trainable weights since it was made, averaged SGD's result.
+def weight_average(model: nn.Module) -> AveragedModel:
+    """The running mean of the weights that `update_parameters` is given from now on, averaged SGD's result.
 
         mean_n = mean_{n-1} + (w_n - mean_{n-1}) / n
 
     torch.optim.ASGD keeps such a mean too, but applies a learning rate that changes from step to step one step late.
 
     >>> model = nn.Linear(1, 1, bias=False)
-    >>> average = WeightAverage(model)
+    >>> average = weight_average(model)
     >>> for value in (1.0, 2.0, 6.0):
     ...     _ = nn.init.constant_(model.weight, value)
-    ...     average.update()
-    >>> with average.applied():
-    ...     print(model.weight.item())
+    ...     average.update_parameters(model)
+    >>> average.module.weight.item()
     3.0
-    >>> model.weight.item()
-    6.0
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.count = 0
-        self.tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take the present weights into the mean."""
-        self.count += 1
-        for name, parameter in self._parameters.items():
-            self.tensors[name].lerp_(parameter, 1 / self.count)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Give the model the mean while the block runs, and its own weights back afterwards."""
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        try:
-            self._set(self.tensors)
-            yield
-        finally:
-            self._set(own)
-
-    @torch.no_grad()
-    def _set(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[name])
+    # Given by name: on a CPU torch has another formula for the same mean, which rounds otherwise.
+    return AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())

@@ -75,7 +75,7 @@ def epochs_told(result: Mapping[str, Any], config: TrainConfig) -> str | None:
     asked, done = result.get("epochs_asked"), result["epochs"]
     if asked is None or abs(done - asked) < 1e-9:
         return None
-    steps, bptt = f"{result['steps']:,} steps", config.resolved().bptt
+    steps, bptt = f"{result['steps']:,} steps", config.bptt
     if result["stopped"] == "early":
         why = f"validation was out of patience after {steps}"
     elif config.max_steps is not None and result["steps"] >= config.max_steps:
@@ -90,7 +90,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():
-        return resident("VmHWM")  # Linux's ru_maxrss starts at what the process held that started this one
+        return resident("VmHWM")
     try:
         import resource
     except ImportError:  # Windows

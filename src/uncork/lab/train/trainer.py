@@ -1,50 +1,37 @@
-"""The loop that trains: steps, rows of metrics, validations and checkpoints, over one process or several."""
+"""Train a language model through accelerate, over one process or several, so that whatever stops it loses nothing."""
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from uncork.diagnose.output_layer import learned_slopes
 from uncork.lab.data.batching import TokenStreams
 from uncork.lab.data.corpora import Corpus
 from uncork.lab.errors import LabError
+from uncork.lab.models import LanguageModel
 from uncork.lab.run.interrupts import InterruptGuard
+from uncork.lab.run.progress import Progress
 from uncork.lab.run.store import Checkpoint, Run
+from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train import checkpoints as ckpt
-from uncork.lab.train.config import TrainConfig
+from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.evaluation import Evaluation, evaluate, unknown_share
 from uncork.lab.train.optimisation import (
-    WeightAverage,
     averaging_triggered,
     build_optimizer,
     clip_gradients,
     clipped_together,
     lr_factor,
     set_lr,
+    weight_average,
 )
 from uncork.lab.train.result import run_result
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands; `train` hands one to `on_progress` with every row of the metrics."""
-
-    step: int
-    steps_total: int
-    epoch: float
-    cross_entropy: float
-    """Mean nats per token since the last row."""
-    valid_perplexity: float | None
-    """Per word, at the last validation; None before the first."""
-    tokens_per_second: float
-    seconds_left: float
-    """To the end of training, validations and checkpoints included, at the speed of this session so far."""
 
 
 class TrainingDiverged(LabError):
@@ -65,10 +52,67 @@ class TrainingDiverged(LabError):
         )
 
 
-class Trainer:
-    """One session of `uncork.lab.train.training.train`: `start`, `train`, `finish`; the arguments are its own.
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    run: Run,
+    *,
+    resume: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+    tensorboard: bool = False,
+    threads: int | None = None,
+    cpu: bool = False,
+) -> dict[str, Any]:
+    """Train one model and return its result, which is also stored as the run's result.json.
+
+    A run that is done, with the same settings on the same text, returns its result at once; one that was stopped goes
+    on from its last checkpoint, on a CPU with the same number of threads to the same bits. In several processes
+    (`accelerate launch`, `torchrun`), each reads its share of the streams, and the first one writes.
 
     Args:
+        config: what to train; see `TrainConfig`.
+        corpus: the text, as `config.load_corpus()` gives it.
+        run: where metrics, checkpoints and the result go; made with `config.stored(text_record(corpus))`.
+        resume: go on from the last checkpoint; False starts afresh.
+        on_progress: called, in the first process, with every row of the metrics.
+        tensorboard: also write the metrics to the folder `tensorboard` of the run.
+        threads: of torch, for this process from now on. None: as they are.
+        cpu: compute on the CPU even where there is a GPU.
+
+    Raises:
+        TrainingDiverged: the loss is NaN or infinite.
+        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of that moment was written first (at a second Ctrl-C, not).
+        LabError: options that do not fit one another or the corpus; a run or a checkpoint of another training, or of
+            another text; an environment variable that would change the numbers; a full disk.
+    """
+    refuse_variables(config.precision)
+    run.require(config.stored(text_record(corpus)))
+    done = run.result
+    if done is not None:
+        return done
+    if threads is not None:
+        torch.set_num_threads(threads)
+    accelerator = _accelerator(config, cpu)
+    device = accelerator.device
+    with (
+        run.lock() if accelerator.is_main_process else nullcontext(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        InterruptGuard() as interrupt,
+    ):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer = Trainer(config, corpus, run, accelerator, interrupt, on_progress)
+        trainer.start(resume)
+        with _tensorboard(run, tensorboard and accelerator.is_main_process, trainer.state.step + 1) as trainer.board:
+            trainer.train()
+        return trainer.finish()
+
+
+class Trainer:
+    """One session of training: call `start`, `train` and `finish`, in this order.
+
+    Args:
+        config, corpus, run, on_progress: as for the function `train`.
         accelerator: accelerate's, for device, processes and precision.
         interrupt: entered already.
     """
@@ -82,31 +126,29 @@ class Trainer:
         interrupt: InterruptGuard,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.config, self.corpus, self.run = config.resolved(), corpus, run
+        self.config, self.corpus, self.run = config, corpus, run
         self.accelerator, self.interrupt, self.on_progress = accelerator, interrupt, on_progress
         self.board: Any = None  # TensorBoard's SummaryWriter, where wanted
         self.main: bool = accelerator.is_main_process
         self.device: torch.device = accelerator.device
-        preset = self.config.resolved_preset()
-        self.training = preset.training
         self.streams = TokenStreams(
             corpus.splits["train"],
-            self.training.batch_size,
+            self.config.batch_size,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        self.model = ckpt.build_untrained(self.config, corpus)
-        self.description = ckpt.describe(self.config, self.model, preset.model, corpus)
+        self.model = ckpt.build_untrained(config, corpus)
+        self.description = ckpt.describe(config, self.model, corpus)
         self.description["processes"] = accelerator.num_processes
         self.wrapped = accelerator.prepare(self.model)
-        self.optimizer = build_optimizer(self.model, self.training, function_lr_scale=self.config.function_lr_scale)
-        self.average: WeightAverage | None = None
+        self.optimizer = build_optimizer(self.model, config, function_lr_scale=config.function_lr_scale)
+        self.average: AveragedModel | None = None
         self.hidden: tuple[Tensor, ...] = ()
         self.state = ckpt.TrainState()
         self.totals = self._zero_totals()
         self.last_loss: float | None = None
         self.steps_total = self._count_steps()
-        torch.manual_seed(ckpt.derived_seed(self.config.seed, f"training {accelerator.process_index}"))
+        torch.manual_seed(ckpt.derived_seed(config.seed, f"training {accelerator.process_index}"))
 
     def start(self, resume: bool) -> None:
         """Go to where the last checkpoint was written, or to the beginning."""
@@ -155,7 +197,7 @@ class Trainer:
             )
         ckpt.load_model(self.model, best)
         with self._interruptible():
-            test = self._evaluate("test")
+            test = self._evaluate(self.model, "test")
         assert self.state.best is not None
         result = run_result(
             self.config, self.corpus, self.model, self.state,
@@ -173,19 +215,19 @@ class Trainer:
             self._begin_epoch()
         start, length = self.segments[state.segment]
         tokens, target = (part.to(self.device) for part in self.streams.batch(start, length))
-        factor = self._lr_factor(state.step) * (length / self.training.bptt if self.training.variable_bptt else 1.0)
+        factor = self._lr_factor(state.step) * (length / self.config.bptt if self.config.variable_bptt else 1.0)
         set_lr(self.optimizer, factor)
         output = self.wrapped(tokens, target, self.hidden)
         self.optimizer.zero_grad()
         self.accelerator.backward(output.loss)
-        norms = clip_gradients(self.optimizer, self.config.clip or 0.0, self.config.function_clip or 0.0)
+        norms = clip_gradients(self.optimizer, self.config.clip, self.config.function_clip)
         reading = torch.stack([output.cross_entropy.double() * tokens.numel(), *(norm.double() for norm in norms)])
         if self.device.type == "cpu":
             self._require_finite(reading)
             self.last_loss = output.cross_entropy.item()
         self.optimizer.step()
         if self.average is not None:
-            self.average.update()
+            self.average.update_parameters(self.model)
         self.hidden = tuple(part.detach() for part in output.state)
         self.totals += reading
         state.step += 1
@@ -200,9 +242,9 @@ class Trainer:
     def _begin_epoch(self) -> None:
         self.segments = self._segments(self.state.epoch)
         self.hidden = ()  # the streams start again
-        asgd = self.training.asgd
+        asgd = self.config.asgd
         if isinstance(asgd, int) and self.state.epoch + 1 >= asgd and self.average is None:
-            self.average = WeightAverage(self.model)
+            self.average = weight_average(self.model)
 
     def _row(self) -> None:
         """Write a row of the metrics; then, if it is time, a checkpoint."""
@@ -223,7 +265,7 @@ class Trainer:
             "epoch": self._epoch(),
             "tokens": state.tokens,
             "cross_entropy": self.last_loss,
-            "lr": self.training.lr * self._lr_factor(state.step - 1),
+            "lr": self.config.lr * self._lr_factor(state.step - 1),
             "grad_norm": norms[0] / state.row_steps,
             "function_grad_norm": norms[1] / state.row_steps if norms[1:] else None,
             "tokens_per_second": state.row_tokens * self.accelerator.num_processes / state.row_seconds,
@@ -251,15 +293,15 @@ class Trainer:
 
     def _validate(self) -> None:
         state = self.state
-        with self.average.applied() if self.average is not None else nullcontext():
-            with self._interruptible():
-                valid = self._evaluate("valid")
-            if not math.isfinite(valid.cross_entropy):
-                raise self._diverged("the validation loss is not finite")
-            if state.best is None or valid.cross_entropy < state.best:
-                state.best_step = state.step
-                if self.main:
-                    ckpt.save_best(self.run, state.step, self.model, self.description)
+        model = self.model if self.average is None else cast(LanguageModel, self.average.module)
+        with self._interruptible():
+            valid = self._evaluate(model, "valid")
+        if not math.isfinite(valid.cross_entropy):
+            raise self._diverged("the validation loss is not finite")
+        if state.best is None or valid.cross_entropy < state.best:
+            state.best_step = state.step
+            if self.main:
+                ckpt.save_best(self.run, state.step, model, self.description)
         state.history.append(valid.cross_entropy)
         state.validated_step = state.step
         row: dict[str, Any] = {
@@ -268,18 +310,14 @@ class Trainer:
         }  # fmt: skip
         slopes = learned_slopes(self.model.head)
         self._write(row if slopes is None else {**row, "slopes": slopes})
-        if self.training.asgd == "trigger" and self.average is None and averaging_triggered(state.history):
-            self.average = WeightAverage(self.model)
+        if self.config.asgd == "trigger" and self.average is None and averaging_triggered(state.history):
+            self.average = weight_average(self.model)
         state.stopped = self.config.patience is not None and state.checks_since_best >= self.config.patience
 
-    def _evaluate(self, split: str) -> Evaluation:
+    def _evaluate(self, model: LanguageModel, split: str) -> Evaluation:
         """Every process evaluates; the first one's number counts, so that all of them decide alike."""
-        found = evaluate(
-            self.model,
-            self.corpus.splits[split],
-            batch_size=self.training.eval_batch_size,
-            bptt=self.training.bptt,
-        )
+        tokens, config = self.corpus.splits[split], self.config
+        found = evaluate(model, tokens, batch_size=config.eval_batch_size, bptt=config.bptt)
         shared = torch.tensor(found.cross_entropy, dtype=torch.float64, device=self.device)
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast(shared, 0)
@@ -296,7 +334,7 @@ class Trainer:
         )
 
     def _interruptible(self) -> AbstractContextManager[None]:
-        """Where Ctrl-C may come at once; of several processes none may leave the others waiting."""
+        """Lets Ctrl-C end an evaluation at once; with several processes it waits, so that none leaves the others."""
         return self.interrupt.raising() if self.accelerator.num_processes == 1 else nullcontext()
 
     def _save(self) -> None:
@@ -304,14 +342,14 @@ class Trainer:
         self._require_finite(self.totals)
         state = self.state
         state.row_totals = self.totals.tolist()
-        state.averaged = None if self.average is None else self.average.count
+        state.averaged = None if self.average is None else int(self.average.n_averaged)
         shared = ckpt.rng_tensors(self.device) | {f"hidden.{i}": part for i, part in enumerate(self.hidden)}
         gathered = {key: self.accelerator.gather(t.to(self.device)) for key, t in shared.items()}
         if self.main:
             tensors, rest = ckpt.optimizer_state(self.optimizer)
             tensors |= ckpt.model_tensors(self.model) | gathered
             if self.average is not None:
-                tensors |= {f"average.{key}": tensor for key, tensor in self.average.tensors.items()}
+                tensors |= ckpt.average_tensors(self.average)
             stored = {"description": self.description, "state": vars(state), "optimizer": rest}
             self.run.save_checkpoint(state.step, tensors, stored, name=ckpt.LAST)
         self.saved_at = time.perf_counter()
@@ -324,21 +362,21 @@ class Trainer:
         ckpt.load_optimizer(self.optimizer, tensors, checkpoint.state["optimizer"])
         self.totals = torch.tensor(state.row_totals, dtype=torch.float64, device=self.device)
         if state.averaged is not None:
-            self.average = WeightAverage(self.model)
-            self.average.count = state.averaged
-            for key, tensor in self.average.tensors.items():
-                tensor.copy_(tensors[f"average.{key}"])
+            self.average = weight_average(self.model)
+            self.average.n_averaged.fill_(state.averaged)
+            for key, tensor in ckpt.average_tensors(self.average).items():
+                tensor.copy_(tensors[key])
         mine = slice(rank * self.streams.num_streams, (rank + 1) * self.streams.num_streams)
         self.hidden = tuple(part[mine].to(self.device) for part in ckpt.numbered("hidden", tensors))
         ckpt.load_rng(tensors, self.device, rank)
 
     def _segments(self, epoch: int) -> list[tuple[int, int]]:
-        training = self.training
-        return self.streams.segments(training.bptt, variable=training.variable_bptt, seed=self.config.seed, epoch=epoch)
+        config = self.config
+        return self.streams.segments(config.bptt, variable=config.variable_bptt, seed=config.seed, epoch=epoch)
 
     def _count_steps(self) -> int:
-        part, whole = math.modf(self.config.epochs or 0.0)
-        if self.training.variable_bptt:
+        part, whole = math.modf(self.config.epochs)
+        if self.config.variable_bptt:
             steps = sum(len(self._segments(epoch)) for epoch in range(int(whole)))
         else:
             steps = int(whole) * len(self._segments(0))
@@ -347,8 +385,7 @@ class Trainer:
         return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
 
     def _lr_factor(self, step: int) -> float:
-        training = self.training
-        return lr_factor(step, self.steps_total, schedule=training.schedule, warmup=training.warmup)
+        return lr_factor(step, self.steps_total, schedule=self.config.schedule, warmup=self.config.warmup)
 
     def _epoch(self) -> float:
         """Passes over the text so far, with the part of the present one."""
@@ -386,4 +423,33 @@ class Trainer:
 
     def _diverged(self, what: str) -> TrainingDiverged:
         kept = self.run.last_step(ckpt.LAST)
-        return TrainingDiverged(what, self.state.step, self._epoch(), self.last_loss, self.training.lr, kept)
+        return TrainingDiverged(what, self.state.step, self._epoch(), self.last_loss, self.config.lr, kept)
+
+
+def _accelerator(config: TrainConfig, cpu: bool) -> Any:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+    from accelerate.utils import GradientAccumulationPlugin  # type: ignore[import-untyped]
+
+    # accelerate keeps its state per process; without this a second run could not have another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=cpu or not torch.cuda.is_available(),
+        # What is not given here, accelerate reads from the environment.
+        mixed_precision=config.precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+    )
+
+
+@contextmanager
+def _tensorboard(run: Run, wanted: bool, first_step: int) -> Iterator[Any]:
+    if not wanted:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise LabError("TensorBoard's files need the package tensorboard: pip install tensorboard") from error
+    with SummaryWriter(run.path / "tensorboard", purge_step=first_step) as writer:
+        yield writer

@@ -10,6 +10,7 @@ from uncork.lab.experiments.study import figures, tables
 from uncork.lab.experiments.study.plan import Part, Plan
 from uncork.lab.experiments.study.run import Cell, is_kept, require_finished, run_cells
 from uncork.lab.experiments.study.settings import Study
+from uncork.lab.experiments.study.store import asked
 from uncork.lab.report.publish import publish
 from uncork.lab.run.files import os_errors
 from uncork.lab.run.provenance import provenance
@@ -58,7 +59,7 @@ def report(plan: Plan, name: str, store: RowStore, folder: Path, command: str) -
     """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
     rows, part = store.rows(), plan.part(name)
     kept = plan.kept_cells(part, rows)
-    for line in outdated((c.record for c in plan.tuned_cells(part, rows) if not is_kept(c, rows)), rows):
+    for line in outdated((c.record for c in plan.tuned_cells(part, rows) if not is_kept(c, rows)), rows, asked):
         say(line)
     told = {"command": "study", "part": name, "out_dir": str(folder), "runs": len(kept), "of": part.size}
     if not kept:

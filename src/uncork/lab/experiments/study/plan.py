@@ -11,6 +11,7 @@ import pydantic
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.study.run import Cell, is_kept
+from uncork.lab.experiments.study.store import asked
 from uncork.lab.run.files import os_errors
 from uncork.lab.run.key import key_of
 from uncork.lab.run.rows import Rows, outdated
@@ -171,7 +172,7 @@ class Plan(_Read):
         name, options, own = parse_head(head)
         text = {key: value for key, value in self.texts[place[0]].items() if key != "sha256"}
         fields: dict[str, Any] = {**self.base, **text, "in_features": place[1], **settings, **own}
-        return TrainConfig(head=name, head_options=options, seed=seed, **fields)
+        return TrainConfig.of(head=name, head_options=options, seed=seed, **fields)
 
     def chosen(self, rows: Rows, label: str, place: Place) -> str:
         """The trial of this head with the lowest validation cross-entropy at this place.
@@ -191,7 +192,7 @@ class Plan(_Read):
             record = config.record({"sha256": self.texts[place[0]]["sha256"]})
             row = rows.get(key_of(record))
             if row is None:
-                reasons = "".join(f" ({reason})" for reason in outdated([record], rows))
+                reasons = "".join(f" ({reason})" for reason in outdated([record], rows, asked))
                 raise LabError(
                     f"part {self.tuned_by}: {trial} at {place[0]} d={place[1]} has not been run{reasons}; "
                     f"run `uncork study --part {self.tuned_by}`"

@@ -9,7 +9,7 @@ from typing import Any
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.compare import Texts, train_all
-from uncork.lab.experiments.study.store import row_of
+from uncork.lab.experiments.study.store import asked, row_of
 from uncork.lab.run.key import key_of
 from uncork.lab.run.rows import RowStore, outdated
 from uncork.lab.run.store import Run
@@ -73,7 +73,7 @@ def run_cells(
     cells = [cell for cell in {cell.key: cell for cell in cells}.values() if not is_kept(cell, kept)]
     if not cells:
         return {}
-    for line in outdated((cell.record for cell in cells), kept):
+    for line in outdated((cell.record for cell in cells), kept, asked):
         say(line)
     _require_texts(cells, texts)
     say(f"{len(cells)} runs to train, {workers} at a time")

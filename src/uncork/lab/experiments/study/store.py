@@ -1,7 +1,9 @@
 """What is kept of a finished run of the study."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from uncork.lab.errors import LabError
 from uncork.lab.run.files import plain, read_json
 from uncork.lab.run.key import RECORD, key_of
 from uncork.lab.run.provenance import current_commit
@@ -10,6 +12,14 @@ from uncork.lab.run.store import Run
 from uncork.lab.train.config import TrainConfig
 
 _POINTS = 5  # of the 201 points of a function, every fifth is kept
+
+
+def asked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the config of a row asks for, as this version says it; of a head that is gone, as it was kept."""
+    try:
+        return TrainConfig.from_dict(dict(config)).asked()
+    except LabError:
+        return config
 
 
 def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
         kept = rows.get(cell.key)
         if kept is None:
             continue
-        config, analysis = cell.config.resolved(), kept.get("analysis") or {}
+        config, analysis = cell.config, kept.get("analysis") or {}
         row = run_row(cell.key, cell.label, config.head, config.seed, kept["result"], analysis)
         epochs = [epoch for epoch, _ in kept["history"]]
         losses = [loss for _, loss in kept["history"]]
