@@ -268,7 +268,7 @@ def _write_subwords(
     file: BinaryIO, texts: dict[str, Text], style: Style, recipe: Recipe
 ) -> tuple[Tokenizer, dict[str, _Written]]:
     lines = (line for piece in texts["train"].pieces() for line in lines_of(piece))
-    size = BPE_VOCAB_SIZE if recipe.vocab_size is None else recipe.vocab_size
+    size = recipe.vocab_size or BPE_VOCAB_SIZE
     tokenizer = BPETokenizer.train(lines, style, vocab_size=size, min_count=recipe.min_count)
 
     def encoded(split: str) -> Iterator[tuple[str, NDArray[np.int32], int]]:

