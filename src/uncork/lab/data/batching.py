@@ -4,6 +4,7 @@ Shapes in comments: N tokens of the text, B streams, T time steps of a batch.
 """
 
 import random
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class TokenStreams:
     ([[1, 2], [5, 6]], [[2, 3], [6, 7]])
 
     Args:
-        tokens: (N,) integers.
+        tokens: (N,) integers; they may be memory-mapped, since each batch alone is copied.
         batch_size: number B of streams over all processes.
         rank: which of the `world_size` processes this is; it reads B / world_size of the streams.
         world_size: number of processes; it must divide B.
@@ -52,7 +53,6 @@ class TokenStreams:
         share = batch_size // world_size
         mine = slice(rank * share, (rank + 1) * share)
         used = length * batch_size
-        tokens = tokens.long()
         self._tokens = tokens[:used].reshape(batch_size, length)[mine]
         self._target = tokens[1 : used + 1].reshape(batch_size, length)[mine]
 
@@ -93,15 +93,15 @@ class TokenStreams:
         if start < 0 or length < 1 or start + length > self.length:
             raise ValueError(f"start and length must lie in the {self.length} steps, got {start} and {length}")
         window = slice(start, start + length)
-        return self._tokens[:, window], self._target[:, window]
+        return self._tokens[:, window].long(), self._target[:, window].long()
 
 
-def evaluation_batches(tokens: Tensor, batch_size: int, bptt: int) -> list[tuple[Tensor, Tensor]]:
+def evaluation_batches(tokens: Tensor, batch_size: int, bptt: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (tokens, target), each (B, T) int64, that hold every one of the text's N - 1 targets exactly once.
 
     Carry the state from batch to batch: row b goes on where it ended. Streams differ by one step at most; the
     shorter ones end with a padded place, whose target is -100. A text of fewer than `batch_size` targets gets fewer
-    streams. No batch is without a target.
+    streams. No batch is without a target. Each batch is made when its turn comes, so the tokens may be memory-mapped.
 
     >>> for tokens, target in evaluation_batches(torch.arange(6), batch_size=2, bptt=2):
     ...     print(tokens.tolist(), target.tolist())
@@ -119,15 +119,20 @@ def evaluation_batches(tokens: Tensor, batch_size: int, bptt: int) -> list[tuple
         raise LabError(f"the text has {len(tokens)} tokens; at least two are needed to predict one from another")
     rows = min(batch_size, total)
     short, extra = divmod(total, rows)
-    starts = [row * short + min(row, extra) for row in range(rows + 1)]
     steps = short + (extra > 0)
-    padded_tokens = torch.zeros(rows, steps, dtype=torch.int64, device=tokens.device)
-    padded_target = torch.full_like(padded_tokens, IGNORE_INDEX)
-    for row in range(rows):
-        first, last = starts[row], starts[row + 1]
-        padded_tokens[row, : last - first] = tokens[first:last]
-        padded_target[row, : last - first] = tokens[first + 1 : last + 1]
-    return list(zip(torch.split(padded_tokens, bptt, dim=1), torch.split(padded_target, bptt, dim=1), strict=True))
+    ends = [(row + 1) * short + min(row + 1, extra) for row in range(rows)]
+    return (_padded(tokens, [0, *ends[:-1]], ends, step, min(bptt, steps - step)) for step in range(0, steps, bptt))
+
+
+def _padded(tokens: Tensor, starts: list[int], ends: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:
+    """`length` steps, from `step` on, of the streams that begin and end at these places of the text."""
+    inputs = torch.zeros(len(starts), length, dtype=torch.int64, device=tokens.device)
+    target = torch.full_like(inputs, IGNORE_INDEX)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        here = slice(start + step, min(start + step + length, end))
+        inputs[row, : here.stop - here.start] = tokens[here]
+        target[row, : here.stop - here.start] = tokens[here.start + 1 : here.stop + 1]
+    return inputs, target
 
 
 def _draw_length(bptt: int, generator: random.Random) -> int:

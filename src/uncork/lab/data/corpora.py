@@ -1,27 +1,38 @@
-"""Corpora as token ids: three fixed splits, a vocabulary made from the training split alone, and a cache on disk."""
+"""Corpora as token ids: three fixed splits, a vocabulary made from the training split alone, and a cache on disk.
+
+Text and ids may be larger than memory. A corpus is built in files: its normalised text goes into a temporary one
+(`sources`), its ids piece by piece into the file that becomes the cache, and the splits are that file, memory-mapped.
+"""
 
 import hashlib
 import json
 import logging
 import os
-import uuid
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-import safetensors
+import numpy as np
 import tokenizers
 import torch
-from safetensors.torch import save_file
+from numpy.typing import NDArray
 
-from uncork.lab.data.sources import SPLITS, Source, expanded, load_source
-from uncork.lab.data.tokenization import BYTE_VALUES, EOS, JSON, UNK, BPETokenizer, Tokenizer, WordTokenizer, normalize
+from uncork.lab.data.sources import SPLITS, Source, expanded, find_source, read_splits, shared_lines
+from uncork.lab.data.text import PIECE_BYTES, Text, each
+from uncork.lab.data.tokenization import BYTE_VALUES, BPETokenizer, Tokenizer, WordTokenizer
+from uncork.lab.data.words import UNK, Style, count_words, lines_of, normalize, number_words
 from uncork.lab.errors import LabError
-from uncork.lab.run.files import holds_tensors
+from uncork.lab.run.files import commit, os_errors
 
 logger = logging.getLogger(__name__)
 
 BPE_VOCAB_SIZE = 8192
-CACHE_VERSION = 2  # 2: combining marks belong to their words
+CACHE_VERSION = 3  # 3: a file of ids that can be mapped
+ID = np.dtype("<i4")  # of an id in the cache file
+END_BYTES = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +42,15 @@ class Corpus:
     Attributes:
         name: the source's short name.
         tokenizer: what made the ids; its spec() can tokenise any other text.
-        splits: "train", "valid", "test": token ids, (N,) int64.
+        splits: "train", "valid", "test": token ids, (N,) int32, on disk: they are memory-mapped.
         words: words of each split in the corpus's own word tokenisation, ``<eos>`` included, whatever the ids are:
             the denominator of perplexity per word.
-        bytes: UTF-8 bytes of the normalised text of each split (see `tokenization.normalize`), or None where the text
+        bytes: UTF-8 bytes of the normalised text of each split (see `words.normalize`), or None where the text
             was split into words, and rare words lost, before it was published (ptb, wikitext-2).
         counts: (V,) int64, how often each id stands in the training split.
         fingerprint: sha256 over the ids of all splits and the tokenizer's spec.
         origin: which files were read and which were not, in one line; "" for a published corpus.
+        warning: what is wrong with the splits of a user's own text, if anything, see `sources.shared_lines`.
     """
 
     name: str
@@ -49,6 +61,7 @@ class Corpus:
     counts: torch.Tensor = field(repr=False)
     fingerprint: str
     origin: str = ""
+    warning: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -88,24 +101,17 @@ def load_corpus(
     Raises:
         LabError: an option out of range; text that is missing, damaged, not UTF-8, or too little for three splits.
     """
-    _check_options(tokenization, vocab_size, min_count, max_train_tokens)
+    recipe = Recipe(tokenization, vocab_size, min_count, max_train_tokens)
+    _check_recipe(recipe)
     if tokenization == "bpe" and vocab_size is None:
-        vocab_size = BPE_VOCAB_SIZE
-    text = load_source(source, data_dir)
-    recipe = [CACHE_VERSION, text.layout, text.style, text.checksum, vocab_size, min_count, max_train_tokens]
-    recipe += [tokenization, tokenizers.__version__ if tokenization == "bpe" else ""]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+        recipe = recipe._replace(vocab_size=BPE_VOCAB_SIZE)
+    found = find_source(source, data_dir)
     folder = _default_cache_dir() if cache_dir is None else expanded(cache_dir, "cache_dir")
-    if folder is not None and not holds_tensors(folder):
-        logger.warning("the token cache %s cannot be used: its path is not UTF-8", ascii(str(folder)))
-        folder = None
-    path = None if folder is None else folder / f"{key}.safetensors"
-    corpus = None if path is None else _read_cache(path, text.name)
-    if corpus is None:
-        corpus = _build(text, tokenization, vocab_size, min_count, max_train_tokens)
-        if path is not None:
-            _write_cache(path, corpus)
-    corpus = replace(corpus, origin=text.origin)
+    path = None if folder is None else folder / f"{_key(found, recipe)}.ids"
+    corpus = None if path is None else _read_cache(path, found.name)
+    corpus = replace(corpus or _build(found, recipe, path), origin=found.origin)
+    if corpus.warning:
+        logger.warning("%s: %s", corpus.name, corpus.warning)
     _warn_of_untrained_unk(corpus)
     return corpus
 
@@ -121,90 +127,183 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, int, int
     (tensor([2, 3, 0, 1]), 4, 9)
     """
     text = normalize(text, tokenizer.style)
-    ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-    return ids, len(tokenizer.words(text)), len(text.encode("utf-8"))
+    ids = tokenizer.encode(text)
+    words = len(ids) if isinstance(tokenizer, WordTokenizer) else count_words(text, tokenizer.style)
+    return torch.tensor(ids, dtype=torch.int64), words, len(text.encode())
 
 
-def _check_options(tokenization: str, vocab_size: int | None, min_count: int, max_train_tokens: int | None) -> None:
+class Recipe(NamedTuple):
+    """How a text becomes ids: the options of `load_corpus` of the same names."""
+
+    tokenization: str
+    vocab_size: int | None
+    min_count: int
+    max_train_tokens: int | None
+
+
+def _check_recipe(recipe: Recipe) -> None:
     # Two words beside <unk> and <eos>; the 256 bytes and <eos>.
     smallest = {"word": 4, "bpe": BYTE_VALUES + 1}
-    if tokenization not in smallest:
-        raise LabError(f"tokenization must be 'word' or 'bpe', got {tokenization!r}")
-    if vocab_size is not None and vocab_size < smallest[tokenization]:
-        raise LabError(
-            f"vocab_size must be at least {smallest[tokenization]} for tokenization {tokenization!r}, got {vocab_size}"
-        )
+    kind, vocab_size, min_count, limit = recipe
+    if kind not in smallest:
+        raise LabError(f"tokenization must be 'word' or 'bpe', got {kind!r}")
+    if vocab_size is not None and vocab_size < smallest[kind]:
+        raise LabError(f"vocab_size must be at least {smallest[kind]} for tokenization {kind!r}, got {vocab_size}")
     if min_count < 1:
         raise LabError(f"min_count must be at least 1, got {min_count}")
-    if max_train_tokens is not None and max_train_tokens < 2:
-        raise LabError(f"max_train_tokens must be at least 2, got {max_train_tokens}")
+    if limit is not None and limit < 2:
+        raise LabError(f"max_train_tokens must be at least 2, got {limit}")
 
 
-def _build(
-    source: Source, tokenization: str, vocab_size: int | None, min_count: int, max_train_tokens: int | None
-) -> Corpus:
-    texts = source.texts
-    tokenizer: Tokenizer
-    if tokenization == "word":
-        split = WordTokenizer([UNK, EOS], source.style).words
-        listed = {name: split(texts[name]) for name in SPLITS}
-        tokenizer = WordTokenizer.train(listed["train"], source.style, vocab_size=vocab_size, min_count=min_count)
-        ids = {name: tokenizer.ids_of(listed[name]) for name in SPLITS}
-    else:
-        lines = texts["train"].split("\n")[:-1]
-        size = BPE_VOCAB_SIZE if vocab_size is None else vocab_size
-        tokenizer = BPETokenizer.train(lines, source.style, vocab_size=size, min_count=min_count)
-        ids = {name: tokenizer.encode(texts[name]) for name in SPLITS}
-    if vocab_size is not None and tokenizer.vocab_size < vocab_size:
-        logger.info("%s: the vocabulary has %d ids, fewer than %d", source.name, tokenizer.vocab_size, vocab_size)
-    if max_train_tokens is not None and max_train_tokens < len(ids["train"]):
-        ids["train"] = ids["train"][:max_train_tokens]
-        texts = texts | {"train": _covered_text(tokenizer, texts["train"], ids["train"])}
-    words = {name: _count_words(tokenizer, texts[name]) for name in SPLITS}
-    sizes = {name: len(texts[name].encode("utf-8")) for name in SPLITS} if source.style == "raw" else None
-    splits = {name: torch.tensor(ids[name], dtype=torch.int64) for name in SPLITS}
-    return _corpus(source.name, tokenizer, splits, words, sizes, _fingerprint(tokenizer, splits))
+# --- from text to ids -------------------------------------------------------------------------------------------------
 
 
-def _covered_text(tokenizer: Tokenizer, text: str, ids: list[int]) -> str:
-    """The beginning of a normalised text that `ids`, the beginning of its encoding, cover."""
+def _build(source: Source, recipe: Recipe, path: Path | None) -> Corpus:
+    """Tokenise into the cache file, or, where there can be none, into a file without a name."""
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            built: list[Corpus] = []
+
+            def write(temporary: Path) -> Path:
+                with temporary.open("w+b") as file:
+                    built.append(_tokenize(source, recipe, file, path.parent))
+                return path
+
+            commit(path, write)
+            return built[0]
+        except OSError as error:
+            logger.warning("the token cache %s cannot be written (%s); going on without it", path.parent, error)
+    folder = Path(tempfile.gettempdir())
+    with os_errors(folder, "cannot be written"), tempfile.TemporaryFile(dir=folder) as file:
+        return _tokenize(source, recipe, file, folder)
+
+
+def _tokenize(source: Source, recipe: Recipe, file: BinaryIO, folder: Path) -> Corpus:
+    """Write the cache file of a source; its normalised text is in `folder` meanwhile."""
+    with tempfile.TemporaryFile(dir=folder) as scratch:
+        texts = read_splits(source, scratch)
+        warning = shared_lines(texts) if source.origin else None
+        write = _write_words if recipe.tokenization == "word" else _write_subwords
+        tokenizer, written = write(file, texts, source.style, recipe)
+    _count_cut(tokenizer, written["train"])
+    if recipe.vocab_size is not None and tokenizer.vocab_size < recipe.vocab_size:
+        logger.info(
+            "%s: the vocabulary has %d ids, fewer than %d", source.name, tokenizer.vocab_size, recipe.vocab_size
+        )
+    tokens = {split: part.tokens for split, part in written.items()}
+    fingerprint, counts = _fingerprint(file, tokenizer, tokens)
+    about = {
+        "tokenizer": tokenizer.spec(),
+        "tokens": tokens,
+        "words": {split: part.words for split, part in written.items()},
+        "bytes": {split: part.bytes for split, part in written.items()} if source.style == "raw" else None,
+        "fingerprint": fingerprint,
+        "warning": warning,
+    }
+    _write_end(file, about)
+    return _corpus(file, source.name, tokenizer, about, counts)
+
+
+@dataclass
+class _Written:
+    """What of a split stands in the cache file. `cut`: a piece of which only the first tokens were written."""
+
+    tokens: int = 0
+    words: int = 0
+    bytes: int = 0
+    cut: tuple[str, int] | None = None
+
+
+def _write_split(
+    file: BinaryIO, encoded: Iterator[tuple[str, NDArray[np.int32], int]], limit: int | None = None
+) -> _Written:
+    """Write the ids of (piece, ids, words), at most `limit` of them."""
+    written = _Written()
+    for piece, ids, words in encoded:
+        if limit is not None and written.tokens + len(ids) > limit:
+            written.cut = piece, limit - written.tokens
+            file.write(ids[: limit - written.tokens].astype(ID, copy=False).tobytes())
+            written.tokens = limit
+            break
+        file.write(ids.astype(ID, copy=False).tobytes())
+        written.tokens += len(ids)
+        written.words += words
+        written.bytes += len(piece.encode())
+    return written
+
+
+def _write_words(
+    file: BinaryIO, texts: dict[str, Text], style: Style, recipe: Recipe
+) -> tuple[Tokenizer, dict[str, _Written]]:
+    """Every text is split once: words are numbered as they come, and the numbers become ids when all are counted."""
+    numbers: dict[str, int] = {}
+    counts = Counter[str]()
+
+    def encoded(split: str) -> Iterator[tuple[str, NDArray[np.int32], int]]:
+        for piece, (words, places) in each(number_words, style, texts[split].pieces(), texts[split].size):
+            local = np.frombuffer(places, np.intc)
+            if split == "train":
+                for word, count in zip(words, np.bincount(local).tolist(), strict=True):
+                    counts[word] += count
+            table = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int32)
+            yield piece, table[local], len(local)
+
+    written = {}
+    for split in SPLITS:
+        pieces = encoded(split)
+        written[split] = _write_split(file, pieces, recipe.max_train_tokens if split == "train" else None)
+        deque(pieces, maxlen=0)  # beyond the limit, too, the words count
+    tokenizer = WordTokenizer.train(counts, style, vocab_size=recipe.vocab_size, min_count=recipe.min_count)
+    ids = np.array(tokenizer.ids_of(numbers), ID)
+    for place in range(0, file.tell(), PIECE_BYTES):
+        file.seek(place)
+        part = np.frombuffer(file.read(PIECE_BYTES), ID)
+        file.seek(place)
+        file.write(ids[part].tobytes())
+    return tokenizer, written
+
+
+def _write_subwords(
+    file: BinaryIO, texts: dict[str, Text], style: Style, recipe: Recipe
+) -> tuple[Tokenizer, dict[str, _Written]]:
+    lines = (line for piece in texts["train"].pieces() for line in lines_of(piece))
+    size = recipe.vocab_size or BPE_VOCAB_SIZE
+    tokenizer = BPETokenizer.train(lines, style, vocab_size=size, min_count=recipe.min_count)
+
+    def encoded(split: str) -> Iterator[tuple[str, NDArray[np.int32], int]]:
+        for piece, words in each(count_words, style, texts[split].pieces(), texts[split].size):
+            yield piece, np.array(tokenizer.encode(piece), np.int32), words
+
+    limits = {"train": recipe.max_train_tokens}
+    written = {split: _write_split(file, encoded(split), limits.get(split)) for split in SPLITS}
+    return tokenizer, written
+
+
+def _count_cut(tokenizer: Tokenizer, written: _Written) -> None:
+    """Add the words and bytes that the tokens of the cut piece cover; a line without its end has no ``<eos>``."""
+    if written.cut is None:
+        return
+    piece, count = written.cut
+    ids = tokenizer.encode(piece)[:count]
     whole = ids.count(tokenizer.eos_id)
     last = len(ids) - 1 - ids[::-1].index(tokenizer.eos_id) if whole else -1
-    lines = text.split("\n")
+    lines = lines_of(piece)
+    covered = "".join(line + "\n" for line in lines[:whole])
     rest = tokenizer.prefix(lines[whole], len(ids) - 1 - last)
-    return "".join(line + "\n" for line in lines[:whole]) + rest
-
-
-def _count_words(tokenizer: Tokenizer, text: str) -> int:
-    """Words of a normalised text; the end of a line counts only where the text has it."""
-    return len(tokenizer.words(text)) - (0 if text.endswith("\n") else 1)
-
-
-def _corpus(
-    name: str,
-    tokenizer: Tokenizer,
-    splits: dict[str, torch.Tensor],
-    words: dict[str, int],
-    sizes: dict[str, int] | None,
-    fingerprint: str,
-) -> Corpus:
-    counts = torch.bincount(splits["train"], minlength=tokenizer.vocab_size)
-    return Corpus(name, tokenizer, splits, words, sizes, counts, fingerprint)
-
-
-def _fingerprint(tokenizer: Tokenizer, splits: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(tokenizer.spec(), sort_keys=True).encode())
-    for name in SPLITS:
-        digest.update(f"\n{name} {len(splits[name])}\n".encode())
-        digest.update(splits[name].numpy().astype("<i4").tobytes())
-    return digest.hexdigest()
+    written.words += count_words(covered, tokenizer.style)
+    written.words += max(count_words(normalize(rest, tokenizer.style), tokenizer.style) - 1, 0)
+    written.bytes += len((covered + rest).encode())
 
 
 def _warn_of_untrained_unk(corpus: Corpus) -> None:
     unk_id = corpus.tokenizer.unk_id
     if unk_id is None or corpus.counts[unk_id] > 0:
         return
-    unseen = {name: int((corpus.splits[name] == unk_id).sum()) for name in ("valid", "test")}
+    unseen = {
+        name: sum(int((part == unk_id).sum()) for part in corpus.splits[name].split(PIECE_BYTES))
+        for name in ("valid", "test")
+    }
     if any(unseen.values()):
         logger.warning(
             "%s: %s never occurs in the training split, but %d times in valid and %d times in test, where a model "
@@ -226,46 +325,69 @@ def _default_cache_dir() -> Path | None:
         return None
 
 
-def _write_cache(path: Path, corpus: Corpus) -> None:
-    """Write the whole file beside its place, then move it there: a reader never sees a part of it."""
-    contents: dict[str, JSON] = {
-        "tokenizer": corpus.tokenizer.spec(),
-        "words": corpus.words,
-        "bytes": corpus.bytes,
-        "fingerprint": corpus.fingerprint,
-    }
-    about = json.dumps(contents)
-    header = {"about": about, "sha256": hashlib.sha256(about.encode()).hexdigest()}
-    ids = {name: split.to(torch.int32) for name, split in corpus.splits.items()}
-    temporary = path.with_name(f".{path.stem[:16]}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(ids, temporary, header)
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        logger.warning("the token cache %s cannot be written (%s); going on without it", path.parent, error)
-    finally:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            logger.debug("%s was left behind", temporary)
+# --- the cache file: the ids of the three splits, JSON about them, its sha256, its length in 8 bytes ------------------
+
+
+def _key(source: Source, recipe: Recipe) -> str:
+    parts = [CACHE_VERSION, source.rule, source.style, source.checksum, *recipe]
+    parts.append(tokenizers.__version__ if recipe.tokenization == "bpe" else "")
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _fingerprint(file: BinaryIO, tokenizer: Tokenizer, tokens: dict[str, int]) -> tuple[str, torch.Tensor]:
+    """The corpus's fingerprint and its counts, read from the file, not from the map: so memory holds a piece of it."""
+    digest = hashlib.sha256(json.dumps(tokenizer.spec(), sort_keys=True).encode())
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    file.seek(0)
+    for split in SPLITS:
+        digest.update(f"\n{split} {tokens[split]}\n".encode())
+        for start in range(0, tokens[split] * ID.itemsize, PIECE_BYTES):
+            data = file.read(min(PIECE_BYTES, tokens[split] * ID.itemsize - start))
+            digest.update(data)
+            if split == "train":
+                counts += np.bincount(np.frombuffer(data, ID), minlength=len(counts))
+    return digest.hexdigest(), torch.from_numpy(counts)
+
+
+def _corpus(file: BinaryIO, name: str, tokenizer: Tokenizer, about: dict[str, Any], counts: torch.Tensor) -> Corpus:
+    """The corpus whose splits are the file, mapped: they stay when the file is closed, replaced or deleted."""
+    tokens = [about["tokens"][split] for split in SPLITS]
+    ids = torch.from_numpy(np.memmap(file, ID, mode="c", shape=(sum(tokens),)))
+    splits = dict(zip(SPLITS, ids.split(tokens), strict=True))
+    fingerprint, warning = about["fingerprint"], about["warning"]
+    return Corpus(name, tokenizer, splits, about["words"], about["bytes"], counts, fingerprint, warning=warning)
+
+
+def _write_end(file: BinaryIO, about: dict[str, Any]) -> None:
+    text = json.dumps(about).encode()
+    file.seek(0, os.SEEK_END)
+    file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(END_BYTES - 32, "little"))
+    file.flush()
+
+
+def _read_end(file: BinaryIO) -> dict[str, Any]:
+    file.seek(-END_BYTES, os.SEEK_END)
+    end = file.read()
+    file.seek(-END_BYTES - int.from_bytes(end[32:], "little"), os.SEEK_END)
+    text = file.read()[:-END_BYTES]
+    if hashlib.sha256(text).digest() != end[:32]:
+        raise ValueError("its end is not the one written")
+    about: dict[str, Any] = json.loads(text)
+    return about
 
 
 def _read_cache(path: Path, name: str) -> Corpus | None:
     """The corpus of a cache file, or None where there is none or its contents are not those that were written."""
     try:
-        if not path.exists():
-            return None
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            splits = {split: file.get_tensor(split).to(torch.int64) for split in SPLITS}
-        if hashlib.sha256(header["about"].encode()).hexdigest() != header["sha256"]:
-            raise ValueError("its header is not the one written")
-        about = json.loads(header["about"])
-        tokenizer = Tokenizer.from_spec(about["tokenizer"])
-        if _fingerprint(tokenizer, splits) != about["fingerprint"]:
-            raise ValueError("its tokens are not those written")
-        return _corpus(name, tokenizer, splits, about["words"], about["bytes"], about["fingerprint"])
-    except (OSError, safetensors.SafetensorError, LabError, ValueError, KeyError, TypeError) as error:
+        with path.open("rb") as file:
+            about = _read_end(file)
+            tokenizer = Tokenizer.from_spec(about["tokenizer"])
+            fingerprint, counts = _fingerprint(file, tokenizer, about["tokens"])
+            if fingerprint != about["fingerprint"]:
+                raise ValueError("its tokens are not those written")
+            return _corpus(file, name, tokenizer, about, counts)
+    except FileNotFoundError:
+        return None
+    except (OSError, LabError, ValueError, KeyError, TypeError, OverflowError) as error:
         logger.warning("the token cache %s is damaged (%s); building it again", path, error)
         return None

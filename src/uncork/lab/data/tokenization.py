@@ -1,108 +1,28 @@
-"""Text to token ids and back: the words of a corpus, or subwords learned on it.
-
-A corpus has one of two styles of writing, and its style says what a *word* of it is:
-
-- ``raw``: running text. A word is a run of letters and their combining marks with inner apostrophes and hyphens
-  (``nation's``, ``well-known``, ``हिन्दी``), lower-cased; every number is the one word ``<num>`` (``N`` in Penn
-  Treebank); every other visible character is a word of its own, as a reader counts characters (an emoji of several
-  code points is one: Unicode's grapheme clusters). Characters that nobody sees are no words. The literals ``<unk>``
-  and ``<num>`` are words. Blank lines do not count. Made for scripts that put spaces between words: where there are
-  none (Thai, Chinese), a whole run of letters is one word, and ``bpe`` is the tokenisation to take.
-- ``spaced``: text that others have split into words already (Penn Treebank, WikiText). Words stand between spaces, are
-  taken as they are, and blank lines count.
-
-In both, the end of a line (a paragraph of raw text) is the word ``<eos>``.
-"""
+"""Text to token ids and back: the words of a corpus, or subwords learned on it."""
 
 import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias, cast
 
-import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from uncork.lab.data.words import EOS, RAW_WORD, UNK, Style, lines_of, normalize, split_words
 from uncork.lab.errors import LabError
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
-Style: TypeAlias = Literal["raw", "spaced"]
 
-EOS = "<eos>"
-UNK = "<unk>"
-NUM = "<num>"
 SPEC_VERSION = 1
 BYTE_VALUES = 256
+LONGEST_RUN = 1000
+"""Subwords are learned on words of at most so many characters. Learning takes the square of a word's length."""
 
-# Python's own `re` knows neither combining marks nor grapheme clusters (\X). Marks belong to the letter or digit before
-# them, and so do the two joiners, with which Persian and the scripts of India spell; alone neither is a word.
-_JOINERS = r"\u200c\u200d"
-_LETTER = r"[\p{L}\p{Nl}\p{No}--\p{DI}]"
-_LETTERS = rf"{_LETTER}[\p{{L}}\p{{Nl}}\p{{No}}\p{{M}}{_JOINERS}]*"
-_DIGITS = r"\p{Nd}[\p{Nd}\p{M}]*"
-_SEEN = r"(?![\s\p{M}\p{DI}])"
-_RAW_WORD = regex.compile(
-    rf"(?i:<unk>|<num>)|{_LETTERS}(?:['’-]{_LETTERS})*|{_DIGITS}(?:[.,]{_DIGITS})*"
-    rf"|\p{{GCB=Prepend}}|{_SEEN}\X",  # a sign like U+0600 would make a cluster with the space after it
-    regex.V1,
-)
-# What is neither seen nor spelled with (soft hyphens, byte order marks, marks of direction, control characters), and
-# the halves of characters that UTF-8 cannot hold. The zero-width space stands between words, as a space does, and so do
-# the ASCII separators, which Python counts among the spaces.
-_INVISIBLE = regex.compile(rf"[[\p{{DI}}\p{{Cc}}]--[\p{{M}}\p{{L}}\s{_JOINERS}]]+", regex.V1)
-_SPACES = re.compile("[\x1c-\x1f\u200b]")
-_HAS_WORD = regex.compile(rf"{_SEEN}\S", regex.V1)
-_TRAILING = "\u200c\u200d"  # joiners that join nothing
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SPACE_BEFORE = re.compile(r" (?=[,.;:!?%)\]}])")
 _SPACE_AFTER = re.compile(r"(?<=[(\[{$]) ")
 _BATCH_LINES = 4096
-
-
-def normalize(text: str, style: Style) -> str:
-    r"""The text that a corpus counts: its lines, each ended by a newline.
-
-    Raw text loses lines without a word, spaces at the ends of lines and characters that nobody sees, and is brought to
-    Unicode's composed form (NFC). Spaced text keeps blank lines and has one space between words. Surrogates, which are
-    no characters, become U+FFFD.
-
-    >>> normalize("One line.  \r\n\r\nAnother", "raw")
-    'One line.\nAnother\n'
-    >>> normalize(" one  line \n\nanother\n", "spaced")
-    'one line\n\nanother\n'
-    """
-    text = _SURROGATE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
-    if style == "raw":
-        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", _SPACES.sub(" ", text)))
-        return "".join(line.rstrip() + "\n" for line in text.split("\n") if _HAS_WORD.search(line))
-    lines = [" ".join(line.split()) for line in text.split("\n")]
-    if not lines[-1]:
-        lines.pop()
-    return "".join(line + "\n" for line in lines)
-
-
-def split_words(text: str, style: Style) -> list[str]:
-    """The words of a text, with ``<eos>`` at the end of each line.
-
-    >>> split_words("The Nation’s 1,234 well-known (and new) laws.", "raw")
-    ['the', "nation's", '<num>', 'well-known', '(', 'and', 'new', ')', 'laws', '.', '<eos>']
-    """
-    words: list[str] = []
-    for line in normalize(text, style).split("\n")[:-1]:
-        words += map(_raw_word, _RAW_WORD.findall(line)) if style == "raw" else line.split()
-        words.append(EOS)
-    return words
-
-
-def _raw_word(word: str) -> str:
-    if word[0].isdecimal():
-        return NUM
-    if word.isascii():
-        return word.lower()
-    # Composed once more: the small letter may have a composed form where the capital has none.
-    return unicodedata.normalize("NFC", word.lower()).replace("’", "'").rstrip(_TRAILING)
+_RUN = re.compile(r"\S++|\s++")
 
 
 class Tokenizer(ABC):
@@ -119,7 +39,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with ``eos_id`` at the end of each line."""
+        """The ids of a normalised text (see `words.normalize`), with ``eos_id`` at the end of each line."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -136,10 +56,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def prefix(self, line: str, count: int) -> str:
         """The beginning of a line that its first `count` tokens cover."""
-
-    def words(self, text: str) -> list[str]:
-        """The words of the corpus's own tokenisation, ``<eos>`` included: what perplexity per word counts."""
-        return split_words(text, self.style)
 
     @staticmethod
     def from_spec(spec: JSON) -> "Tokenizer":
@@ -176,10 +92,14 @@ def _string_list(value: JSON) -> list[str]:
 
 def _check_words(tokens: Sequence[str], style: Style) -> None:
     """Refuse a vocabulary whose words are none here: it was made when combining marks were words of their own."""
+
+    def split(text: str) -> list[str]:
+        return split_words(normalize(text, style), style)
+
     words = [token for token in tokens if token not in (UNK, EOS)]
-    if style == "spaced" or split_words("\n".join(words), style) == [part for word in words for part in (word, EOS)]:
+    if style == "spaced" or split("\n".join(words)) == [part for word in words for part in (word, EOS)]:
         return
-    wrong = next((word for word in words if split_words(word, style) != [word, EOS]), words[0])
+    wrong = next((word for word in words if split(word) != [word, EOS]), words[0])
     raise LabError(
         f"tokenizer spec: {wrong!r} is not one word by today's rule for raw text; it is damaged or was written by an "
         "earlier version of uncork, which split words at combining marks: train anew"
@@ -216,12 +136,17 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def train(
-        cls, words: Iterable[str], style: Style, *, vocab_size: int | None = None, min_count: int = 1
+        cls,
+        words: Iterable[str] | Mapping[str, int],
+        style: Style,
+        *,
+        vocab_size: int | None = None,
+        min_count: int = 1,
     ) -> "WordTokenizer":
         """A vocabulary of the commonest words: ``<unk>``, ``<eos>``, then by count; alphabetical where counts tie.
 
         Args:
-            words: the words of the training split.
+            words: the words of the training split, or how often each stands there.
             style: how the corpus writes.
             vocab_size: at most so many ids in all, ``<unk>`` and ``<eos>`` included.
             min_count: words that are rarer become ``<unk>``.
@@ -238,7 +163,7 @@ class WordTokenizer(Tokenizer):
         return cls([UNK, EOS, *(word for _, word in kept)], style)
 
     def encode(self, text: str) -> list[int]:
-        return self.ids_of(self.words(text))
+        return self.ids_of(split_words(text, self.style))
 
     def ids_of(self, words: Iterable[str]) -> list[int]:
         """The ids of words that are split already."""
@@ -264,7 +189,20 @@ class WordTokenizer(Tokenizer):
             return ""
         if self.style == "spaced":
             return " ".join(line.split()[:count])
-        return line[: [match.end() for match in _RAW_WORD.finditer(line)][count - 1]]
+        return line[: [match.end() for match in RAW_WORD.finditer(line)][count - 1]]
+
+
+def _cut_long_runs(line: str) -> Iterator[str]:
+    """The line, cut after every `LONGEST_RUN` characters that stand together, all of them spaces or none."""
+    start = 0
+    words = line.split() if len(line) > LONGEST_RUN else []
+    letters = [len(word) for word in words]
+    if max(letters, default=0) > LONGEST_RUN or len(line) - sum(letters) - len(words) > LONGEST_RUN:
+        for run in _RUN.finditer(line):
+            for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                yield line[start:cut]
+                start = cut
+    yield line[start:]
 
 
 class BPETokenizer(Tokenizer):
@@ -313,13 +251,11 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        bpe.train_from_iterator(lines, trainer)
+        bpe.train_from_iterator((part for line in lines for part in _cut_long_runs(line)), trainer)
         return cls(bpe.to_str(), style)
 
     def encode(self, text: str) -> list[int]:
-        lines = text.split("\n")
-        if not lines[-1]:
-            lines.pop()
+        lines = lines_of(text)
         ids: list[int] = []
         for start in range(0, len(lines), _BATCH_LINES):
             for encoding in self._bpe.encode_batch_fast(lines[start : start + _BATCH_LINES]):

@@ -312,5 +312,6 @@ def text_record(corpus: Corpus) -> dict[str, Any]:
     }
     digest = hashlib.sha256(json.dumps([corpus.tokenizer.tokens(), counts], sort_keys=True).encode())
     for name in sorted(corpus.splits):
-        digest.update(corpus.splits[name].numpy().astype("<i4").tobytes())
+        for part in corpus.splits[name].split(2**20):  # the ids may be larger than memory
+            digest.update(part.numpy().astype("<i4").tobytes())
     return {"sha256": digest.hexdigest(), **counts}

@@ -104,7 +104,7 @@ def evaluate(
 
     Args:
         model: on any device; its mode is given back as it was.
-        tokens: (N,) int64, N >= 2, below the vocabulary's size.
+        tokens: (N,) integers, N >= 2, below the vocabulary's size.
         batch_size: number of streams. bptt: tokens of each stream at a time.
         words: words of the text in the corpus's own tokenisation. None: as many as tokens.
         bytes: UTF-8 bytes of the normalised text, where known.
@@ -115,25 +115,23 @@ def evaluate(
         LabError: the text has fewer than two tokens.
     """
     device = next(model.parameters()).device
-    batches = evaluation_batches(tokens, batch_size, bptt)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    kept: list[Tensor] = []
+    kept: list[tuple[Tensor, Tensor]] = []
     state: tuple[Tensor, ...] = ()
     with evaluation_mode(model):
-        for inputs, target in batches:
+        for inputs, target in evaluation_batches(tokens, batch_size, bptt):
             features, state = model.features(inputs.to(device), state)
             nll = cast(Any, model.head).loss(features, target.to(device), reduction="none", ignore_index=IGNORE_INDEX)
             total += nll.sum(dtype=torch.float64)
             if keep_nll:
-                kept.append(nll.float().cpu())
+                kept.append((nll.float().cpu(), target.cpu()))
     cross_entropy = total.item() / (len(tokens) - 1)
     result = Evaluation.of(cross_entropy, len(tokens), words=words, bytes=bytes, unknown=unknown)
     if not keep_nll:
         return result
     # Row by row, the streams are the text in its order.
-    all_targets = torch.cat([target for _, target in batches], dim=1).cpu()
-    in_order = torch.cat(kept, dim=1)[all_targets != IGNORE_INDEX]
-    return dataclasses.replace(result, nll=in_order)
+    all_nll, all_targets = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
+    return dataclasses.replace(result, nll=all_nll[all_targets != IGNORE_INDEX])
 
 
 def unknown_share(tokens: Tensor, tokenizer: Tokenizer) -> float | None:
@@ -145,8 +143,11 @@ def unknown_share(tokens: Tensor, tokenizer: Tokenizer) -> float | None:
     """
     if tokenizer.unk_id is None:
         return None
-    words = int((tokens != tokenizer.eos_id).sum())
-    return int((tokens == tokenizer.unk_id).sum()) / words if words else 0.0
+    words = unknown = 0
+    for part in tokens.split(2**20):  # the tokens may be larger than memory
+        words += int((part != tokenizer.eos_id).sum())
+        unknown += int((part == tokenizer.unk_id).sum())
+    return unknown / words if words else 0.0
 
 
 @contextmanager
