@@ -169,9 +169,9 @@ def test_a_text_that_changed_is_refused_and_no_run_of_before_is_taken_for_one_on
 def test_a_preset_that_changed_is_refused(base, tmp_path, monkeypatch):
     cells = make_cells(["softmax"], [0], quick(base))
     RunStore(tmp_path).run(cells[0].name, stored_config(cells[0]))
-    preset = PRESETS["lstm-laptop"]
+    asked, preset = quick(base).asked(), PRESETS["lstm-laptop"]
     monkeypatch.setitem(PRESETS, "lstm-laptop", preset._replace(values={**preset.values, "lr": 0.001}))
-    cells = make_cells(["softmax"], [0], TrainConfig.from_dict(quick(base).asked()))
+    cells = make_cells(["softmax"], [0], TrainConfig.from_dict(asked))
     with pytest.raises(LabError, match=r"preset lstm-laptop: training\.lr was 0\.003, is 0\.001"):
         check_stored(tmp_path, cells, Texts())
 

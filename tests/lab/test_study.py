@@ -149,9 +149,9 @@ def test_the_kept_parts_keep_what_the_presets_had_then(monkeypatch):
 def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_path, monkeypatch, capsys):
     store, _ = run(cells[:2], tmp_path)
     rows = store.rows()
-    preset = PRESETS["lstm-laptop"]
+    given, preset = [cell.config.asked() for cell in cells[:2]], PRESETS["lstm-laptop"]
     monkeypatch.setitem(PRESETS, "lstm-laptop", preset._replace(values={**preset.values, "warmup": 0.5}))
-    again = [replace(cell, config=TrainConfig.from_dict(cell.config.asked())) for cell in cells[:2]]
+    again = [replace(cell, config=TrainConfig.from_dict(own)) for cell, own in zip(cells, given, strict=False)]
     assert not {cell.key for cell in again} & rows.keys()
     said = "2 kept runs do not count: preset lstm-laptop: training.warmup was 0.02, is 0.5"
     assert outdated([cell.record for cell in again], rows, asked) == [said]

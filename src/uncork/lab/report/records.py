@@ -14,6 +14,9 @@ from uncork.lab.train.config import TrainConfig
 
 __all__ = ["Record", "read_records"]
 
+_BEFORE = {"output_lr_scale": 1.0}
+"""Settings that files of version 0.1.0 lack, and what that version did."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -71,7 +74,7 @@ def _analysis(run: Run, result: Mapping[str, Any] | None) -> Mapping[str, Any] |
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     known = [name for name in TrainConfig.of().to_dict() if name not in ("head", "seed")]
-    values = {**config, "head_options": _head_options(config)}
+    values = {**_BEFORE, **config, "head_options": _head_options(config)}
     return _flatten({name: values[name] for name in known if name in values})
 
 
