@@ -78,5 +78,5 @@ def _fastest(call: Call) -> str:
 def _say_missing(name: str, reason: str, instead: str) -> None:
     warnings.warn(
         f"uncork: the {name} tile is missing, so impl={instead!r} serves (slower, same results): {reason}",
-        stacklevel=6,
+        stacklevel=5,
     )
