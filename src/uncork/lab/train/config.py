@@ -222,7 +222,7 @@ class TrainConfig(Training, Text):
         Args:
             text: what `text_record` says of the corpus. None: a record without it, to compare runs on one text.
         """
-        training = self.model_dump(mode="json", include=Training.model_fields.keys())
+        training = self.model_dump(mode="json", include=set(Training.model_fields))
         elsewhere = {"preset", "model", "head", "head_options", *Training.model_fields, *Text.model_fields}
         record = {
             "rules": RULES,

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -296,7 +296,7 @@ class Trainer:
 
     def _validate(self) -> None:
         state = self.state
-        model: LanguageModel = self.model if self.average is None else self.average.module
+        model = self.model if self.average is None else cast(LanguageModel, self.average.module)
         with self._interruptible():
             valid = self._evaluate(model, "valid")
         if not math.isfinite(valid.cross_entropy):
