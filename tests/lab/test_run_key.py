@@ -85,7 +85,7 @@ def test_a_value_that_came_later_leaves_keys_as_they_are_where_it_means_as_befor
     assert differences(before, record(training_options={"decay": "all"})) == []
     matrices = record(training_options={"decay": "matrices"})
     assert key_of(matrices) != key
-    assert differences(before, matrices) == ['training_options.decay was absent, is "matrices"']
+    assert differences(before, matrices) == ['preset lstm-small: training.decay was absent, is "matrices"']
 
 
 def test_an_option_of_a_function_that_came_later_is_found_within_a_composition(monkeypatch):

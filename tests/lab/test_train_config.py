@@ -124,7 +124,8 @@ def test_as_many_features_as_the_body_has_add_no_linear_map(preset):
 
 
 def test_a_record_holds_values_and_no_names(monkeypatch):
-    config = TrainConfig.of(preset="lstm-small", head="plif", head_options={"num_pieces": 9}, corpus="a", vocab_size=5)
+    base = {"preset": "lstm-small", "head": "plif", "head_options": {"num_pieces": 9}, "corpus": "a", "vocab_size": 5}
+    config = TrainConfig.of(**base)
     text = {"sha256": "0", "vocab_size": 5}
     key = key_of(config.record(text))
     monkeypatch.setitem(PRESETS, "another", PRESETS["lstm-small"])
@@ -132,7 +133,7 @@ def test_a_record_holds_values_and_no_names(monkeypatch):
         {"preset": "another"}, {"corpus": "b"}, {"vocab_size": 50}, {"checkpoint_every": 1.0}, {"lr": 8e-3},
         {"in_features": 16}, {"head_options": {"num_pieces": 9, "scale": 1.0}}, {"model_options": {"weight_drop": 0}},
     ):  # fmt: skip
-        assert key_of(config.updated(**same).record(text)) == key, same
+        assert key_of(TrainConfig.of(**{**base, **same}).record(text)) == key, same
     assert key_of(config.record({"sha256": "0", "vocab_size": 6})) == key
     others: tuple[dict[str, Any], ...] = (
         {"preset": "lstm-laptop"}, {"lr": 0.1}, {"head": "softmax", "head_options": {}}, {"seed": 1}, {"epochs": 1},
@@ -141,7 +142,7 @@ def test_a_record_holds_values_and_no_names(monkeypatch):
         {"precision": "bf16"}, {"function_lr_scale": 2.0}, {"clip": 2.0}, {"patience": 3}, {"eval_every": 7},
     )  # fmt: skip
     for other in others:
-        assert key_of(config.updated(**other).record(text)) != key, other
+        assert key_of(TrainConfig.of(**{**base, **other}).record(text)) != key, other
     assert key_of(config.record({"sha256": "1", "vocab_size": 5})) != key
     monkeypatch.setattr(train_config, "RULES", RULES + 1)
     assert key_of(config.record(text)) != key

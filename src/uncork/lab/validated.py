@@ -37,7 +37,7 @@ class Validated(BaseModel):
         LabError: an unknown field or a bad value; the message says what was expected and what came.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, **_STRICT)
+    model_config = _STRICT | ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def __init__(self, **values: Any) -> None:
         try:
