@@ -117,8 +117,9 @@ def test_pairs_by_hand():
     assert both.difference_std == pytest.approx(np.std([4, -2, 0], ddof=1))
     assert both.change_percent == pytest.approx(0, abs=1e-12)  # twice as much, half as much, the same
     assert both.ratio() == pytest.approx((3.5 / 3, np.std([2, 0.5, 1], ddof=1)))
-    assert both.ratio(4.0)[0] == 1.0
-    assert math.isnan(both.ratio(4.0)[1])
+    mean, deviation = both.ratio(4.0)
+    assert mean == 1.0
+    assert math.isnan(deviation)
     assert math.isnan(both.p_value)
     none = paired(mine, pd.Series({7: 1.0}))
     assert (none.pairs, none.lower, none.higher) == (0, 0, 0)

@@ -198,8 +198,8 @@ def _limits(records: Sequence[Record]) -> list[str]:
     ]
     if len({(result.get("machine"), result.get("threads")) for result in results}) > 1:
         limits.append("The runs were made on different machines or thread counts: their speeds do not compare.")
-    found = [((record.analysis or {}).get("rank") or {}).get("contexts") for record in records]
-    contexts = {count for count in found if count is not None}
+    ranks = [(record.analysis or {}).get("rank") or {} for record in records]
+    contexts = {int(rank["contexts"]) for rank in ranks if rank.get("contexts")}
     if contexts:
         limits.append(
             f"Ranks are of {' or '.join(f'{count:,}' for count in sorted(contexts))} held-out contexts and cannot "
