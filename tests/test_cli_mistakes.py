@@ -62,7 +62,7 @@ def place(trained, tmp_path, monkeypatch):
     def begin(*args, **options):
         raise WorkBegins
 
-    for name in ("experiments.compare.run_all", "experiments.study.experiment.run_cells", "train.trainer.train",
+    for name in ("experiments.compare.train_all", "experiments.study.experiment.run_cells", "train.trainer.train",
                  "experiments.synthetic.experiment.run_cells", "experiments.bench.run.run"):  # fmt: skip
         monkeypatch.setattr(f"uncork.lab.{name}", begin)
     return tmp_path
