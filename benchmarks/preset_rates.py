@@ -80,7 +80,7 @@ def wide(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _called(run: dict[str, Any]) -> str:
+def _called(run: Any) -> str:
     if run["factor on the scores"] != "1":
         return f"scores times {run['factor on the scores']}"
     if run["bias at the log unigram"] == "no":
