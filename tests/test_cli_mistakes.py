@@ -192,7 +192,7 @@ def test_every_setting_that_is_listed_is_taken(preset, capsys):
     given = [line.removeprefix("--set ") for line in lines if line.startswith("--set")]
     assert len(given) > 15
     config = cli.Train(Path("x"), preset=preset, set=tuple(given)).base()
-    assert config == TrainConfig.of(preset, min_count=1)
+    assert config == TrainConfig.of(preset, min_count=2)
     assert all(setting.about for setting in known_settings(preset).values())
 
 
