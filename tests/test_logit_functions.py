@@ -38,10 +38,10 @@ CASES: dict[str, Callable[[], LogitFunction]] = {
     "gss-steep": GeneralizedSigsoftmax,
     "gss-convex": lambda: GeneralizedSigsoftmax(2.0, 0.1),
     "gss-linear": lambda: GeneralizedSigsoftmax(-1.0, 1.0),
-    **{f"plif-{p}": lambda p=p: PLIF(p) for p in (1, 2, 3, 7, 100, 1000, 100_000)},
-    **{f"plif-unit-slope-{p}": lambda p=p: PLIF(p, unit_slope=True) for p in (1, 3, 100)},
-    **{f"relu-{u}": lambda u=u: MonotoneNetwork(u) for u in (1, 2, 7, 100)},
-    **{f"tanh-{u}": lambda u=u: MonotoneNetwork(u, units="tanh") for u in (1, 2, 7, 100)},
+    **{f"plif-{p}": partial(PLIF, p) for p in (1, 2, 3, 7, 100, 1000, 100_000)},
+    **{f"plif-unit-slope-{p}": partial(PLIF, p, unit_slope=True) for p in (1, 3, 100)},
+    **{f"relu-{u}": partial(MonotoneNetwork, u) for u in (1, 2, 7, 100)},
+    **{f"tanh-{u}": partial(MonotoneNetwork, u, units="tanh") for u in (1, 2, 7, 100)},
     "compose": lambda: Compose(Scale(0.5), PLIF(7), Sigsoftmax(), MonotoneNetwork(3)),
     "compose-bounded": lambda: Compose(PLIF(10), Softcap(40.0)),
     "compose-tanh": lambda: Compose(MonotoneNetwork(3, units="tanh"), GeneralizedSigsoftmax()),
@@ -68,7 +68,7 @@ def build(name, spread=0.0, dtype=F64):
     with torch.no_grad():
         for key, parameter in function.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter += noise * (0.1 * min(spread, 1.0) if key.endswith("log_gain") else spread)
+            parameter.add_(noise * (0.1 * min(spread, 1.0) if key.endswith("log_gain") else spread))
     return function.to(dtype)
 
 
