@@ -236,7 +236,7 @@ def test_an_unfinished_run_is_not_overwritten_and_resume_ends_it(text, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "progress_line", interrupt)
+        patched.setattr("uncork.lab.run.progress.progress_line", interrupt)
         assert run(*command) == 130
     assert "--resume" in capsys.readouterr().err
     if not list((out / "checkpoints").glob("last-*")):

@@ -68,7 +68,8 @@ def test_the_help_of_build_head_lists_every_head_with_its_options():
     rows = re.findall(r"^\s*\| ([a-z-]+) \| (.*) \| (.*)\|$", build_head.__doc__, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["name", *HEAD_NAMES]
     written = {name: eval(f"dict({options})") for name, _, options in rows[1:]}
-    shared = next(re.finditer(r"\| options and their defaults, beside (.*) \|", build_head.__doc__))
+    shared = re.search(r"\| options and their defaults, beside (.*) \|", build_head.__doc__)
+    assert shared is not None
     assert {name: written[name] | eval(f"dict({shared[1]})") for name in HEAD_NAMES} == {
         name: HeadSpec(name).defaults for name in HEAD_NAMES
     }
