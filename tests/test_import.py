@@ -1,5 +1,7 @@
 """`import uncork` needs torch alone, from any folder that holds the sources, on any system."""
 
+import ast
+import graphlib
 import os
 import re
 import shutil
@@ -100,3 +102,51 @@ def test_it_works_elsewhere_than_on_linux(bare, system):
     out = python(code, bare, "-W", "error::DeprecationWarning")
     assert out.splitlines()[-1] == f"it is made for Linux, and this is {system}"
     assert out.count("UserWarning: uncork: the native tile is missing") == 1
+
+
+# From the lowest floor to the highest: what a room imports stands below it, never on its own floor.
+FLOORS = [
+    {"functional"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose"}, {"uncork"},
+    {"lab", "lab.errors", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"}, {"lab.data", "lab.models"},
+    {"lab.train"}, {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
+]  # fmt: skip
+
+
+def imports():
+    """By module, the modules of uncork that it imports, wherever in the file."""
+    paths = {
+        ".".join(path.relative_to(SOURCES).with_suffix("").parts): path for path in SOURCES.rglob("uncork/**/*.py")
+    }
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "uncork":
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[name] |= {one if one in paths else str(node.module) for one in whole}
+            elif isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in paths}
+    return found
+
+
+def room(module):
+    first, *rest = module.split(".")[1:] or ["uncork"]
+    return ".".join([first, *rest[:1]]) if first == "lab" else first
+
+
+def test_imports_run_one_way_and_there_is_no_circle():
+    graph = imports()
+    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
+    upwards = [
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others
+        if room(name) != room(other) and floor[room(name)] <= floor[room(other)]
+    ]
+    assert upwards == []
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_only_the_loss_knows_that_hardware_exists():
+    knows = {name for name, others in imports().items() if any("native" in other for other in others)}
+    assert {room(name) for name in knows} <= {"loss", "lab.experiments", "lab.run"}  # the two say what ran

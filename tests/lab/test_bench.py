@@ -19,6 +19,7 @@ from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.bench import gate, instructions, memory, timing
 from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step, is_ours
+from uncork.lab.experiments.bench.fresh import in_fresh_process
 from uncork.lab.experiments.bench.naive import naive_mixture_loss, naive_plif
 from uncork.lab.experiments.bench.run import plan_of
 from uncork.lab.experiments.bench.settings import CONTENDERS, Bench, Setup, Shape
@@ -29,7 +30,6 @@ from uncork.lab.experiments.bench.tables import (
     terminal_table,
     time_rows,
 )
-from uncork.lab.experiments.bench.worker import in_fresh_process
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
 

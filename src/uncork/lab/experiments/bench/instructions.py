@@ -17,8 +17,8 @@ import torch
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.bench.contenders import Inputs, build_step
+from uncork.lab.experiments.bench.fresh import command
 from uncork.lab.experiments.bench.settings import Setup, Shape
-from uncork.lab.experiments.bench.worker import command
 from uncork.loss import tile_native
 
 FUNCTIONS = ("softmax", "softcap", "sigsoftmax", "plif-16", "plif-1000", "plif-100000", "mos-4")

@@ -13,6 +13,7 @@ import torch
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.bench import gate, instructions, memory
 from uncork.lab.experiments.bench.contenders import check_name
+from uncork.lab.experiments.bench.fresh import in_fresh_process
 from uncork.lab.experiments.bench.settings import CONTENDERS, EAGER, PRODUCTS, Bench, Setup, Shape
 from uncork.lab.experiments.bench.tables import (
     display_table,
@@ -20,7 +21,6 @@ from uncork.lab.experiments.bench.tables import (
     shape_columns,
     time_rows,
 )
-from uncork.lab.experiments.bench.worker import in_fresh_process
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import cores, say
