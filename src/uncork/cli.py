@@ -231,10 +231,11 @@ def generate(command: Generate) -> dict[str, Any]:
 def bench(command: Bench) -> dict[str, Any]:
     """Measures the loss; returns the median ratios to G."""
     from uncork.lab.experiments.bench.run import plan_of, run
-    from uncork.lab.experiments.bench.tables import median_ratios, terminal_table
+    from uncork.lab.experiments.bench.tables import median_ratios, narrow_table
+    from uncork.lab.report.tables import terminal_table
 
     tables = run(command, plan_of(command), _command_line())
-    say(f"\n{terminal_table(tables)}\n")
+    say(f"\n{terminal_table(narrow_table(tables), blocks='N, D, V')}\n")
     return {"command": "bench", "out_dir": command.out_dir, "ratio_to_G": median_ratios(tables["times"])}
 
 

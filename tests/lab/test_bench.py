@@ -27,10 +27,11 @@ from uncork.lab.experiments.bench.tables import (
     display_table,
     median_ratios,
     memory_frame,
-    terminal_table,
+    narrow_table,
     time_rows,
 )
 from uncork.lab.report.publish import publish
+from uncork.lab.report.tables import terminal_table
 from uncork.lab.run.provenance import provenance
 
 TINY = Setup(Shape(10, 4, 50), threads=1)
@@ -218,7 +219,7 @@ def test_the_table_says_both_ratios_memory_and_who_was_left_out(tables):
     assert table.loc["plif-1000"].tolist() == ["1.30 (1.20 to 1.40) G, 0.65 (0.60 to 0.70) eager", "40"]
     assert table.loc["naive-plif"].tolist() == ["left out", "left out"]
     assert table.loc["G"].tolist() == ["1.00 (1.00 to 1.00) G, 0.50 (0.50 to 0.62) eager", "–"]
-    shown = terminal_table(tables)
+    shown = terminal_table(narrow_table(tables), blocks="N, D, V", width=140)
     assert "left out: too big" in shown
     assert "nan" not in shown
     assert median_ratios(tables["times"]) == {"10, 4, 50": {"G": 1.0, "eager": 2.0, "plif-1000": 1.3}}

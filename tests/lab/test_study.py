@@ -325,7 +325,7 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
         ("b", "softmax"): [50.0, 51.0],
         ("b", "plif"): [51.0, 50.0],
     }
-    tests = tables.bars(_runs(numbers), PLAN.controls)
+    tests = tables.control_tests(_runs(numbers), PLAN.controls)
     rows = tests.to_dict("records")
     assert [(row["place"], row["control"]) for row in rows] == [
         ("a", "softmax"),
@@ -350,7 +350,9 @@ def test_the_tests_are_paired_t_tests_on_log_perplexity():
 
 def test_the_wide_mixture_is_tested_against_the_controls_of_its_own_part():
     heads = PLAN.parts["mixture"].labels
-    tests = tables.bars(_runs({("a", head): [100.0 + place] for place, head in enumerate(heads)}), PLAN.controls)
+    tests = tables.control_tests(
+        _runs({("a", head): [100.0 + place] for place, head in enumerate(heads)}), PLAN.controls
+    )
     assert set(tests["learned"]) == {"mos (of all 128 units)"}
     assert set(tests["control"]) == {*heads} - {"mos (of all 128 units)"}
 

@@ -197,7 +197,7 @@ def test_grid_spans_all_sizes_of_the_target():
 def test_numbers_as_text():
     assert tables.nats(1.0, 0.5) == "1.000 ± 0.500"
     assert tables.nats(-1e-9) == "0.00000"
-    assert tables.spread(-2.04, 1.0, 1, "+") == "−2.0 ± 1.0"
+    assert tables.plus_minus(-2.04, 1.0, 1, "+") == "−2.0 ± 1.0"
 
 
 def test_terminal_table_has_a_block_a_point_and_fits():
@@ -210,7 +210,9 @@ def test_terminal_table_has_a_block_a_point_and_fits():
     text = tables.terminal_table(frame)
     assert max(map(len, text.splitlines())) <= 120
     head, other, block, note = text.split("\n\n")
-    assert " ".join(head.split()) == "head converged mode matching, % KL, nats gain, points KL / softmax"
+    assert (
+        " ".join(head.splitlines()[0].split()) == "head converged mode matching, % KL, nats gain, points KL / softmax"
+    )
     assert other.startswith("Dirichlet, β = 0.01, N = 50, M = 100, d = 5; learning rate 0.03\nsoftmax")
     title, softmax, mixture = (" ".join(line.split()) for line in block.splitlines())
     assert title.endswith("learning rate 0.1")

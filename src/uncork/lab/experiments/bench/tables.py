@@ -86,7 +86,7 @@ def display_table(times: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis("contender").reset_index()
 
 
-def terminal_table(tables: dict[str, pd.DataFrame]) -> str:
+def narrow_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """One line a contender and shape: milliseconds, both ratios, memory. It fits a terminal as the wide table does not.
 
     Args:
@@ -99,11 +99,11 @@ def terminal_table(tables: dict[str, pd.DataFrame]) -> str:
     for key, rows in tables["times"].groupby([*SHAPE_COLUMNS, "contender"], sort=False):
         by: dict[str, Any] = {row["quantity"]: row for row in rows.to_dict("records")}
         shape, label = key[:3], key[3]
-        line = {"N, D, V": _short(shape), "contender": label, "ms": f"{by['milliseconds']['median']:.1f}"}
+        line = {"contender": label, "N, D, V": _short(shape), "ms": f"{by['milliseconds']['median']:.1f}"}
         line |= {name: with_quartiles(by[name]) if by[name]["samples"] else "–" for name in QUANTITIES.values()}
         line["extra MiB"] = f"{extra.get((label, *shape), float('nan')):.0f}"
         lines.append({**line, "note": by["milliseconds"]["note"]})
-    return pd.DataFrame(lines).replace("nan", "–").to_string(index=False)
+    return pd.DataFrame(lines).replace("nan", "–")
 
 
 def median_ratios(times: pd.DataFrame) -> dict[str, dict[str, float]]:

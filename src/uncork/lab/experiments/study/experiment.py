@@ -12,6 +12,7 @@ from uncork.lab.experiments.study.run import Cell, is_kept, require_finished, ru
 from uncork.lab.experiments.study.settings import Study
 from uncork.lab.experiments.study.store import asked
 from uncork.lab.report.publish import publish
+from uncork.lab.report.tables import terminal_table
 from uncork.lab.run.files import os_errors
 from uncork.lab.run.provenance import provenance
 from uncork.lab.run.rows import Rows, RowStore, outdated
@@ -71,7 +72,7 @@ def report(plan: Plan, name: str, store: RowStore, folder: Path, command: str) -
     }
     for stem in ("table", "verdict"):
         if len(frames.get(stem, ())):
-            say(f"\n{frames[stem].to_string(index=False)}")
+            say(f"\n{terminal_table(frames[stem])}")
     commits = sorted({rows[cell.key]["commit"] for cell in kept})
     origin = {**provenance(command, 1), "commit": commits[0], "commits_of_runs": commits}
     drawn = figures.pictures(kept, rows, costs) if part.test else {}
@@ -98,7 +99,7 @@ def _frames(plan: Plan, part: Part, kept: list[Cell], rows: Rows, costs: tables.
     summary = tables.summary(runs)
     if not part.test:
         return {"runs": runs, "summary": summary, "table": tables.display_table(summary, "valid")}
-    tests = tables.bars(runs, plan.controls)
+    tests = tables.control_tests(runs, plan.controls)
     return {
         "runs": runs,
         "summary": summary,

@@ -81,7 +81,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def bars(runs: pd.DataFrame, controls: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+def control_tests(runs: pd.DataFrame, controls: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """Every head against each of its controls at every place: the protocol's test.
 
     Args:

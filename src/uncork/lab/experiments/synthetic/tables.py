@@ -13,8 +13,9 @@ import pandas as pd
 
 from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
+from uncork.lab.report import tables as report_tables
 from uncork.lab.report.statistics import baseline, paired
-from uncork.lab.report.tables import NO_NUMBER
+from uncork.lab.report.tables import NO_NUMBER, plus_minus
 from uncork.lab.train.head import parse_head
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "point_title",
     "rows_frame",
     "series_name",
-    "spread",
     "summary",
     "table_by_point",
     "target_key",
@@ -292,25 +292,13 @@ def grid(frame: pd.DataFrame, target: str, head: str, column: str) -> pd.DataFra
     return table.reindex(index=words, columns=features).rename_axis(index="M", columns="d")
 
 
-def spread(mean: float, deviation: float, digits: int, sign: str = "") -> str:
-    """A mean and its deviation where there is one.
-
-    >>> spread(3.25, 0.51, 1, sign="+"), spread(-3.25, math.nan, 1), spread(math.nan, math.nan, 1)
-    ('+3.2 ± 0.5', '−3.2', '–')
-    """
-    if math.isnan(mean):
-        return NO_NUMBER
-    text = f"{mean:{sign}z,.{digits}f}".replace("-", "−")
-    return text if math.isnan(deviation) else f"{text} ± {deviation:,.{digits}f}"
-
-
 def nats(mean: float, deviation: float = math.nan) -> str:
     """A KL divergence to three digits or so, to 1e-5 nats at most.
 
     >>> nats(1.16412, 0.0123), nats(0.04321), nats(0.000012)
     ('1.164 ± 0.012', '0.0432', '0.00001')
     """
-    return spread(mean, deviation, 3 if abs(mean) >= 0.1 else 4 if abs(mean) >= 0.01 else 5)
+    return plus_minus(mean, deviation, 3 if abs(mean) >= 0.1 else 4 if abs(mean) >= 0.01 else 5)
 
 
 _CELLS: dict[str, Callable[[Any], str]] = {
@@ -318,10 +306,10 @@ _CELLS: dict[str, Callable[[Any], str]] = {
     "parameters": lambda row: f"{row['parameters']:,.0f}",
     "seeds": lambda row: f"{row['seeds']}",
     "converged": lambda row: f"{round(row['converged'] * row['seeds'])}/{row['seeds']}",
-    "mode matching, %": lambda row: spread(row["mode_matching"], row["mode_matching_std"], 1),
+    "mode matching, %": lambda row: plus_minus(row["mode_matching"], row["mode_matching_std"], 1),
     "KL, nats": lambda row: nats(row["kl"], row["kl_std"]),
-    "gain, points": lambda row: _against(row, spread(row["mode_gain"], row["mode_gain_std"], 1, "+")),
-    "KL / softmax": lambda row: _against(row, spread(row["kl_ratio"], row["kl_ratio_std"], 3)),
+    "gain, points": lambda row: _against(row, plus_minus(row["mode_gain"], row["mode_gain_std"], 1, "+")),
+    "KL / softmax": lambda row: _against(row, plus_minus(row["kl_ratio"], row["kl_ratio_std"], 3)),
 }
 
 
@@ -340,23 +328,14 @@ def terminal_table(frame: pd.DataFrame) -> str:
     base = baseline_of(frame)
     frame = _sorted(frame.assign(baseline=frame["head"] == base), [*POINT, *SETTINGS, "head"])
     names = ["head", "converged", "mode matching, %", "KL, nats", "gain, points", "KL / softmax"]
-    lines = [[_CELLS[name](row) for name in names] for _, row in frame.iterrows()]
-    widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
-
-    def joined(cells: list[str]) -> str:
-        first, *rest = (cell.rjust(width) if place else cell.ljust(width)
-                        for place, (cell, width) in enumerate(zip(cells, widths, strict=True)))  # fmt: skip
-        return "  ".join([first, *rest]).rstrip()
-
-    text, last = [joined(names)], ""
-    for (_, row), line, settings in zip(frame.iterrows(), lines, _setting_titles(frame), strict=True):
-        title = point_title(dict(row), POINT) + (f"; {settings}" if settings else "")
-        text += ["", title] if title != last else []
-        text.append(joined(line))
-        last = title
+    text = pd.DataFrame([{name: _CELLS[name](row) for name in names} for _, row in frame.iterrows()])
+    text["point"] = [
+        point_title(dict(row), POINT) + (f"; {settings}" if settings else "")
+        for (_, row), settings in zip(frame.iterrows(), _setting_titles(frame), strict=True)
+    ]
     note = "± is the standard deviation over seeds"
     note += f"; gain and ratio are against {head_name(base)} of the same seed and budget." if base else "."
-    return "\n".join([*text, "", note])
+    return f"{report_tables.terminal_table(text, blocks='point', width=120)}\n\n{note}"
 
 
 def long_table(frame: pd.DataFrame) -> pd.DataFrame:
