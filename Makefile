@@ -18,7 +18,10 @@ VENV313 ?= .venv-3.13
 FLOOR := 'torch==2.6.*'
 CONSTRAINTS := build/constraints-without-torch.txt
 
-.PHONY: help demo study test test-slow test-floor test-pythons sanitize check format docs clean
+# Of experiments/study.toml, in the order in which one builds on another.
+PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide
+
+.PHONY: help demo study figures test test-slow test-floor test-pythons sanitize check format docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,8 +38,10 @@ demo: $(READY) ## train six output layers on real text and compare them: ten min
 		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
 
 study: $(READY) ## the language-model study, part by part; goes on where it was left (needs Penn Treebank: UNCORK_DATA)
-	for part in tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide; do \
-		$(BIN)/uncork study --part $$part || exit; done
+	for part in $(PARTS); do $(BIN)/uncork study --part $$part || exit; done
+
+figures: $(READY) ## draw all pictures of the study from its kept rows, those too that no page shows
+	for part in $(PARTS); do $(BIN)/uncork study --part $$part --report-only || exit; done
 
 test: $(READY) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
