@@ -52,7 +52,7 @@ OURS = {type(make()) for make in examples().values()}
 # Each function with nothing asked of it but to learn, and pieces and units of every number.
 STARTS = {
     **{cls.__name__: partial(cls, learnable=True) if "learnable" in cls().options() else cls for cls in OURS},
-    **{n: CASES[n] for n in LEARNABLE if n.startswith(("plif", "relu", "tanh"))},
+    **{n: CASES[n] for n in LEARNABLE if n.startswith(("plif-", "relu-", "tanh-")) and n not in examples()},
 }
 EXACT_START = [
     n for n, make in STARTS.items() if make().unbounded and any(p.requires_grad for p in make().parameters())
@@ -270,7 +270,10 @@ def test_half_precision_scores_are_computed_in_float32_and_get_no_new_ties(name,
         assert logits.dtype == F32
     assert torch.equal(logits.float(), function(x.float()))
     apart = x[x.abs() > 2**-6]  # nearer to 0 a wide piece's table value swallows the score: see `magnitude`
-    assert bool((function(apart).float().diff() > 0).all())
+    # A bounded function is flat to float32 far from 0, whatever the precision of the scores.
+    slope = function.derivative(apart)
+    rising = torch.minimum(slope[1:], slope[:-1]) > (-1 if function.unbounded else 1e-4)
+    assert bool((function(apart).float().diff()[rising] > 0).all())
 
 
 @pytest.mark.parametrize("name", SMALL)
