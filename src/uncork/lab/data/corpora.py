@@ -301,7 +301,7 @@ def _warn_of_untrained_unk(corpus: Corpus) -> None:
     if unk_id is None or corpus.counts[unk_id] > 0:
         return
     unseen = {
-        name: sum(int((part == unk_id).sum()) for part in corpus.splits[name].split(PIECE_BYTES))
+        name: sum(int((part == unk_id).sum()) for part in corpus.splits[name].split(2**20))
         for name in ("valid", "test")
     }
     if any(unseen.values()):
@@ -386,7 +386,7 @@ def _read_cache(path: Path, name: str) -> Corpus | None:
             if fingerprint != about["fingerprint"]:
                 raise ValueError("its tokens are not those written")
             return _corpus(file, name, tokenizer, about, counts)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, LabError, ValueError, KeyError, TypeError, OverflowError) as error:
         logger.warning("the token cache %s is damaged (%s); building it again", path, error)

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
@@ -70,11 +70,11 @@ def cut_at_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def each(
     task: Callable[[str, words.Style], Result], style: words.Style, pieces: Iterable[str], total_bytes: int
-) -> Iterator[tuple[str, Result]]:
+) -> Generator[tuple[str, Result], None, None]:
     """Each piece and the task's result for it, in the order of the pieces.
 
     Of a text of `LARGE_BYTES` and more as many processes work on it as torch has threads. They run `words.py` alone,
-    without torch; so they start in a tenth of a second, take 40 MB each and do not run the user's program again.
+    without torch; so they start in a tenth of a second, take 100 MB each and do not run the user's program again.
 
     Args:
         task: one of the functions that `words` serves.
