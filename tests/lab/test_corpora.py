@@ -261,7 +261,7 @@ def test_the_cache_follows_the_source_and_the_options(book, built):
         assert len(built) == before + 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "token", "words", "checksum", "length", "other file"])
+@pytest.mark.parametrize("damage", ["empty", "half", "token", "id", "words", "checksum", "length", "other file"])
 def test_a_damaged_cache_is_built_again(book, built, tmp_path, damage, caplog):
     first = load_corpus(str(book))
     path = cache_file(tmp_path)
@@ -270,7 +270,8 @@ def test_a_damaged_cache_is_built_again(book, built, tmp_path, damage, caplog):
     changes = {
         "empty": b"",
         "half": data[: len(data) // 2],
-        "token": bytes([data[0] ^ 64]) + data[1:],
+        "token": bytes([data[0] ^ 1]) + data[1:],
+        "id": bytes([data[0] ^ 64]) + data[1:],  # beyond the vocabulary
         "words": data.replace(counts, counts.replace(b"324", b"325")),
         "checksum": data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
         "length": data[:-1] + b"\xff",
