@@ -16,7 +16,7 @@ class Synthetic:
     N distributions over M words are drawn; every context gets an embedding of its own of d features, every word a
     shared one, and the cross-entropy is minimised over both and the head's function until more training brings nothing.
     Reported are the share of contexts whose likeliest word is right (mode matching) and the KL divergence. What a flag
-    gives replaces the part's own; finished cells are kept in OUT-DIR/cells and not run again.
+    gives replaces the part's own; finished cells are kept in OUT-DIR/cells.jsonl and not run again.
     """
 
     part: PartName = "default"
