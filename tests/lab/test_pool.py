@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ import torch
 from uncork.lab.errors import LabError
 from uncork.lab.run.pool import Event, Job, TimeLeft, run_jobs
 from uncork.lab.run.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """The workers find this module."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
 
 
 def square(number, tell):
