@@ -17,6 +17,7 @@ def fitted(head, found, in_features, settings=LONG, seed=0, **options):
     return fit(found, *start(head, found, in_features, seed, options), settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "concentration"),
     [("softmax", 1.0), ("temperature", 1.0), ("sigsoftmax", 1.0), ("plif", 1.0), ("mos", 1.0), ("softmax", 0.1)],
@@ -170,6 +171,7 @@ def test_the_function_has_a_learning_rate_of_its_own():
     assert moved[0] < 1e-4 < 0.1 < moved[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam-short", "lbfgs"])
 def test_the_other_optimisers_end_near_the_first(optimizer):
     found = targets.dirichlet(40, 15, 0.3, seed=0)
