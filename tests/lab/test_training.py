@@ -144,7 +144,7 @@ def test_the_output_layer_has_its_own_rate(tmp_path, tiny_corpus, tiny_config):
 
 
 def test_averaged_weights_are_what_is_validated(tmp_path, tiny_corpus, tiny_config):
-    config = tiny_config(bias_prior=False, lr=5.0, epochs=3, training_options={**SGD, "asgd": 1})
+    config = tiny_config(bias_prior=False, lr=5.0, output_lr_scale=1.0, epochs=3, training_options={**SGD, "asgd": 1})
     run = new_run(tmp_path, config, tiny_corpus)
     train(config, tiny_corpus, run)
     best, last = run.load_checkpoint("best"), run.load_checkpoint("last")
