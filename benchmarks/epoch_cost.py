@@ -23,7 +23,7 @@ from train_step import Case, build_step, write  # type: ignore[import-not-found]
 
 from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
-from uncork.lab.terminal import cores, resident
+from uncork.lab.machine import cores, resident
 
 _STUDIED = {("ptb", d): Case("lstm-small", 10_000, None, 0.0, d) for d in (16, 64)} | {
     ("sotu", d): Case("lstm-small", 5_000, None, 0.0, d) for d in (16, 64)

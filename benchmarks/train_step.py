@@ -20,10 +20,10 @@ import uncork
 from uncork.lab.experiments.bench.contenders import Step
 from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
+from uncork.lab.machine import cores
 from uncork.lab.models import build_model
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
-from uncork.lab.terminal import cores
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
 from uncork.lab.train.optimisation import build_optimizer, clip_gradients

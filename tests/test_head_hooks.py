@@ -443,6 +443,7 @@ def _train_sharded(rank: int, size: int, meeting: str, name: str) -> None:
         torch.testing.assert_close(sharded.head.log_prob(x), plain.head.log_prob(x))
         assert sharded.head.implementation() == plain.head.implementation()
         assert sharded.head.spec() == plain.head.spec()
+        Path(f"{meeting}-{rank}").touch()
     finally:
         dist.destroy_process_group()
 
@@ -451,6 +452,7 @@ def _train_sharded(rank: int, size: int, meeting: str, name: str) -> None:
 def test_fully_shard_with_the_head_as_a_unit(size, name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the new processes look for this module
     torch.multiprocessing.spawn(_train_sharded, (size, str(tmp_path / "meeting"), name), nprocs=size)
+    assert len(list(tmp_path.glob("meeting-*"))) == size  # each process compared all of it
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake"])

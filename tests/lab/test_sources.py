@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from uncork.lab.data import sources
+from uncork.lab.data import sources, splits
 from uncork.lab.data.corpora import load_corpus
 from uncork.lab.data.sources import SPLITS
 from uncork.lab.errors import LabError
@@ -42,7 +42,7 @@ def toy(monkeypatch):
 
 def texts_of(source):
     with tempfile.TemporaryFile() as file:
-        texts = sources.read_splits(sources.find_source(str(source), None), file)
+        texts = splits.read_splits(sources.find_source(str(source), None), file)
         return {split: "".join(text.pieces()) for split, text in texts.items()}
 
 
@@ -128,7 +128,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     found = sources.find_source(str(path), None)
     path.write_text("some works\n" * 40)
     with tempfile.TemporaryFile() as file, pytest.raises(LabError, match=r"a\.txt has changed while it was read"):
-        sources.read_splits(found, file)
+        splits.read_splits(found, file)
 
 
 def test_a_user_without_a_home_has_no_cache_and_is_told(tmp_path, monkeypatch, caplog):

@@ -277,6 +277,11 @@ def test_without_a_part_the_parts_are_listed(capsys):
         (("seeds = [0]", "seeds = [-1]"), "parts.pilot.seeds.0: Input should be greater than or equal to 0"),
         (("in_features = [16]", "features = [16]"), "parts.pilot."),
         (("[base]", "[base"), "Expected"),
+        (("[base]", "[base]\nseed = 3"), "study: base: seed is not set here: each part has its own"),
+        (
+            ("tuned = [", 'heads = ["plif"]\ntuned = ["plif", '),
+            "study: parts.confirm: 'plif' stands in tuned and in heads",
+        ),
     ],
 )
 def test_a_plan_that_is_wrong_is_named(change, said, tmp_path, capsys):

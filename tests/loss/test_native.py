@@ -504,7 +504,7 @@ def test_topk_of_a_confident_row_keeps_its_digits():
 
 MANY_CHUNKS = """
 import sys, torch, uncork
-from uncork.lab.terminal import resident
+from uncork.lab.machine import resident
 tokens = int(sys.argv[1])
 x, weight, target = torch.randn(tokens, 4), torch.randn(500, 4), torch.randint(500, (tokens,))
 before = resident("VmHWM")

@@ -1,14 +1,20 @@
-"""What this machine is."""
+"""What this machine is, and what this process uses of it."""
 
+import os
 import platform
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the help must not wait for torch
+    import torch
 
 
-def machine_name(device: torch.device) -> str:
+def machine_name(device: "torch.device") -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -16,3 +22,23 @@ def machine_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+STATUS = Path("/proc/self/status")
+"""Where Linux says what `resident` reads."""
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). Linux alone; see STATUS.
+
+    Read here because nothing else has the peak: psutil does not tell it on Linux, and getrusage's counts the memory of
+    the process that started this one.
+    """
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
+    assert found is not None
+    return 1024 * int(found[1])

@@ -1,12 +1,10 @@
-"""Printing that outlives a closed pipe, a closed terminal and a full disk; the cores and the memory of this process."""
+"""Printing that outlives a closed pipe, a closed terminal and a full disk."""
 
 import errno
 import io
 import math
 import os
-import re
 import sys
-from pathlib import Path
 from typing import TextIO
 
 
@@ -65,23 +63,3 @@ def clock(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-STATUS = Path("/proc/self/status")
-"""Where Linux says what `resident` reads."""
-
-
-def resident(name: str) -> int:
-    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). Linux alone; see STATUS.
-
-    Read here because nothing else has the peak: psutil does not tell it on Linux, and getrusage's counts the memory of
-    the process that started this one.
-    """
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
-    assert found is not None
-    return 1024 * int(found[1])

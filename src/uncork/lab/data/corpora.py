@@ -20,7 +20,8 @@ import tokenizers
 import torch
 from numpy.typing import NDArray
 
-from uncork.lab.data.sources import SPLITS, Source, expanded, find_source, read_splits, shared_lines
+from uncork.lab.data.sources import SPLITS, Source, expanded, find_source
+from uncork.lab.data.splits import read_splits, shared_lines
 from uncork.lab.data.text import PIECE_BYTES, Text, each
 from uncork.lab.data.tokenization import BYTE_VALUES, BPETokenizer, Tokenizer, WordTokenizer
 from uncork.lab.data.words import UNK, Style, count_words, lines_of, normalize, number_words
@@ -50,7 +51,7 @@ class Corpus:
         counts: (V,) int64, how often each id stands in the training split.
         fingerprint: sha256 over the ids of all splits and the tokenizer's spec.
         origin: which files were read and which were not, in one line; "" for a published corpus.
-        warning: what is wrong with the splits of a user's own text, if anything, see `sources.shared_lines`.
+        warning: what is wrong with the splits of a user's own text, if anything, see `splits.shared_lines`.
     """
 
     name: str

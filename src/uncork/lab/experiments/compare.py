@@ -12,7 +12,6 @@ from uncork.heads.spec import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.base import execute
 from uncork.lab.run.files import read_json, write_json
-from uncork.lab.run.key import key_of
 from uncork.lab.run.pool import Job, Tell
 from uncork.lab.run.store import Run, RunStore
 from uncork.lab.run.variables import refuse_variables
@@ -53,11 +52,6 @@ class Cell:
     def title(self) -> str:
         """The folder's name too."""
         return self.name
-
-    @property
-    def key(self) -> str:
-        """Another one for everything else that could be trained on the same text."""
-        return key_of(self.config.record())
 
 
 def make_cells(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) -> list[Cell]:

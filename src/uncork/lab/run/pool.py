@@ -227,8 +227,7 @@ class TimeLeft:
         """Seconds left, or None while too little is known."""
         p = event.progress
         share = 1.0 if p is None else p.step / max(1, p.steps_total)
-        if event.name not in self._before:
-            self._before[event.name] = 0.0 if event.kind == "done" and event.outcome is not None else share
+        self._before.setdefault(event.name, 0.0 if p is None else share)  # one that ended unheard was all done now
         self._share[event.name] = share
         total = sum(self.weights.values())
         done, before = (

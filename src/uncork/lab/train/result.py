@@ -10,9 +10,8 @@ import torch
 
 import uncork
 from uncork.lab.data.corpora import Corpus
-from uncork.lab.machine import machine_name
+from uncork.lab.machine import STATUS, machine_name, resident
 from uncork.lab.models import LanguageModel
-from uncork.lab.terminal import STATUS, resident
 from uncork.lab.train.checkpoints import TrainState
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.evaluation import Evaluation

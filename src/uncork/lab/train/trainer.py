@@ -137,6 +137,7 @@ class Trainer:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
+        self.unknown = {split: unknown_share(corpus.splits[split], corpus.tokenizer) for split in ("valid", "test")}
         self.model = ckpt.build_untrained(config, corpus)
         self.description = ckpt.describe(config, self.model, corpus)
         self.description["processes"] = accelerator.num_processes
@@ -330,7 +331,7 @@ class Trainer:
             len(corpus.splits[split]),
             words=corpus.words[split],
             bytes=None if corpus.bytes is None else corpus.bytes[split],
-            unknown=unknown_share(corpus.splits[split], corpus.tokenizer),
+            unknown=self.unknown[split],
         )
 
     def _interruptible(self) -> AbstractContextManager[None]:

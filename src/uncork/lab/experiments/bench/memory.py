@@ -15,7 +15,7 @@ import torch
 
 from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step
 from uncork.lab.experiments.bench.settings import Setup, Shape
-from uncork.lab.terminal import STATUS, resident
+from uncork.lab.machine import STATUS, resident
 
 _RESET = Path("/proc/self/clear_refs")
 _TINY = Shape(8, 8, 32)

@@ -21,9 +21,10 @@ from uncork.lab.experiments.bench.tables import (
     shape_columns,
     time_rows,
 )
+from uncork.lab.machine import cores
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
-from uncork.lab.terminal import cores, say
+from uncork.lab.terminal import say
 
 CHUNKS = (64, 128, 256, 512, 1024)
 """Chunk sizes among which torch-best is sought."""

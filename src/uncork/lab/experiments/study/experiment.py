@@ -1,5 +1,6 @@
 """One part of a study from flags to files."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from uncork.lab.experiments.study.plan import Part, Plan
 from uncork.lab.experiments.study.run import Cell, is_kept, require_finished, run_cells
 from uncork.lab.experiments.study.settings import Study
 from uncork.lab.experiments.study.store import asked
+from uncork.lab.machine import cores
 from uncork.lab.report.publish import publish
 from uncork.lab.report.tables import terminal_table
 from uncork.lab.run.files import os_errors
 from uncork.lab.run.provenance import provenance
 from uncork.lab.run.rows import Rows, RowStore, outdated
-from uncork.lab.terminal import cores, say
+from uncork.lab.terminal import say
 
 COSTS = "cost-study/cost.csv"
 """Beside the parts: `python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study`."""
@@ -50,7 +52,9 @@ def run(settings: Study) -> dict[str, Any]:
             cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
         )
     # The tables are of the whole part, also where the flags have run some of it.
-    command = f"uncork study --part {settings.part}"  # without what only says where, or which part of it
+    # Without what only says where, or which part of it.
+    given = [] if settings.plan == Study.plan else ["--plan", str(settings.plan)]
+    command = shlex.join(["uncork", "study", *given, "--part", settings.part])
     told = report(plan, settings.part, store, settings.out_dir / settings.part, command)
     require_finished(failed)
     return told

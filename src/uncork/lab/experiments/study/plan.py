@@ -114,7 +114,10 @@ class Plan(_Read):
             return cls(**tomllib.loads(data.decode()))
         except ValueError as error:  # pydantic's errors too
             wrong = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
-            said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" if wrong else str(error)
+            said = str(error)
+            if wrong is not None:  # a check of the whole plan says itself where
+                said = ": ".join([*([".".join(map(str, wrong["loc"]))] if wrong["loc"] else []), wrong["msg"]])
+                said = said.removeprefix("Value error, ")
             raise LabError(f"{path}: is no plan of a study: {said}") from error
 
     @pydantic.model_validator(mode="after")
@@ -124,6 +127,15 @@ class Plan(_Read):
                 missing = [value for value in used if value not in there]
                 if missing:
                     raise ValueError(f"parts.{name}.{kind}: there is no {missing[0]!r}, but {', '.join(there)}")
+        for name, part in self.parts.items():
+            twice = set(part.tuned) & part.heads.keys()
+            if twice:
+                raise ValueError(f"parts.{name}: {min(twice)!r} stands in tuned and in heads")
+        fields = {"base": self.base, **{f"texts.{name}": text for name, text in self.texts.items()}}
+        for where, given in (fields | {f"parts.{n}.settings": p.settings for n, p in self.parts.items()}).items():
+            elsewhere = given.keys() & {"head", "head_options", "seed", "in_features"}
+            if elsewhere:
+                raise ValueError(f"{where}: {min(elsewhere)} is not set here: each part has its own")
         if self.tuned_by not in self.parts:
             raise ValueError(f"tuned_by: there is no part {self.tuned_by!r}")
         if any("sha256" not in text for text in self.texts.values()):
@@ -164,7 +176,7 @@ class Plan(_Read):
 
     def _cell(self, part: Part, rows: Rows, seed: int, place: Place, label: str) -> Cell:
         head = self.chosen(rows, label, place) if label in part.tuned else part.heads[label]
-        config = self.config_of(head.format(d=place[1]), place, seed, part.settings)
+        config = self.config_of(head.replace("{d}", str(place[1])), place, seed, part.settings)
         return Cell(f"{place[0]} d={place[1]}", label, config, part.test, self.texts[place[0]]["sha256"])
 
     def config_of(self, head: str, place: Place, seed: int, settings: Mapping[str, Any]) -> TrainConfig:

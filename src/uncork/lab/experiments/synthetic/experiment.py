@@ -16,11 +16,12 @@ from uncork.lab.experiments.synthetic.fitting import Fitting
 from uncork.lab.experiments.synthetic.parts import PARTS, Part
 from uncork.lab.experiments.synthetic.run import run_cells
 from uncork.lab.experiments.synthetic.settings import Synthetic
+from uncork.lab.machine import cores
 from uncork.lab.report.publish import publish
 from uncork.lab.run.files import os_errors, write_json
 from uncork.lab.run.provenance import provenance
 from uncork.lab.run.rows import RowStore
-from uncork.lab.terminal import cores, say
+from uncork.lab.terminal import say
 
 _MOST_CELLS, _MOST_PANELS = 100_000, 5
 
