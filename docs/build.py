@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/*.md from results/, and checks every relative link and picture.
+"""Writes the tables of README.md and docs/*.md from results/, all of docs/study-tables.md, and checks relative links.
 
 A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
 the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, without the command. With --check nothing is
@@ -12,12 +12,30 @@ from pathlib import Path
 
 import pandas as pd
 
+from uncork.lab.experiments.study.plan import Plan
 from uncork.lab.report.statistics import BASELINE
 from uncork.lab.report.tables import display, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLES = ROOT / "docs" / "study-tables.md"
+PAGES = [TABLES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+PAGES += [page for page in sorted((ROOT / "docs").glob("*.md")) if page != TABLES]
 BLOCK = re.compile(r"(<!-- results: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+INTRODUCTION = """\
+The appendix of [study.md](study.md), which says what was asked and found. `make docs` writes it from results/lm.
+One row a head, one column a place: the perplexity (of the test split where the part reads it, else of the validation
+split), its standard deviation over seeds and, in brackets, its change against the softmax of the same seeds with the
+p-value of a two-sided paired t-test on log perplexity.
+"""
+COSTS = {
+    "cost-study": "what a training step costs in the study's own models, one thread",
+    "cost": "what a training step costs at the published sizes, two threads",
+}
+MORE = {
+    "verdict": 'The tests of the protocol. "Lower in" counts seeds, "Holm" corrects for all controls of a place:',
+    "columns": 'The columns of Parthiban et al. (2021). "Rank" is that of the log-probabilities of 500 test contexts\n'
+    'in float64, "ε-rank" how many singular values hold all but 1e-4 of the energy:',
+}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
 
@@ -47,8 +65,26 @@ def plain_markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def study_tables() -> str:
+    """The appendix of docs/study.md: the tables of every part, in the plan's order, and those of the costs."""
+    plan = Plan.read(ROOT / "experiments" / "study.toml")
+    abouts = {name: part.about for name, part in plan.parts.items()} | COSTS
+    pieces = ["# The tables of the language-model study\n", INTRODUCTION]
+    for name, about in abouts.items():
+        where, folder = ROOT / "results" / "lm" / name, f"lm/{name}"
+        pieces.append(f"## {name}\n\n{about[0].upper()}{about[1:]}{'' if where.exists() else ' (not run)'}.\n")
+        if where.exists():
+            pieces.append(block(folder))
+        pieces += [
+            f"{said}\n\n{block(folder, stem)}" for stem, said in MORE.items() if (where / f"{stem}.csv").exists()
+        ]
+    return "\n".join(pieces).replace("(results/", "(../results/")
+
+
 def rebuilt(page: Path) -> str:
     """The page's text with its blocks made anew."""
+    if page == TABLES:
+        return study_tables()
 
     def fill(match: re.Match[str]) -> str:
         prefix = "../" if page.parent != ROOT else ""
@@ -57,12 +93,25 @@ def rebuilt(page: Path) -> str:
     return BLOCK.sub(fill, page.read_text(encoding="utf-8"))
 
 
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are linked by."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
 def dead_links(page: Path) -> list[str]:
-    """Relative targets of the page that do not exist."""
+    """Relative targets of the page that do not exist, and headings that no page has."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    targets = [(a or b).split("#")[0] for a, b in LINK.findall(text)]
-    local = [t for t in targets if t and "://" not in t and not t.startswith("mailto:")]
-    return [f"{page.relative_to(ROOT)}: {t}" for t in local if not (page.parent / t).exists()]
+    dead = []
+    for target in (a or b for a, b in LINK.findall(text)):
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        if not other.exists() or (anchor and other.suffix == ".md" and anchor not in anchors(other)):
+            dead.append(f"{page.relative_to(ROOT)}: {target}")
+    return dead
 
 
 def main() -> int:
@@ -70,7 +119,7 @@ def main() -> int:
     check, wrong = "--check" in sys.argv, []
     for page in PAGES:
         text = rebuilt(page)
-        if text != page.read_text(encoding="utf-8"):
+        if not page.exists() or text != page.read_text(encoding="utf-8"):
             if check:
                 wrong.append(f"{page.relative_to(ROOT)}: its tables are not those of results/; run `make docs`")
             else:

@@ -1,4 +1,4 @@
-"""Draws what is in memory when, in one training step: `python docs/memory.py` measures, and writes docs/memory.png.
+"""Draws what is in memory when in one training step: `python experiments/memory.py` measures, writes docs/memory.png.
 
 Each contender has a process of its own, whose resident memory a thread reads every millisecond. Linux, half a minute.
 """
@@ -111,7 +111,7 @@ def main() -> None:
         axes.set(xlim=(0, 1), ylim=(0, 8.9 * MATRIX), xticks=(0, 0.5, 1), xticklabels=("0", "0.5", "1"))
         axes.set_yticks([m * MATRIX for m in range(9)], [f"{m * MATRIX:,.0f}" if number == 0 else "" for m in range(9)])
         draw(axes, name, json.loads(done.stdout))
-    to_png(figure, Path(__file__).with_suffix(".png"))
+    to_png(figure, Path(__file__).resolve().parent.parent / "docs" / "memory.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/theory.md: `python docs/theory.py`, about three minutes on one core.
+"""Draws the figures of docs/theory.md: `python experiments/theory.py`, about three minutes on one core.
 
 It measures everything anew, writes docs/theory-*.png, and the numbers behind them to results/theory/*.csv, each row
 with its seed. Ranks are those of matrices in float64. Legend: N contexts, V words, D features, P pieces.
@@ -23,8 +23,8 @@ from uncork.lab.report.publish import publish
 from uncork.lab.report.style import FONT, INK, MUTED, dress, label_ends, new_axes, plain_log_ticks, strokes, to_png
 from uncork.lab.run.provenance import provenance
 
-DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS.parent / "results" / "theory"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, RESULTS = ROOT / "docs", ROOT / "results" / "theory"
 F64 = torch.float64
 WIDTH, HEIGHT = 4.9, 3.3
 DOTTED = (0, (2, 2))
@@ -271,7 +271,7 @@ def main() -> None:
             tables[name] = measure()
         to_png(draw(tables[name]), DOCS / f"theory-{name}.png")
         print(f"theory-{name}.png: {time.perf_counter() - began:.0f} s", flush=True)
-    origin = provenance("python docs/theory.py", 1, seeds="in each row of the tables")
+    origin = provenance("python experiments/theory.py", 1, seeds="in each row of the tables")
     origin["versions"] |= {"numpy": np.__version__, "scipy": scipy.__version__}
     publish(RESULTS, tables, origin)
 
