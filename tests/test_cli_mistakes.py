@@ -14,6 +14,7 @@ import pytest
 import uncork
 from uncork import cli
 from uncork.lab.command_line import parse
+from uncork.lab.settings import TrainingFlags
 from uncork.lab.train.config import TrainConfig, known_settings
 from uncork.lab.train.head import with_head
 from uncork.lab.train.presets import PRESETS
@@ -30,7 +31,14 @@ STARTS = {
     "study": ["--out-dir", "out", "--work-dir", "work"],
     "synthetic": ["--out-dir", "out", "--quick"],
 }  # fmt: skip
-FLAGS = [(name, field.name) for name, kind in COMMANDS.items() for field in dataclasses.fields(kind)]
+# `compare` reads the flags that it shares with `train` by the same code.
+SHARED = {field.name for field in dataclasses.fields(TrainingFlags)}
+FLAGS = [
+    (name, field.name)
+    for name, kind in COMMANDS.items()
+    for field in dataclasses.fields(kind)
+    if name != "compare" or field.name not in SHARED
+]
 
 
 class WorkBegins(KeyboardInterrupt):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from uncork.lab.data.corpora import load_corpus
+from uncork.lab.experiments import base
+from uncork.lab.run.pool import run_jobs
 from uncork.lab.train import trainer as trainer_module
 from uncork.lab.train.config import TrainConfig
 
@@ -48,6 +50,14 @@ def tiny_folder(tmp_path_factory):
     for split, lines in (("train", 200), ("valid", 25), ("test", 25)):
         (folder / f"{split}.txt").write_text(_text(lines, generator))
     return folder
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Jobs are done here, one after another, without the seconds that a process of their own takes to start."""
+    monkeypatch.setattr(
+        base, "run_jobs", lambda jobs, **options: run_jobs(jobs, **{**options, "workers": 1, "fresh": False})
+    )
 
 
 @pytest.fixture(scope="session")

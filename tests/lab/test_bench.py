@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -19,9 +20,8 @@ from uncork.heads import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.bench import gate, instructions, memory, timing
 from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step, is_ours
-from uncork.lab.experiments.bench.fresh import in_fresh_process
 from uncork.lab.experiments.bench.naive import naive_mixture_loss, naive_plif
-from uncork.lab.experiments.bench.run import plan_of
+from uncork.lab.experiments.bench.run import _measured, plan_of
 from uncork.lab.experiments.bench.settings import CONTENDERS, Bench, Setup, Shape
 from uncork.lab.experiments.bench.tables import (
     display_table,
@@ -350,25 +350,26 @@ def test_peak_memory_counts_what_was_allocated_and_freed_and_not_the_gradients()
 
 @needs_peak
 def test_the_eager_softmax_needs_three_times_its_scores():
-    found = in_fresh_process("memory", threads=1, setup=Setup(Shape(512, 4, 8192), 1).to_dict(), name="eager")
+    ballast = torch.ones(2**26)  # 256 MiB of this process, which are not the other's
+    (found,) = _measured({"eager": partial(memory.measure, Setup(Shape(512, 4, 8192), 1), "eager")}, 1, str)
     assert found["note"] == ""
     assert found["extra"] == pytest.approx(3 * 4 * 512 * 8192, rel=0.2)  # logits, log-probabilities, gradient
+    assert found["extra"] < ballast.nbytes
 
 
 def test_a_contender_that_does_not_fit_into_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr("uncork.lab.experiments.bench.contenders._free_bytes", lambda: 5_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=5_000))
     with pytest.raises(Unavailable, match="needs about"):
         build_step("naive-mos-4", Inputs(TINY))
-    found = timing.task(TINY.to_dict(), {"G": "G", "eager": "eager"}, rounds=1, max_seconds=1.0, seed=0)
+    found = timing.time_contenders(TINY, {"G": "G", "eager": "eager"}, 1, 1.0, 0, tell=print)
     assert found["notes"]["eager"].startswith("left out: needs about 0.0 GiB")
     assert list(found["times"]) == ["G"]
 
 
 def test_a_process_that_fails_is_one_line():
-    with pytest.raises(LabError, match=r"the process that measures time failed: .*no contender"):
-        in_fresh_process(
-            "time", threads=1, setup=TINY.to_dict(), contenders={"x": "nosuch"}, rounds=1, max_seconds=1.0, seed=0
-        )
+    work = partial(timing.time_contenders, TINY, {"x": "nosuch"}, 1, 1.0, 0)
+    with pytest.raises(LabError, match=r"^time: .*no contender"):
+        _measured({"time": work}, 1, str)
 
 
 @pytest.mark.skipif(instructions.missing() is not None, reason="needs valgrind")

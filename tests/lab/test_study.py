@@ -48,6 +48,7 @@ def run(cells, folder, **options):
     return store, failed
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_is_kept_as_it_ends_and_not_run_again(cells, tmp_path, capsys):
     store, failed = run(cells, tmp_path)
     assert failed == {}
@@ -70,6 +71,7 @@ def test_a_run_is_kept_as_it_ends_and_not_run_again(cells, tmp_path, capsys):
     assert store.path.read_bytes() == before
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_test_split_of_a_trial_is_not_kept(cells, tmp_path):
     store, _ = run(cells[-1:], tmp_path)
     row = store.rows()[cells[-1].key]
@@ -146,6 +148,7 @@ def test_the_kept_parts_keep_what_the_presets_had_then(monkeypatch):
     assert [cell.key for cell in PLAN.cells(part, {})] == keys
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_kept_run_of_another_preset_or_text_is_said_and_not_taken(cells, tmp_path, monkeypatch, capsys):
     store, _ = run(cells[:2], tmp_path)
     rows = store.rows()
@@ -362,9 +365,12 @@ def test_the_wide_mixture_is_tested_against_the_controls_of_its_own_part():
     assert set(tests["control"]) == {*heads} - {"mos (of all 128 units)"}
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_tables_and_figures_of_kept_runs(cells, tmp_path, monkeypatch):
     store, _ = run(cells[:4], tmp_path)
-    base = {k: v for k, v in cells[0].config.to_dict().items() if k not in ("head", "head_options", "seed")}
+    base = {
+        k: v for k, v in cells[0].config.to_dict().items() if k not in ("head", "head_options", "seed", "in_features")
+    }
     heads = {"softmax": "softmax", "plif": "plif"}
     part = Part(about="tiny", heads=heads, texts=("tiny",), in_features=(4,), seeds=(1, 2))
     text = {"corpus": base["corpus"], "sha256": cells[0].text}

@@ -65,8 +65,8 @@ def test_gradcheck(impl, function_name, mixture, case, make_problem):
         # Chunks of two tokens: the gradients of chunks meet in every case.
         return upstream * problem.loss(impl, chunk_size=4 if mixture else 2, **options)
 
-    # The definition's gradients are autograd's, for which one random direction is enough.
-    assert gradcheck(weighted, operands, atol=1e-6, rtol=1e-4, fast_mode=impl == "reference")
+    # One random direction, at a tolerance at which it sees an error of 0.1 % wherever all directions do.
+    assert gradcheck(weighted, operands, atol=1e-8, rtol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

@@ -36,7 +36,7 @@ def test_gradcheck(impl, function_name, mixture, make_problem):
         s = problem.statistics(impl, chunk_size=2)
         return torch.stack([s.log_prob, s.logsumexp, s.entropy]) * upstream
 
-    assert gradcheck(total, problem.operands(), atol=1e-6, rtol=1e-4, fast_mode=impl == "reference")
+    assert gradcheck(total, problem.operands(), atol=1e-8, rtol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("field", ["log_prob", "logsumexp", "entropy"])

@@ -42,10 +42,10 @@ template <class T>
 [[noreturn]] void fail(const Problem<T>& p, const std::string& what) {
   std::fprintf(stderr, "fuzz: case %llu, %s: %s\n", static_cast<unsigned long long>(current_case), uncork_instructions(),
                what.c_str());
-  std::fprintf(stderr, "  %s, mode %d, kind %d, N %lld, K %lld, V %lld, stride %lld, spread %g, index %d, probabilities %d\n",
+  std::fprintf(stderr, "  %s, mode %d, kind %d, N %lld, K %lld, V %lld, stride %lld, uniform %g, index %d, probabilities %d\n",
                sizeof(T) == 8 ? "double" : "float", p.mode, static_cast<int>(p.kind), static_cast<long long>(p.tokens),
                static_cast<long long>(p.components), static_cast<long long>(p.vocab), static_cast<long long>(p.stride),
-               p.spread, !p.index.empty(), !p.probabilities.empty());
+               p.uniform, !p.index.empty(), !p.probabilities.empty());
   for (const auto& op : p.chain)
     std::fprintf(stderr, "  operation %d, P %d, sums %d\n", op.plain.kind, op.plain.num_pieces, op.sums);
   std::exit(1);
@@ -90,7 +90,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 
 template <class T>
 struct Result {
-  std::vector<T> scores, cross_entropy, lse, entropy, scale, by_prior;
+  std::vector<T> scores, cross_entropy, lse, entropy, scale, grad_prior;
   std::vector<int64_t> argmax;
   std::vector<double> sums;
 
@@ -101,7 +101,7 @@ struct Result {
     if (!same_bits(lse, other.lse)) return "lse";
     if (!same_bits(entropy, other.entropy)) return "entropy";
     if (!same_bits(scale, other.scale)) return "scale";
-    if (!same_bits(by_prior, other.by_prior)) return "by_prior";
+    if (!same_bits(grad_prior, other.grad_prior)) return "grad_prior";
     if (!same_bits(argmax, other.argmax)) return "argmax";
     return same_bits(sums, other.sums) ? nullptr : "sums";
   }
@@ -151,27 +151,27 @@ Result<T> run(const Problem<T>& p, int32_t threads, Random random) {
   const Exact<uint8_t> kept(random, p.kept);
   const bool gradient = p.mode == UNCORK_GRADIENT;
   const Exact<T>*scores = exact(with_gaps(p)), *scale = result(gradient, p.rows()), *lse = result(p.wanted[kLse], p.tokens);
-  const Exact<T>*by_prior = result(gradient && !p.log_prior.empty(), p.rows()), *entropy = result(p.wanted[kEntropy], p.tokens);
+  const Exact<T>*grad_prior = result(gradient && !p.log_prior.empty(), p.rows()), *entropy = result(p.wanted[kEntropy], p.tokens);
   const Exact<T>* cross_entropy = result(p.wanted[kCrossEntropy], p.tokens);
   UncorkTile tile{};
   tile.tokens = p.tokens, tile.components = p.components, tile.vocab = p.vocab, tile.stride = p.stride;
   tile.scores = scores->get(), tile.bias = exact(p.bias)->get(), tile.operations = operations.data();
   tile.num_operations = static_cast<int32_t>(operations.size()), tile.is_double = sizeof(T) == 8, tile.threads = threads;
   tile.parallel = in_threads;
-  tile.index = index.get(), tile.kept = kept.get(), tile.hit = exact(p.hit)->get(), tile.spread = p.spread;
+  tile.index = index.get(), tile.kept = kept.get(), tile.hit = exact(p.hit)->get(), tile.uniform = p.uniform;
   tile.probabilities = exact(p.probabilities)->get(), tile.word_weight = exact(p.word_weight)->get();
-  tile.log_prior = exact(p.log_prior)->get(), tile.by_cross_entropy = exact(p.by_cross_entropy)->get();
-  tile.by_lse = exact(p.by_lse)->get(), tile.by_square = exact(p.by_square)->get(),
-  tile.by_entropy = exact(p.by_entropy)->get();
+  tile.log_prior = exact(p.log_prior)->get(), tile.grad_cross_entropy = exact(p.grad_cross_entropy)->get();
+  tile.grad_lse = exact(p.grad_lse)->get(), tile.grad_square = exact(p.grad_square)->get(),
+  tile.grad_entropy = exact(p.grad_entropy)->get();
   tile.cross_entropy = cross_entropy->get(), tile.lse = lse->get(), tile.entropy = entropy->get(), tile.argmax = argmax.get();
-  tile.scale = scale->get(), tile.by_prior = by_prior->get();
+  tile.scale = scale->get(), tile.grad_prior = grad_prior->get();
   if (const int32_t code = uncork_run(&tile, p.mode)) fail(p, "uncork_run returned " + std::to_string(code));
   Result<T> out{without_gaps(p, scores->read()),
                 cross_entropy->read(),
                 lse->read(),
                 entropy->read(),
                 scale->read(),
-                by_prior->read(),
+                grad_prior->read(),
                 argmax.read(),
                 {}};
   for (const auto& part : sums)
@@ -184,7 +184,7 @@ Result<T> run(const Problem<T>& p, int32_t threads, Random random) {
 template <class T>
 void check_written(const Problem<T>& p, const Result<T>& out) {
   const T mark = unwritten<T>();
-  for (const auto* values : {&out.cross_entropy, &out.lse, &out.entropy, &out.scale, &out.by_prior})
+  for (const auto* values : {&out.cross_entropy, &out.lse, &out.entropy, &out.scale, &out.grad_prior})
     for (const T& value : *values)
       if (std::memcmp(&value, &mark, sizeof mark) == 0) fail(p, "a result was not written");
   for (const int64_t word : out.argmax)
@@ -194,7 +194,7 @@ void check_written(const Problem<T>& p, const Result<T>& out) {
 
 template <class T>
 void check_finite(const Problem<T>& p, const Result<T>& out) {
-  for (const auto* values : {&out.lse, &out.entropy, &out.scale, &out.by_prior})
+  for (const auto* values : {&out.lse, &out.entropy, &out.scale, &out.grad_prior})
     for (const T& value : *values)
       if (!std::isfinite(value)) fail(p, "a result is not finite");
   for (const T& value : out.cross_entropy)
@@ -215,7 +215,7 @@ void check_totals(const Problem<T>& p, const Result<T>& out) {
     for (int64_t v = 0; v < p.vocab; ++v) total += std::exp(static_cast<double>(out.scores[n * p.components * p.vocab + v]));
     if (!(std::abs(total - 1) < tolerance)) fail(p, "probabilities sum to " + std::to_string(total));
   }
-  const bool shift_free = p.by_lse.empty() && p.by_square.empty();
+  const bool shift_free = p.grad_lse.empty() && p.grad_square.empty();
   for (int64_t r = 0; p.mode == UNCORK_GRADIENT && p.chain.empty() && shift_free && r < p.rows(); ++r) {
     double total = 0, size = 1e-3;
     for (int64_t v = 0; v < p.vocab; ++v) {
@@ -226,9 +226,9 @@ void check_totals(const Problem<T>& p, const Result<T>& out) {
     if (p.kind == Kind::kOrdinary && !(std::abs(total) < tolerance * size))
       fail(p, "a gradient sums to " + std::to_string(total));
   }
-  for (int64_t n = 0; !out.by_prior.empty() && n < p.tokens; ++n) {
+  for (int64_t n = 0; !out.grad_prior.empty() && n < p.tokens; ++n) {
     double total = 0;
-    for (int64_t k = 0; k < p.components; ++k) total += static_cast<double>(out.by_prior[n * p.components + k]);
+    for (int64_t k = 0; k < p.components; ++k) total += static_cast<double>(out.grad_prior[n * p.components + k]);
     if (!(std::abs(total) < tolerance * 10)) fail(p, "the prior's gradient sums to " + std::to_string(total));
   }
 }
@@ -319,7 +319,7 @@ void check_memory() {
   UncorkTile tile{};
   tile.tokens = kTokens, tile.vocab = tile.stride = kVocab, tile.components = tile.num_operations = 1;
   tile.scores = scores.data(), tile.operations = &operation, tile.index = index.data(), tile.hit = ones.data();
-  tile.by_cross_entropy = ones.data(), tile.scale = scale.data(), tile.parallel = in_threads;
+  tile.grad_cross_entropy = ones.data(), tile.scale = scale.data(), tile.parallel = in_threads;
   for (tile.threads = 1; tile.threads <= 3; ++tile.threads) {
     int failures = 0, code = 1;
     for (; code; ++failures) {

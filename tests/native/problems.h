@@ -48,10 +48,10 @@ struct Problem {
   Kind kind;
   int32_t mode;
   int64_t tokens, components, vocab, stride;
-  double spread = 0;
+  double uniform = 0;
   std::vector<Operation<T>> chain;
   std::vector<T> scores, bias, hit, probabilities, word_weight, log_prior;
-  std::vector<T> by_cross_entropy, by_lse, by_square, by_entropy;
+  std::vector<T> grad_cross_entropy, grad_lse, grad_square, grad_entropy;
   std::vector<int64_t> index;
   std::vector<uint8_t> kept;
   bool wanted[kNumWanted];
@@ -147,7 +147,7 @@ void make_target(Random& random, Problem<T>& p) {
     p.probabilities = numbers<T>(random, p.tokens * p.vocab, 0, 2.0 / static_cast<double>(p.vocab));
     for (T& q : p.probabilities) q = random.chance(0.2) ? T(0) : q;
   }
-  if (which < 4 && random.chance(0.4)) p.spread = 0.1 / static_cast<double>(p.vocab);
+  if (which < 4 && random.chance(0.4)) p.uniform = 0.1 / static_cast<double>(p.vocab);
   if (which < 4 && random.chance(0.4)) p.word_weight = numbers<T>(random, p.vocab, 0, 2);
   if (random.chance(0.5))
     for (int64_t n = 0; n < p.tokens; ++n) p.kept.push_back(random.chance(0.8));
@@ -184,11 +184,11 @@ Problem<T> make_problem(Random& random) {
   const auto upstream = [&](double share) {
     return random.chance(share) ? numbers<T>(random, p.tokens, -1, 2) : std::vector<T>();
   };
-  if (!p.index.empty() || !p.probabilities.empty()) p.by_cross_entropy = upstream(0.9);
-  if (p.log_prior.empty()) p.by_lse = upstream(0.3), p.by_square = upstream(0.3);
-  p.by_entropy = upstream(0.2);
-  if (p.kind == Kind::kWild) spoil(random, p.by_cross_entropy, 0.1);
-  for (T& factor : p.by_cross_entropy) factor = random.chance(0.1) ? T(0) : factor;
+  if (!p.index.empty() || !p.probabilities.empty()) p.grad_cross_entropy = upstream(0.9);
+  if (p.log_prior.empty()) p.grad_lse = upstream(0.3), p.grad_square = upstream(0.3);
+  p.grad_entropy = upstream(0.2);
+  if (p.kind == Kind::kWild) spoil(random, p.grad_cross_entropy, 0.1);
+  for (T& factor : p.grad_cross_entropy) factor = random.chance(0.1) ? T(0) : factor;
   return p;
 }
 

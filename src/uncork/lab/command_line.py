@@ -137,11 +137,11 @@ def _is_positional(kind: type, name: str) -> bool:
 def _value(name: str, arguments: Sequence[str]) -> str:
     """What was given to the flag, last, as the user wrote it."""
     value = "nothing"
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         head, equals, text = argument.partition("=")
         if head.replace("_", "-") == name:
             words = [text] if equals else []
-            for word in arguments[place + 1 :]:
+            for word in arguments[index + 1 :]:
                 if word.startswith("--"):
                     break
                 words.append(word)

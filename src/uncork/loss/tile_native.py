@@ -71,7 +71,7 @@ class _Tile(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_operations", "is_double", "threads")),
         ("parallel", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("index", "kept", "hit", "probabilities", "word_weight")),
-        ("spread", ctypes.c_double),
+        ("uniform", ctypes.c_double),
         ("log_prior", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("grad_cross_entropy", "grad_lse", "grad_square", "grad_entropy")),
         *((name, ctypes.c_void_p) for name in ("cross_entropy", "lse", "entropy", "argmax", "scale", "grad_prior")),
@@ -265,10 +265,10 @@ class NativeTiles(LogProbTiles):
         target = None if call.target is None else call.target.rows(span)
         if isinstance(target, IndexTarget):
             tile.index, tile.kept = point(target.index, torch.int64), point(target.kept, torch.uint8)
-            tile.hit, tile.word_weight, tile.spread = point(target.hit), point(target.word_weight), target.uniform
+            tile.hit, tile.word_weight, tile.uniform = point(target.hit), point(target.word_weight), target.uniform
         elif isinstance(target, ProbabilityTarget):
             tile.probabilities, tile.word_weight = point(target.probabilities), point(target.word_weight)
-            tile.spread = target.smoothing / scores.shape[1]
+            tile.uniform = target.smoothing / scores.shape[1]
         if upstream is not None:
             tile.grad_cross_entropy, tile.grad_lse = point(upstream.cross_entropy), point(upstream.logsumexp)
             tile.grad_square, tile.grad_entropy = point(upstream.square), point(upstream.entropy)
@@ -278,7 +278,7 @@ class NativeTiles(LogProbTiles):
         if status:
             raise RuntimeError(f"impl='native': the tile refused its arguments (status {status})")
         if mode == _GRADIENT:
-            return result._replace(grad_scores=scores, sums=self._by_table(sums))
+            return result._replace(grad_scores=scores, sums=self._per_table(sums))
         return result
 
     def _result(self, span: slice, mode: int) -> TileResult:
@@ -335,7 +335,7 @@ class NativeTiles(LogProbTiles):
             start += len(tables)
         return described
 
-    def _by_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _per_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
         """One gradient a table, in memory that the next chunk writes to; knots have none of their own."""
         tables: list[Tensor | None] = []
         for operation, own in zip(self.operations, sums, strict=True):

@@ -189,9 +189,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     """Give the optimiser what `optimizer_state` took from one with the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **rest}.items():
-        kind, _, place = name.partition(".")
+        kind, _, inner = name.partition(".")
         if kind == "optimizer":
-            index, _, key = place.partition(".")
+            index, _, key = inner.partition(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

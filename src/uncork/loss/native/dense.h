@@ -12,7 +12,7 @@ struct Dense {
   const int64_t n, components;
   const Upstream up;
   // (K,) each, then blocks: (K, block) of log p in each component, and one block each.
-  T *log_prior, *by_component;
+  T *log_prior, *grad_component;
   T *log_prob, *mixed, *prob, *target, *upstream, *share;
   double loss = 0, entropy = 0;
   T best = -kInfinity<T>;
@@ -22,12 +22,12 @@ struct Dense {
 
   Dense(const Worker<T>& worker, int64_t token, const Upstream& upstream_, T* memory)
       : w(worker), n(token), components(worker.tile.components), up(upstream_) {
-    log_prior = memory, by_component = memory + components, log_prob = memory + 2 * components;
+    log_prior = memory, grad_component = memory + components, log_prob = memory + 2 * components;
     mixed = log_prob + components * kBlock;
     prob = mixed + kBlock, target = prob + kBlock, upstream = target + kBlock, share = upstream + kBlock;
     for (int64_t k = 0; k < components; ++k) {
       log_prior[k] = at<T>(w.tile.log_prior, n * components + k, T(0));
-      by_component[k] = 0;
+      grad_component[k] = 0;
     }
   }
 
@@ -48,11 +48,11 @@ struct Dense {
 #pragma omp simd
     for (int j = 0; j < count; ++j) prob[j] = exp_(mixed[j]);
     fill_target(start, count);
-    const T by_loss = static_cast<T>(up.cross_entropy), by_entropy = static_cast<T>(up.entropy);
+    const T grad_loss = static_cast<T>(up.cross_entropy), grad_entropy = static_cast<T>(up.entropy);
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
       // Both parts are computed and one is chosen: a branch would cost most where targets are mostly 0.
-      const T p = prob[j], t = target[j], from_loss = by_loss * t, from_entropy = by_entropy * (p + p * mixed[j]);
+      const T p = prob[j], t = target[j], from_loss = grad_loss * t, from_entropy = grad_entropy * (p + p * mixed[j]);
       upstream[j] = (t == T(0) ? T(0) : -from_loss) - (p == T(0) ? T(0) : from_entropy);
     }
   }
@@ -85,13 +85,13 @@ struct Dense {
     const UncorkTile& tile = w.tile;
     const T* given = tile.probabilities ? static_cast<const T*>(tile.probabilities) + n * tile.vocab + start : nullptr;
     const T* weight = tile.word_weight ? static_cast<const T*>(tile.word_weight) + start : nullptr;
-    const T spread = up.kept ? static_cast<T>(tile.spread) : T(0);
-    const T whole = up.kept ? static_cast<T>(1 - tile.spread * static_cast<double>(tile.vocab)) : T(0);
+    const T uniform = up.kept ? static_cast<T>(tile.uniform) : T(0);
+    const T whole = up.kept ? static_cast<T>(1 - tile.uniform * static_cast<double>(tile.vocab)) : T(0);
     if (given) {
 #pragma omp simd
-      for (int j = 0; j < count; ++j) target[j] = whole * given[j] + spread;
+      for (int j = 0; j < count; ++j) target[j] = whole * given[j] + uniform;
     } else {
-      std::fill_n(target, count, spread);
+      std::fill_n(target, count, uniform);
     }
     if (weight) {
 #pragma omp simd
@@ -148,16 +148,16 @@ struct Dense {
       double sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int j = 0; j < count; ++j) sum += double(part[j]);
-      by_component[k] += static_cast<T>(sum);
+      grad_component[k] += static_cast<T>(sum);
     }
   }
 
-  void write(int64_t start, int count, T by_lse) {
+  void write(int64_t start, int count, T grad_lse) {
     for (int64_t k = 0; k < components; ++k) {
       const T* part = shared(k, count);
       const T* log_p = log_prob + k * kBlock;
       T* g = w.grads.get() + k * kBlock;
-      const T factor = by_lse - by_component[k];
+      const T factor = grad_lse - grad_component[k];
       if (mixture()) {
 #pragma omp simd
         for (int j = 0; j < count; ++j) prob[j] = exp_(log_p[j]);
@@ -201,27 +201,27 @@ void dense(const Worker<T>& w, int64_t n, int32_t mode, T* memory, double* sums)
     return;
   }
   const bool gradient = mode == UNCORK_GRADIENT;
-  const double by_lse = tile.log_prior ? 0 : up.lse + 2 * up.square * lse;
+  const double grad_lse = tile.log_prior ? 0 : up.lse + 2 * up.square * lse;
   // Of one component and without an entropy, what the gradient needs to know of all words is the sum of the target.
-  const bool at_once = gradient && !d.mixture() && !tile.by_entropy;
-  if (at_once) d.by_component[0] = static_cast<T>(-up.cross_entropy * d.target_sum());
+  const bool at_once = gradient && !d.mixture() && !tile.grad_entropy;
+  if (at_once) d.grad_component[0] = static_cast<T>(-up.cross_entropy * d.target_sum());
   d.each_block([&](int64_t start, int count) {
     d.gather(start, count, gradient && !at_once);
-    if (at_once) d.write(start, count, static_cast<T>(by_lse));
+    if (at_once) d.write(start, count, static_cast<T>(grad_lse));
   });
   put<T>(tile.cross_entropy, n, up.kept ? d.loss : 0);
   put<T>(tile.lse, n, lse);
   put<T>(tile.entropy, n, d.entropy);
   if (tile.argmax) tile.argmax[n] = tile.log_prior ? d.argmax : w.argmax(w.row(n), first);
   if (!gradient) return;
-  if (!at_once) d.each_block([&](int64_t start, int count) { d.write(start, count, static_cast<T>(by_lse)); });
+  if (!at_once) d.each_block([&](int64_t start, int count) { d.write(start, count, static_cast<T>(grad_lse)); });
   double total = 0;
-  for (int64_t k = 0; k < components; ++k) total += double(d.by_component[k]);
+  for (int64_t k = 0; k < components; ++k) total += double(d.grad_component[k]);
   for (int64_t k = 0; k < components; ++k) {
     const int64_t r = n * components + k;
     if (w.chain.wanted) w.flush(int(k), 1.0, sums);
     put<T>(tile.scale, r, 1);
-    if (tile.log_prior) put<T>(tile.by_prior, r, double(d.by_component[k]) - std::exp(double(d.log_prior[k])) * total);
+    if (tile.log_prior) put<T>(tile.grad_prior, r, double(d.grad_component[k]) - std::exp(double(d.log_prior[k])) * total);
   }
 }
 

@@ -41,20 +41,20 @@ struct UncorkTile {
   // GOMP_parallel of the OpenMP runtime to take threads from (GCC's, LLVM's and Intel's have it); null with one thread.
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-  // The target: t_v = hit [v = index] + spread weight_v of an index, ((1 - spread V) q_v + spread) weight_v of given q.
+  // The target: t_v = hit [v = index] + uniform weight_v of an index, ((1 - uniform V) q_v + uniform) weight_v of given q.
   const int64_t* index;       // (N,) or null
   const uint8_t* kept;        // (N,) or null for all; another token's cross-entropy is 0
   const void* hit;            // (N,), with an index
   const void* probabilities;  // (N, V) or null
   const void* word_weight;    // (V,) or null for ones
-  double spread;              // smoothing / V
+  double uniform;             // smoothing / V
   const void* log_prior;      // (N, K), of a mixture, or null: K is 1 then
 
   // Upstream gradients, (N,) each or null for 0: of the cross-entropy, logsumexp, its square, and the entropy.
-  const void* by_cross_entropy;
-  const void* by_lse;
-  const void* by_square;
-  const void* by_entropy;
+  const void* grad_cross_entropy;
+  const void* grad_lse;
+  const void* grad_square;
+  const void* grad_entropy;
 
   // Results, null where not asked. Entropy and argmax are written by statistics, and asked for together.
   void* cross_entropy;  // (N,)
@@ -62,7 +62,7 @@ struct UncorkTile {
   void* entropy;        // (N,)
   int64_t* argmax;      // (N,), of the scores, of a mixture its log-probabilities
   void* scale;          // (N K,): the gradient to row r of the scores is scale[r] times what is left in it
-  void* by_prior;       // (N, K): the gradient to the prior's logits
+  void* grad_prior;     // (N, K): the gradient to the prior's logits
 };
 
 // What a call does with the scores. Statistics leave them; log-probabilities replace a token's first row.

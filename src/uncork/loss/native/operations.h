@@ -250,8 +250,8 @@ inline Terms<T> tanh_terms(const Op<T>& op, T x) {
 
 template <class T>
 inline Terms<T> sigmoid_terms(const Op<T>& op, T x) {
-  const T u = bounded_((x + op.b) / op.c), s = sigmoid_(u), by_shift = op.a / op.c * (s * sigmoid_(-u));
-  return {s, by_shift, -by_shift * u};
+  const T u = bounded_((x + op.b) / op.c), s = sigmoid_(u), grad_shift = op.a / op.c * (s * sigmoid_(-u));
+  return {s, grad_shift, -grad_shift * u};
 }
 
 template <class T>

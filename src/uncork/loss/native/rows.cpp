@@ -35,7 +35,7 @@ template <class T>
 void run(const UncorkTile& tile, int32_t mode) {
   const bool gradient = mode == UNCORK_GRADIENT;
   const bool details = tile.entropy || tile.argmax;
-  const bool is_sparse = mode != UNCORK_LOG_PROB && !tile.probabilities && tile.spread == 0 && !tile.by_entropy &&
+  const bool is_sparse = mode != UNCORK_LOG_PROB && !tile.probabilities && tile.uniform == 0 && !tile.grad_entropy &&
                          !(tile.log_prior && (details || !tile.index)) && !(gradient && details);
   const Chain<T> chain(tile, gradient);
   const int64_t size = tokens_per_block(tile.tokens, chain.num_sums), blocks = (tile.tokens + size - 1) / size;

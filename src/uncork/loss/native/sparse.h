@@ -88,7 +88,7 @@ void sparse(const Worker<T>& w, int64_t n, bool gradient, double* sums) {
     // An impossible target has no posterior: no component gets anything.
     const double factor = c == 0 || loss == kInfinity<double> ? 0 : c * std::exp(joint[k] + loss);
     finish_row(w, r, int(k), factor, factor, up.index, targets[k], sums);
-    put<T>(tile.by_prior, r, loss == kInfinity<double> ? 0 : c * std::exp(double(at<T>(tile.log_prior, r, T(0)))) - factor);
+    put<T>(tile.grad_prior, r, loss == kInfinity<double> ? 0 : c * std::exp(double(at<T>(tile.log_prior, r, T(0)))) - factor);
   }
 }
 

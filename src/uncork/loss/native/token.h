@@ -19,10 +19,10 @@ Upstream upstream_of(const UncorkTile& tile, int64_t n) {
   Upstream up;
   up.kept = !tile.kept || tile.kept[n];
   if (tile.index) up.index = tile.index[n], up.hit = up.kept ? at<T>(tile.hit, n, T(1)) : T(0);
-  up.cross_entropy = up.kept ? at<T>(tile.by_cross_entropy, n, T(0)) : T(0);
-  up.lse = at<T>(tile.by_lse, n, T(0));
-  up.square = at<T>(tile.by_square, n, T(0));
-  up.entropy = at<T>(tile.by_entropy, n, T(0));
+  up.cross_entropy = up.kept ? at<T>(tile.grad_cross_entropy, n, T(0)) : T(0);
+  up.lse = at<T>(tile.grad_lse, n, T(0));
+  up.square = at<T>(tile.grad_square, n, T(0));
+  up.entropy = at<T>(tile.grad_entropy, n, T(0));
   return up;
 }
 
@@ -91,7 +91,7 @@ void skip_token(const Worker<T>& w, int64_t n) {
   for (int64_t r = n * components; r < (n + 1) * components; ++r) {
     std::fill_n(w.row(r), w.tile.vocab, T(0));
     put<T>(w.tile.scale, r, 0);
-    put<T>(w.tile.by_prior, r, 0);
+    put<T>(w.tile.grad_prior, r, 0);
   }
 }
 

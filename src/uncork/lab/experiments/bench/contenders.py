@@ -6,9 +6,9 @@ Legend: N tokens, D features, V vocabulary, K components.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -113,17 +113,9 @@ def _require_memory(name: str, shape: Shape, dtype: torch.dtype) -> None:
     kind, _, components = name.rpartition("-")
     blocks = _BLOCKS.get(name) or _BLOCKS.get(kind, 0) * int(components if components.isdigit() else 1)
     needed = blocks * shape.tokens * shape.vocab_size * dtype.itemsize
-    free = _free_bytes()
-    if free is not None and needed > 0.9 * free:
+    free = psutil.virtual_memory().available
+    if needed > 0.9 * free:
         raise Unavailable(f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
-
-
-def _free_bytes() -> int | None:
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text(encoding="utf-8"))
-    return 1024 * int(found[1]) if found else None
 
 
 def _linear_leaves(inputs: Inputs) -> dict[str, Tensor]:
@@ -134,13 +126,13 @@ def _products(inputs: Inputs, forward: str | None) -> Step:
     """G: the scores S = X W^T and the gradients S W and S^T X, nothing between them and nothing allocated."""
     x, w = inputs.input.detach(), inputs.linear_weight.detach()
     scores = x.new_empty(len(x), len(w))
-    by_input, by_weight = torch.empty_like(x), torch.empty_like(w)
+    grad_input, grad_weight = torch.empty_like(x), torch.empty_like(w)
 
     def run() -> Tensor:
         torch.mm(x, w.T, out=scores)
         if forward is None:
-            torch.mm(scores, w, out=by_input)
-            torch.mm(scores.T, x, out=by_weight)
+            torch.mm(scores, w, out=grad_input)
+            torch.mm(scores.T, x, out=grad_weight)
         return scores[0, 0]
 
     return Step(run)

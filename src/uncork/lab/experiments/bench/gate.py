@@ -8,7 +8,7 @@ from torch import Tensor
 
 from uncork import LogitFunction
 from uncork.lab.errors import LabError
-from uncork.lab.experiments.bench.contenders import Inputs, Step, build_step, is_ours
+from uncork.lab.experiments.bench.contenders import Inputs, Step, build_step
 from uncork.lab.experiments.bench.naive import plain_loss
 from uncork.lab.experiments.bench.settings import Setup, Shape
 
@@ -32,9 +32,8 @@ def check(name: str, setup: Setup) -> float:
     Raises:
         LabError: it is more.
     """
-    shape = setup.shape
-    cut = Shape(min(shape.tokens, GATE_TOKENS), shape.in_features, min(shape.vocab_size, GATE_VOCAB))
-    inputs = Inputs(dataclasses.replace(setup, shape=cut))
+    setup = cut(setup)
+    inputs = Inputs(setup)
     _make_exact(inputs)
     step = build_step(name, inputs)
     step.clear()
@@ -53,16 +52,18 @@ def check(name: str, setup: Setup) -> float:
         allowed = TIMES_TORCH * torchs + floor
         if not off <= allowed:
             raise LabError(
-                f"correctness: {name} at ({cut}) in {setup.dtype}: the {what} is off by {off:.1e} of its norm; "
+                f"correctness: {name} at ({setup.shape}) in {setup.dtype}: the {what} is off by {off:.1e} of its norm; "
                 f"torch's own is off by {torchs:.1e}, allowed are {allowed:.1e}"
             )
         worst = max(worst, off / allowed)
     return worst
 
 
-def check_all(names: list[str], setup: Setup) -> dict[str, float]:
-    """`check` of each of the names that is ours."""
-    return {name: check(name, setup) for name in names if is_ours(name)}
+def cut(setup: Setup) -> Setup:
+    """The setup with no more rows and words than the check needs."""
+    shape = setup.shape
+    few = Shape(min(shape.tokens, GATE_TOKENS), shape.in_features, min(shape.vocab_size, GATE_VOCAB))
+    return dataclasses.replace(setup, shape=few)
 
 
 @torch.no_grad()

@@ -4,11 +4,11 @@ valgrind cannot run AVX-512, so the count is of another instruction set, AVX2 by
 the tile's library, gradients included, without what it calls in the C library.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.bench.contenders import Inputs, build_step
-from uncork.lab.experiments.bench.fresh import command
 from uncork.lab.experiments.bench.settings import Setup, Shape
 from uncork.loss import tile_native
 
@@ -46,7 +45,7 @@ def count(instruction_set: str = "avx2", functions: tuple[str, ...] = FUNCTIONS)
         out = Path(folder) / "out"
         valgrind = ["valgrind", "--tool=callgrind", f"--dump-before={_MARK}", f"--callgrind-out-file={out}"]
         done = subprocess.run(
-            [*valgrind, *command("instructions", functions=functions)],
+            [*valgrind, sys.executable, "-m", __name__, *functions],
             env={**os.environ, "UNCORK_INSTRUCTIONS": instruction_set, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -54,7 +53,7 @@ def count(instruction_set: str = "avx2", functions: tuple[str, ...] = FUNCTIONS)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("==")]
             raise LabError(f"{said[-1] if said else 'valgrind failed'}")
-        library = json.loads(done.stdout.splitlines()[-1])
+        library = done.stdout.splitlines()[-1]
         rows = []
         for number, name in enumerate(functions):  # a dump ends a warm-up, the next one the call that counts
             components = int(name.removeprefix("mos-")) if name.startswith("mos-") else 1
@@ -83,8 +82,8 @@ def own_instructions(dump: Path, library: str) -> int:
     return sum(int(found[1].replace(",", "")) for found in line.finditer(shown))
 
 
-def task(functions: list[str]) -> str:
-    """What the process under valgrind does; returns the path of the tile's library."""
+def main(functions: list[str]) -> None:
+    """What the process under valgrind does; prints the path of the tile's library."""
     torch.set_num_threads(1)
     inputs = Inputs(Setup(SHAPE, threads=1, impl="native"))
     for name in functions:
@@ -92,4 +91,8 @@ def task(functions: list[str]) -> str:
         for _ in range(2):
             step.run()
             os.getloadavg()
-    return str(tile_native.LIBRARY)
+    print(tile_native.LIBRARY)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -3,19 +3,19 @@
 extra = peak resident memory during the step - resident memory before it - the gradients that it leaves
 
 Before the step the inputs and parameters are there and touched, and the libraries are loaded and warm from a tiny step
-of the same kind. Who reaches the peak before its gradients are made (the eager softmax) needs a little more than that.
+of the same kind. The eager softmax holds the most before its gradients are allocated: its `extra` is a little too low.
 """
 
 import ctypes
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step
 from uncork.lab.experiments.bench.settings import Setup, Shape
 from uncork.lab.machine import STATUS, resident
+from uncork.lab.run.pool import Tell
 
 _RESET = Path("/proc/self/clear_refs")
 _TINY = Shape(8, 8, 32)
@@ -39,12 +39,10 @@ def peak_of(step: Step) -> dict[str, int]:
     return {"extra": max(0, peak - before - gradients), "gradients": gradients}
 
 
-def task(setup: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a process that measures memory is asked for."""
-    chosen = Setup.from_dict(setup)
-    torch.set_num_threads(chosen.threads)
+def measure(setup: Setup, name: str, tell: Tell) -> dict[str, Any]:
+    """The job of a process that measures one contender: `extra` and `gradients`, and a note where it cannot run."""
     try:
-        build_step(name, Inputs(Setup(_TINY, chosen.threads, chosen.dtype, chosen.impl))).run()
-        return {**peak_of(build_step(name, Inputs(chosen))), "note": ""}
+        build_step(name, Inputs(dataclasses.replace(setup, shape=_TINY))).run()
+        return {**peak_of(build_step(name, Inputs(setup))), "note": ""}
     except Unavailable as error:
         return {"extra": None, "gradients": None, "note": f"left out: {error}"}

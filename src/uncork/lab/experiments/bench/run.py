@@ -1,19 +1,19 @@
 """A whole benchmark: the gate, then processes that time and processes that measure memory."""
 
-import dataclasses
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
-import torch
 
 from uncork.lab.errors import LabError
+from uncork.lab.experiments.base import execute
 from uncork.lab.experiments.bench import gate, instructions, memory
-from uncork.lab.experiments.bench.contenders import check_name
-from uncork.lab.experiments.bench.fresh import in_fresh_process
+from uncork.lab.experiments.bench.contenders import check_name, is_ours
 from uncork.lab.experiments.bench.settings import CONTENDERS, EAGER, PRODUCTS, Bench, Setup, Shape
 from uncork.lab.experiments.bench.tables import (
     display_table,
@@ -21,8 +21,10 @@ from uncork.lab.experiments.bench.tables import (
     shape_columns,
     time_rows,
 )
+from uncork.lab.experiments.bench.timing import time_contenders
 from uncork.lab.machine import cores
 from uncork.lab.report.publish import publish
+from uncork.lab.run.pool import Job, Tell, with_threads
 from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import say
 
@@ -74,7 +76,7 @@ def run(settings: Bench, plan: Plan, command: str) -> dict[str, pd.DataFrame]:
     times = pd.DataFrame(_times(settings, plan, setups, chunks))
     with ThreadPoolExecutor(1) as beside:  # neither count minds what else is running
         counted = beside.submit(_instructions) if settings.instructions else None
-        used = memory_frame(_memory(plan, setups, chunks))
+        used = memory_frame(_memory(settings, plan, setups, chunks))
     tables = {"times": times, "memory": used, "table": display_table(times, used)}
     if counted is not None:
         tables["instructions"] = counted.result()
@@ -108,20 +110,12 @@ def _warn_if_busy() -> float | None:
 
 
 def _check(plan: Plan, setups: dict[Shape, Setup], threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        # Rows and words are cut in the gate: shapes of the same D, V and more are the same there.
-        checked: dict[tuple[Setup, str], float] = {}
-        for shape, names in _all(plan).items():
-            cut = Shape(min(shape.tokens, gate.GATE_TOKENS), shape.in_features, min(shape.vocab_size, gate.GATE_VOCAB))
-            setup = dataclasses.replace(setups[shape], shape=cut)
-            missing = [name for name in names if (setup, name) not in checked]
-            checked |= {(setup, name): value for name, value in gate.check_all(missing, setup).items()}
-    finally:
-        torch.set_num_threads(before)
-    worst = max(checked.values(), default=0.0)
-    say(f"correct: {len(checked)} checks against float64, the worst error is {worst:.0%} of what is allowed")
+    """Every contender of ours against float64, once for all shapes that the gate cuts to the same one."""
+    pairs = ((name, gate.cut(setups[shape])) for shape, names in _all(plan).items() for name in names)
+    ours = dict.fromkeys(pair for pair in pairs if is_ours(pair[0]))
+    with with_threads(threads):
+        worst = max((gate.check(name, setup) for name, setup in ours), default=0.0)
+    say(f"correct: {len(ours)} checks against float64, the worst error is {worst:.0%} of what is allowed")
 
 
 def _best_chunk(setup: Setup) -> int:
@@ -129,65 +123,81 @@ def _best_chunk(setup: Setup) -> int:
     sizes = [size for size in CHUNKS if size <= setup.shape.tokens] or [setup.shape.tokens]
     if len(sizes) == 1:
         return sizes[0]
-    outcome = _timed(setup, {str(size): f"torch-{size}" for size in sizes}, rounds=1, max_seconds=60.0, seed=0)
+    contenders = {str(size): f"torch-{size}" for size in sizes}
+    work = partial(time_contenders, setup, contenders, 1, 60.0, 0)
+    (outcome,) = _measured(
+        {f"chunk sizes of torch's own op at ({setup.shape})": work}, setup.threads, lambda _: "timed"
+    )
     found = {int(label): min(times.values()) for label, times in outcome["times"].items() if times}
     best = min(found, key=found.__getitem__, default=sizes[-1])
     say(f"({setup.shape}): torch's own op is quickest in chunks of {best} rows")
     return best
 
 
-def _timed(setup: Setup, contenders: dict[str, str], **task: Any) -> dict[str, Any]:
-    result: dict[str, Any] = in_fresh_process(
-        "time", threads=setup.threads, setup=setup.to_dict(), contenders=contenders, **task
-    )
-    return result
+def _measured(
+    work: Mapping[str, Callable[[Tell], dict[str, Any]]], threads: int, said: Callable[[dict[str, Any]], str]
+) -> list[dict[str, Any]]:
+    """What each leaves, by its title, in a process of its own and one after the other; `said` tells it in words."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def keep(title: str, outcome: dict[str, Any]) -> str:
+        found[title] = outcome
+        return said(outcome)
+
+    jobs, titles = [Job(title, job) for title, job in work.items()], {title: title for title in work}
+    for title, message in execute(jobs, titles=titles, workers=1, threads=threads, keep=keep).items():
+        raise LabError(f"{title}: {message}")
+    return [found[title] for title in work]
 
 
 def _times(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int]) -> list[dict[str, Any]]:
-    outcomes: dict[Shape, list[dict[str, Any]]] = {shape: [] for shape in plan.times}
-    for process in range(settings.processes):  # the outer loop, so that a shape's processes lie apart in time
-        for number, (shape, names) in enumerate(plan.times.items(), start=1):
-            say(f"time: process {process + 1} of {settings.processes}, shape {number} of {len(plan.times)} ({shape})")
-            resolve = _resolver(chunks.get(shape))
-            outcome = _timed(
-                setups[shape], {name: resolve(name) for name in names},
-                rounds=settings.rounds, max_seconds=settings.max_seconds, seed=process,
-            )  # fmt: skip
-            outcomes[shape].append(outcome)
-    return [row for shape, found in outcomes.items() for row in time_rows(shape, found)]
+    # The outer loop is that of the processes, so that a shape's lie apart in time.
+    turns = list(itertools.product(range(settings.processes), plan.times.items()))
+    work = {}
+    for process, (shape, names) in turns:
+        contenders = {name: _resolved(name, chunks.get(shape)) for name in names}
+        title = f"time at ({shape}), process {process + 1} of {settings.processes}"
+        work[title] = partial(
+            time_contenders, setups[shape], contenders, settings.rounds, settings.max_seconds, process
+        )
+    outcomes = _measured(work, settings.threads or cores(), lambda _: "timed")
+    return [
+        row
+        for shape in plan.times
+        for row in time_rows(shape, [o for o, (_, (own, _)) in zip(outcomes, turns, strict=True) if own == shape])
+    ]
 
 
-def _resolver(chunk: int | None) -> Callable[[str], str]:
-    return lambda name: f"torch-{chunk}" if name == "torch-best" else name
+def _resolved(name: str, chunk: int | None) -> str:
+    return f"torch-{chunk}" if name == "torch-best" else name
 
 
-def _memory(plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int]) -> list[dict[str, Any]]:
+def _memory(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int]) -> list[dict[str, Any]]:
     wanted = [(shape, name) for shape, names in plan.memory.items() for name in names]
     if not wanted:
         return []
     if not memory.measurable():
         say("memory: not measured, which needs Linux's /proc/self/clear_refs")
         return []
-    rows = []
-    for number, (shape, name) in enumerate(wanted, start=1):
-        found = in_fresh_process(
-            "memory", threads=setups[shape].threads, setup=setups[shape].to_dict(),
-            name=_resolver(chunks.get(shape))(name),
-        )  # fmt: skip
-        extra = None if found["extra"] is None else found["extra"] / 2**20
-        said = found["note"] if extra is None else f"{extra:.1f} MiB"
-        say(f"memory: {number} of {len(wanted)}, {name} at ({shape}): {said}")
-        gradients = None if found["gradients"] is None else round(found["gradients"] / 2**20, 2)
-        rows.append(
-            {
-                "contender": name,
-                **shape_columns(shape),
-                "extra_mib": None if extra is None else round(extra, 2),
-                "gradients_mib": gradients,
-                "note": found["note"],
-            }
-        )
-    return rows
+
+    def mib(size: float | None) -> float | None:
+        return None if size is None else round(size / 2**20, 2)
+
+    work = {
+        f"memory of {name} at ({shape})": partial(memory.measure, setups[shape], _resolved(name, chunks.get(shape)))
+        for shape, name in wanted
+    }
+    outcomes = _measured(work, settings.threads or cores(), lambda o: o["note"] or f"{mib(o['extra']):.1f} MiB")
+    return [
+        {
+            "contender": name,
+            **shape_columns(shape),
+            "extra_mib": mib(found["extra"]),
+            "gradients_mib": mib(found["gradients"]),
+            "note": found["note"],
+        }
+        for (shape, name), found in zip(wanted, outcomes, strict=True)
+    ]
 
 
 def _instructions() -> pd.DataFrame:

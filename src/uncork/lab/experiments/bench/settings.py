@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from uncork.lab.errors import LabError
 
@@ -50,15 +50,6 @@ class Setup:
     threads: int
     dtype: str = "float32"
     impl: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON's types."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The setup that `to_dict` wrote."""
-        return cls(**{**values, "shape": Shape(**values["shape"])})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,9 @@ import random
 import time
 from typing import Any
 
-import torch
-
 from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step
 from uncork.lab.experiments.bench.settings import PRODUCTS, Setup
+from uncork.lab.run.pool import Tell
 
 SLOW = 4.0
 """Who needs more than this many times the products takes part in every third round."""
@@ -58,13 +57,11 @@ def interleave(
     return times, notes
 
 
-def task(
-    setup: dict[str, Any], contenders: dict[str, str], rounds: int, max_seconds: float, seed: int
+def time_contenders(
+    setup: Setup, contenders: dict[str, str], rounds: int, max_seconds: float, seed: int, tell: Tell
 ) -> dict[str, Any]:
-    """What a process that times is asked for; contenders: label -> name."""
-    chosen = Setup.from_dict(setup)
-    torch.set_num_threads(chosen.threads)
-    inputs = Inputs(chosen)
+    """The job of a process that times: `times` and `notes` as of `interleave`; contenders: label -> name."""
+    inputs = Inputs(setup)
     steps, missing = dict[str, Step](), dict[str, str]()
     for label, name in contenders.items():
         try:

@@ -105,7 +105,7 @@ def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, 
 def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, Any]]) -> dict[str, Figure]:
     """The figures that suit what was run, by the name of their file."""
     heads, base = list(dict.fromkeys(frame["head"])), tables.baseline_of(frame)
-    words, features = ({shape[place] for shape in part.shapes} for place in (0, 1))
+    words, features = ({shape[i] for shape in part.shapes} for i in (0, 1))
     dirichlet = all(target.startswith("dirichlet:") for target in part.targets)
     made: dict[str, Figure] = {}
     product = len(part.shapes) == len(words) * len(features) > 1

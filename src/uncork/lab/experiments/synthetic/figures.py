@@ -240,7 +240,7 @@ def by_head(frame: pd.DataFrame) -> Figure:
     order = logs.groupby("head")["log"].mean().sort_values()
     heads = sorted((str(head) for head in order.index), key=lambda head: (head_of(head).is_mixture, order[head]))
     plain = sum(not head_of(head).is_mixture for head in heads)
-    places = {head: place + 0.6 * (place >= plain > 0) for place, head in enumerate(heads)}
+    heights = {head: i + 0.6 * (i >= plain > 0) for i, head in enumerate(heads)}
     style = head_strokes(heads)
     left = 0.25 + 0.075 * max(len(head_name(head)) for head in heads)
     height = 0.3 + 0.2 * len(heads)
@@ -252,13 +252,13 @@ def by_head(frame: pd.DataFrame) -> Figure:
         dress(axes, xlabel=("KL, nats", "mode matching, %")[row])
         axes.grid(True, axis="x", color=GRID, linewidth=0.7)
         for _, cell in point.iterrows():
-            axes.errorbar(cell[measure], places[cell["head"]], xerr=np.nan_to_num(cell[f"{measure}_std"]), fmt="o",
+            axes.errorbar(cell[measure], heights[cell["head"]], xerr=np.nan_to_num(cell[f"{measure}_std"]), fmt="o",
                           markersize=5, color=style[cell["head"]].color, elinewidth=1.4, capsize=2)  # fmt: skip
         for value in point.loc[point["head"] == base, measure]:
             axes.axvline(value, color=INK, linewidth=1, linestyle=DOTTED, zorder=1)
         axes.margins(x=0.08)
-        axes.set_ylim(max(places.values()) + 0.6, -0.6)
-        axes.set_yticks(list(places.values()), [head_name(head) for head in heads] if column == 0 else [])
+        axes.set_ylim(max(heights.values()) + 0.6, -0.6)
+        axes.set_yticks(list(heights.values()), [head_name(head) for head in heads] if column == 0 else [])
         for label in axes.get_yticklabels():
             label.set_color(INK)
         if measure == "kl":
@@ -289,12 +289,12 @@ def by_features(frame: pd.DataFrame) -> Figure:
         top=legend_height(named(style), columns) + title_height(dict(points)),
     )
     highest = 1.6 * float(own["kl"].max())
-    for place, axes in enumerate(panels.flat):
-        if place >= len(points):
+    for number, axes in enumerate(panels.flat):
+        if number >= len(points):
             axes.remove()
             continue
-        title, point = points[place]
-        dress(axes, xlabel="features d" if place >= len(points) - columns else "")
+        title, point = points[number]
+        dress(axes, xlabel="features d" if number >= len(points) - columns else "")
         axes.set_xscale("log")
         axes.set_yscale("log")
         for head, line in point.groupby("head", sort=False):
@@ -308,7 +308,7 @@ def by_features(frame: pd.DataFrame) -> Figure:
         axes.yaxis.set_minor_locator(NullLocator())
         plain_log_ticks(axes, "x", thin(sorted({float(d) for d in point["in_features"]})))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.tick_params(labelleft=place % columns == 0)
+        axes.tick_params(labelleft=number % columns == 0)
         axes.set_title(title, fontsize=FONT, color=INK, pad=6)
     for axes in panels[:, 0]:
         name_y(axes, "KL, nats")

@@ -188,7 +188,7 @@ def _sorted(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     keys = {"target": target_key, "head": head_key}
     order = sorted(
         range(len(frame)),
-        key=lambda place: [keys[name](frame[name].iloc[place]) if name in keys else frame[name].iloc[place]
+        key=lambda row: [keys[name](frame[name].iloc[row]) if name in keys else frame[name].iloc[row]
                            for name in columns],
     )  # fmt: skip
     return frame.iloc[order].reset_index(drop=True)

@@ -205,9 +205,9 @@ def planted_head(head_name: str, num_contexts: int, num_words: int, in_features:
     with torch.random.fork_rng(devices=[]):  # the head's own start draws from torch's generator
         head = build_head(head_name, features, columns, bias=False, **PLANTED_OPTIONS[head_name]).double()
     for name, parameter in head.named_parameters():
-        mean, spread = _PLANTED_LAWS[name]
-        spread /= math.sqrt(features) if name.endswith("weight") else 1
-        drawn = np.asarray(mean + spread * generator.standard_normal(tuple(parameter.shape)))
+        mean, deviation = _PLANTED_LAWS[name]
+        deviation /= math.sqrt(features) if name.endswith("weight") else 1
+        drawn = np.asarray(mean + deviation * generator.standard_normal(tuple(parameter.shape)))
         if name == "logit_function.raw_slopes":
             drawn.sort()
         with torch.no_grad():
