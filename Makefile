@@ -21,7 +21,7 @@ CONSTRAINTS := build/constraints-without-torch.txt
 # Of experiments/study.toml, in the order in which one builds on another.
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide
 
-.PHONY: help demo study figures test test-slow test-floor test-pythons sanitize check format docs clean
+.PHONY: help demo study figures test coverage test-slow test-floor test-pythons sanitize check format docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ figures: $(READY) ## draw all pictures of the study from its kept rows, those to
 	for part in $(PARTS); do $(BIN)/uncork study --part $$part --report-only || exit; done
 
 test: $(READY) ## all tests but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+coverage: $(READY) ## the same tests, and which lines they do not reach; takes half as long again
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
 
 # $(call is_python,PYTHON312,3.12): stops where that variable's interpreter is not there or of another version.
