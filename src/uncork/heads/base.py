@@ -81,8 +81,8 @@ class Head(SelfDescribing, ABC):
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"weight: expected shape {expected} (vocab_size, features of the projection), got "
-                f"{tuple(weight.shape)}; a tied embedding needs the head's vocab_size and features, and a head that "
-                "FSDP1 wraps by itself is called through the wrapper's module: fully_shard shards it in place"
+                f"{tuple(weight.shape)}; a tied embedding needs the head's vocab_size and features. Where FSDP1 wraps "
+                "the head by itself, its methods do not see whole weights: wrap the whole model, or use fully_shard"
             )
 
     @property
