@@ -40,7 +40,7 @@ def _announce(command: Any) -> None:
 
 
 def _announce_preset(command: TrainingFlags, config: Any) -> None:
-    """What the flags that were not given come to."""
+    """Prints the values that the preset gives to flags that were left out."""
     names = ("min_count", "in_features", "epochs", "lr", "batch_size", "bptt")
     shown = [f"{name.replace('_', '-')} {getattr(config, name)}" for name in names if getattr(command, name) is None]
     if shown:
@@ -48,7 +48,7 @@ def _announce_preset(command: TrainingFlags, config: Any) -> None:
 
 
 def _announce_corpus(corpus: Any, features: int, more: str = "") -> None:
-    """What was read, from which of a user's files, and how tight the bottleneck is."""
+    """Prints which text was read, from which of a user's files, and how tight the bottleneck is."""
     origin = f" ({corpus.origin})" * bool(corpus.origin)
     say(
         f"\n{corpus.name}{origin}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
@@ -72,12 +72,12 @@ def _require_counts(command: Any, *names: str) -> None:
 
 _NEXT = (
     "To go on: the same command with more --seeds or --heads adds rows to this report; with more --epochs and another "
-    "--out-dir it trains longer; `uncork generate` shows what one of the runs/ says."
+    "--out-dir it trains longer; `uncork generate` samples text from one of the runs/."
 )
 
 
 def compare(command: Compare) -> dict[str, Any]:
-    """Runs the comparison; returns what the last line says."""
+    """Runs the comparison; returns the content of the last line."""
     from uncork.lab.experiments.compare import Texts, check_stored, make_cells, started_runs, train_all
     from uncork.lab.report.findings import caveats, headline, verdict
     from uncork.lab.report.page import write_report
@@ -187,8 +187,7 @@ def presets(command: Presets) -> dict[str, Any]:
 
 
 def _require_run(path: Path) -> None:
-    """Say so where a comparison's folder is given for that of one of its runs."""
-
+    """Raise LabError if the path is the folder of a comparison instead of one of its runs."""
     inside = sorted(config.parent.name for config in path.glob("runs/[!.]*/config.json"))
     if inside:
         raise LabError(f"{path}: is a comparison; give one of its runs, {path / 'runs'}/ {', '.join(inside)}")
@@ -207,7 +206,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
 
 
 def generate(command: Generate) -> dict[str, Any]:
-    """Prints what the model says; returns it."""
+    """Prints text sampled from the model; returns it."""
     from uncork.lab.train.checkpoints import load_trained
     from uncork.lab.train.generation import generate as sample
 
@@ -254,7 +253,9 @@ def study(command: Study) -> dict[str, Any]:
     return experiment.run(command)
 
 
-_ABOUT = "Output layers that break the softmax bottleneck, compared on real text. `uncork --version` says what runs."
+_ABOUT = (
+    "Output layers that break the softmax bottleneck, compared on real text. `uncork --version` prints the versions."
+)
 _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Compare: compare,
     Train: train,
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses, runs, and returns the exit code.
 
     0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that was
-    closed; 141 when nobody reads the output any more.
+    closed; 141 when the reader of the output's pipe has ended.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     ready_streams()
@@ -307,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         said = in_one_line(error)
         if said is None:
             raise
-        if command is None:  # the words could not be understood: which ones, `parse` says
+        if command is None:  # the arguments could not be parsed; the message begins with a command that is known
             complain(f"uncork {said}" if arguments and said.startswith(f"{arguments[0]}:") else f"uncork: {said}")
         else:
             complain(f"uncork: {with_flags(said, command)}")
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stopped(command: Any, signum: int) -> str:
-    """How the command ended, and how to go on; of a training, only with what is there."""
+    """How the command ended, and how to go on; for `train`, only if it has written a checkpoint."""
     how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
     if isinstance(command, Train):
         if not list((command.out_dir / "checkpoints").glob("last-*")):

@@ -46,23 +46,23 @@ def parameter_groups(
     | output_no_decay | their bias, and their weight where it is an embedding's too | lr * output_lr_scale | 0 |
     | function | the logit functions' parameters | lr * function_lr_scale | 0 |
 
-    An empty group is left out, and so are frozen parameters (requires_grad=False). A parameter that stands in several
-    places is in one group. Within a group parameters keep the model's order.
+    An empty group is left out, and so are frozen parameters (requires_grad=False). A shared parameter is in one group.
+    Within a group parameters keep the model's order.
 
     Args:
         model: a module that holds LogitFunctions, or heads with a function of your own; or named parameters, such as
-            `model.named_parameters()`, where names must say what modules would: a part `logit_function` is a
-            function's; an own name with "bias" in it is a bias's; an own or a module's name with "embed" in it, or
-            "emb", "wte" or "wpe", is an embedding's.
+            `model.named_parameters()`, which are told apart by their names alone: a function's has a module named
+            `logit_function` in its path, a bias has "bias" in its last part, and an embedding has one of its last two
+            parts with "embed" in it, or equal to "emb", "wte" or "wpe".
         lr: learning rate of all other parameters. weight_decay: of the matrices.
         decay: "matrices": no decay for parameters of fewer than two dimensions (biases, norms, scalars), for those
             whose own name has "bias" or "embed" in it, for the own parameters of modules whose class name ends in
-            Norm (or BatchNorm2d's way) and of nn.Embedding and nn.EmbeddingBag, output weights tied to them included.
+            Norm, Norm1d, Norm2d ... and of nn.Embedding and nn.EmbeddingBag, output weights tied to them included.
             "all": decay for everything but the functions' parameters.
         function_lr_scale: factor on lr for the functions' parameters.
-        output_lr_scale: factor on lr for weight and bias of the heads, tied embeddings with them. It needs a model.
-        groups: of your own, as optimisers take them: `{"params": [...], "lr": ...}`. Their parameters are left out of
-            the groups above, and they follow, with lr, weight_decay and the name "own" where they do not say.
+        output_lr_scale: factor on lr for weight and bias of the heads, tied embeddings included. It needs a module.
+        groups: your own groups, as optimisers take them: `{"params": [...], "lr": ...}`. Their parameters are left out
+            of the groups above. They come last, with the lr and weight_decay given here and the name "own" as defaults.
 
     >>> from uncork import build_head
     >>> head = build_head("plif", 8, 100)
@@ -74,9 +74,9 @@ def parameter_groups(
     [('rest', 1, 0.001), ('function', 1, 0.001), ('own', 1, 0.0)]
 
     Raises:
-        TypeError: if the model is neither, or a group of yours is no mapping with "params".
+        TypeError: `model` is neither a module nor named parameters, or one of `groups` is no mapping with "params".
         ValueError: a negative number; an unknown `decay`; an output_lr_scale where no head trains its weight or bias; a
-            parameter of `groups` that stands in two of them or not in the model; a name that stands for two parameters.
+            parameter in two of `groups`, or in one but not in the model; a name given to two parameters.
     """
     numbers = {
         "lr": lr,
@@ -131,7 +131,7 @@ def parameter_groups(
 
 
 def _named(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> Named:
-    """Every parameter by its names, of which a tied one has several."""
+    """Every parameter by name; a tied one has several names."""
     if isinstance(model, nn.Module):
         return dict(model.named_parameters(remove_duplicate=False))
     expected = "expected an nn.Module or pairs of (name, parameter), such as model.named_parameters()"
@@ -221,7 +221,7 @@ def _undecayed(model: Any, named: Named) -> set[int]:
         if p.dim() < 2 or "bias" in last or embedding:
             found.add(id(p))
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        # Its own alone: a block that norms its input first is often called PreNorm and holds the layers too.
+        # Only the module's own parameters: a block that begins with a norm may be called PreNorm and hold other layers.
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) or _NORM.search(type(module).__name__):
             found |= _direct(module).keys()
     return found

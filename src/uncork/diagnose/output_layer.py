@@ -1,4 +1,4 @@
-"""What the output layer of a trained model does: the rank it reaches, its function, its scores, the words it serves.
+"""What the output layer of a trained model does: its rank, its function, its scores, its loss by word frequency.
 
 Shapes in comments: C contexts, V vocabulary, D features, K components, N tokens.
 """
@@ -21,7 +21,7 @@ BINS = 80
 GRID = 201
 HISTOGRAM_CONTEXTS = 200
 SLOPE_GRID = tuple(range(-20, 21, 2))
-"""The scores at which a row of validation has the slopes of a learned function."""
+"""The scores at which the metrics of a validation record the slopes of a learned function."""
 CHUNK = 50  # contexts at once: (CHUNK, K, V) float64 scores stay below about 200 MB at K = 15, V = 33,000
 
 
@@ -30,8 +30,8 @@ def describe_head(head: Head, features: Tensor, target: Tensor) -> dict[str, Any
     """Rank, function and scores of a head over sampled contexts, as plain JSON.
 
     The rank is that of the matrix log Q of C contexts times all V words. Features, weights and the function's
-    parameters are taken as they were trained, and log Q is computed from them in float64: float32 logits are rounded,
-    which alone fills the rank.
+    parameters are taken as they were trained, and log Q is computed from them in float64: the rounding of float32
+    logits alone would make the matrix one of full rank.
 
     Args:
         head: a head, in the mode in which it is to be described.
@@ -42,8 +42,8 @@ def describe_head(head: Head, features: Tensor, target: Tensor) -> dict[str, Any
             their size + 1, + 1 with a bias), numerical (at most min(C, V)), effective (eps -> k), tail_energy (share
             of the squared singular values beyond linear_rank), singular_values.
         function: x, y with f(0) = 0, and slope f', over the range of the sampled scores; None without a function.
-        histogram: edges, counts and quantiles of the scores of 200 contexts (a mixture's of all components);
-            target_quantiles of those of their targets. Impossible words (-inf) are left out.
+        histogram: edges, counts and quantiles of the scores of 200 contexts (of all components for a mixture), and
+            target_quantiles of the targets' scores alone. Impossible words (-inf) are left out.
     """
     wide = _in_float64(head)
     function = wide.logit_function
@@ -70,7 +70,7 @@ def frequency_deciles(counts: Tensor) -> Tensor:
 
     Tenths of the vocabulary would put four tokens of five into the first part and nearly none into the last five. A
     word belongs to the tenth in which the middle of its tokens lies, so a word with more than a tenth of all tokens
-    can leave a part empty. Of two words with the same count the first comes first; words never seen are in the last.
+    can leave a part empty. Words with the same count keep their order; words never seen are in the last part.
 
     Args:
         counts: (V,) integers. Returns: (V,) int64.
@@ -147,7 +147,7 @@ def _histogram(head: Head, features: Tensor, target: Tensor) -> dict[str, Any]:
 
 
 def _function(function: LogitFunction, edges: list[float]) -> dict[str, list[float]]:
-    """f over the range of the scores, which is made to hold 0, where the free constant is taken off."""
+    """f - f(0) and f' over the range of the scores, extended to include 0."""
     x = torch.linspace(min(edges[0], 0.0), max(edges[-1], 0.0), GRID, dtype=torch.float64)
     x = x.to(next(function.parameters(), x).device)
     origin = function(torch.zeros_like(x[:1]))

@@ -1,4 +1,4 @@
-"""Which words an output layer can ever rank first: words inside the convex hull of the others, it cannot."""
+"""Which words an output layer can ever rank first: no word that lies inside the convex hull of the others."""
 
 import numpy as np
 import torch
@@ -10,21 +10,21 @@ __all__ = ["reachable_words", "winning_margin"]
 
 MARGIN = 1e-6  # a word that wins by less counts as a tie: HiGHS keeps constraints to 1e-7
 TRIALS = 4096  # contexts that are tried before any linear program is solved
-FIRST, MORE = 64, 64  # constraints of the first program, and how many of those it broke are added in a round
+FIRST, MORE = 64, 64  # constraints of the first program, and how many violated ones are added per round
 
 Array = NDArray[np.float64]
 
 
 def reachable_words(weight: Tensor, bias: Tensor | None = None, *, seed: int = 0) -> Tensor:
-    """Of each word, whether some context gives it a higher score than every other word.
+    """For each word, whether some context gives it a higher score than every other word.
 
     Word v is reachable if there is an h with <h, w_v> + b_v > <h, w_u> + b_u for all u != v. Without a bias that holds
     if and only if w_v is not in the convex hull of the others. An increasing function on the scores keeps their order,
-    so the answer is the same for every such head on these words, and it is for a mixture of softmaxes; see theorem 4
-    of docs/theory.md, and Grivas et al. 2022, arXiv 2203.06462.
+    so the answer is the same for every function on top of these word vectors, and for a mixture of softmaxes; see
+    theorem 4 of docs/theory.md, and Grivas et al. 2022, arXiv 2203.06462.
 
-    A word that wins at one of 4,096 random contexts or at its own vector is reachable. For each other word
-    `winning_margin` decides: it is reachable if that is above 1e-6.
+    A word that wins at one of 4,096 random contexts or at its own vector is reachable. Any other word is reachable if
+    its `winning_margin` is above 1e-6.
 
     Args:
         weight: (V, D), any real dtype; finite. bias: (V,), finite. seed: of the random contexts; it changes the time,
@@ -35,7 +35,7 @@ def reachable_words(weight: Tensor, bias: Tensor | None = None, *, seed: int = 0
 
     Raises:
         ValueError: for other shapes, no words, or numbers that are not finite.
-        RuntimeError: HiGHS gave up.
+        RuntimeError: HiGHS did not solve a linear program.
 
     >>> corners = [[1.0, 0.0], [-1.0, 1.0], [-1.0, -1.0]]
     >>> reachable_words(torch.tensor([*corners, [0.0, 0.0]]))
@@ -54,8 +54,9 @@ def winning_margin(weight: Tensor, word: int, bias: Tensor | None = None) -> flo
     """How clearly a word can win: the largest t with <h, g_u> >= t |g_u|_inf for all u != v, where g_u = w_v - w_u.
 
     Over |h|_inf <= 1; t is in [0, D]. With a bias w_u is (w_u, b_u), and the last coordinate of h, s, is in [0, 1]: if
-    there is a t > 0, there is one with s > 0, and the context is the rest of h divided by s. A linear program (HiGHS)
-    with few rival words at first; those whose constraint is broken are added until none is. 0: a tie at best.
+    there is a t > 0, there is one with s > 0, and the context is the rest of h divided by s. Solved as a linear program
+    (HiGHS) with few rival words at first; those whose constraint is violated are added until none is. 0 means a tie at
+    best.
 
     >>> round(winning_margin(torch.tensor([[0.0], [1.0], [2.0]]), 2), 6)
     1.0
@@ -82,7 +83,7 @@ def _points(weight: Tensor, bias: Tensor | None) -> Array:
 
 
 def _winners(words: Array, biased: bool, seed: int) -> NDArray[np.bool_]:
-    """(V,): the words that win at their own vector or at a random context, by so much that the program would say so."""
+    """(V,): the words that win at their own vector or a random context, by more than the linear program's threshold."""
     generator = np.random.default_rng(seed)
     contexts = np.concatenate([words, generator.standard_normal((TRIALS, words.shape[1]))])
     if biased:
@@ -104,13 +105,13 @@ def _margin(words: Array, word: int, biased: bool) -> float:
     if len(gaps) == 0:
         return float("inf")
     sizes = np.abs(gaps).max(-1, keepdims=True)
-    if sizes.min() == 0:  # another word is the same
+    if sizes.min() == 0:  # another word has the same vector
         return 0.0
     gaps /= sizes
     low = np.full(gaps.shape[1], -1.0)
     if biased:
         low[-1] = 0.0
-    # A word inside the hull is mostly inside that of a few near ones.
+    # A word inside the convex hull of all others is usually inside that of a few near ones.
     chosen = np.argsort(sizes[:, 0], kind="stable")[:FIRST]
     while True:
         context, margin = _solve(gaps[chosen], low)

@@ -1,4 +1,4 @@
-"""What every output layer offers; all its answers go through its own `__call__`, and so through the hooks on it.
+"""The base class of the output layers, whose methods compute through the head's own `__call__`: hooks on it run.
 
 Legend for shapes: N tokens, D features, V vocabulary, K components, C tokens of a chunk.
 """
@@ -36,19 +36,19 @@ Answer = Callable[[Tensor, Projection], T]
 
 
 class Head(SelfDescribing, ABC):
-    """What every output layer offers. The projection is `weight` (V, features) and `bias` (V,) or None, as nn.Linear's.
+    """Base class of the output layers, which project with `weight` (V, features) and `bias` (V,) or None, as nn.Linear.
 
     `loss`, `statistics`, `log_prob`, `predict`, `topk` and `scores` go through `head(input)`'s own call: forward
     pre-hooks, parametrisations, pruning, weight_norm and wrappers that shard the head (FSDP2) work for all of them.
-    Where a forward or backward hook of yours (on the head, on its function, or a global one), or a subclass that
-    overrides `forward`, sees the logits, every answer is made from `head(input)`, with its (N, V) matrix, the same with
+    If the logits are seen by a forward or backward hook of yours (on the head, on its function, or a global one) or by
+    a subclass that overrides `forward`, every method computes from `head(input)`, with its (N, V) matrix, the same with
     and without gradients; an `impl` that cannot do so raises.
 
-    The state_dict says what the tensors do not: the function with its fixed factors and the kind of mixture, in a uint8
-    tensor `head_spec`. It is absent without function and mixture, where states are nn.Linear's. Loading a state of
-    another function or factor, or an nn.Linear's into a head that would change its logits, raises a RuntimeError that
-    says what to do, with strict=False too; into a head that keeps them (a function at its start as the identity) an
-    nn.Linear's loads with strict=False.
+    The state_dict also holds what the parameters do not tell, the function with its fixed factors and the kind of
+    mixture, in a uint8 tensor `head_spec`. Without function and mixture there is none, and states are nn.Linear's.
+    Loading a state of another function or factor, or an nn.Linear's into a head that would change its logits, raises a
+    RuntimeError that says what to do, with strict=False too. An nn.Linear's state loads with strict=False into a head
+    that keeps its logits (whose function starts as the identity).
 
     Args:
         in_features: D of the input. vocab_size: V. projected: features of the projection (D, or the latent's).
@@ -91,17 +91,17 @@ class Head(SelfDescribing, ABC):
         return self.vocab_size
 
     def _adopt(self, linear: nn.Linear) -> None:
-        """Takes over the parameters of an nn.Linear themselves, so that tied weights stay tied."""
+        """Takes over an nn.Linear's parameters, the same objects, so that tied weights stay tied."""
         self.weight = cast(nn.Parameter, linear.weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
-        self.to(linear.weight.device, linear.weight.dtype)  # latent, prior and function move to the layer's
+        self.to(linear.weight.device, linear.weight.dtype)  # for latent, prior and function
 
     def forward(self, input: Tensor, answer: Answer[Any] | None = None) -> Any:
         """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity.
 
         Args:
             input: (..., D), of the weight's dtype and device (under autocast any floating dtype).
-            answer: what the other methods ask for in place of the logits; private.
+            answer: private; the other methods pass what to compute in place of the logits.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -134,7 +134,7 @@ class Head(SelfDescribing, ABC):
         return hooks.seen_by(self, Head.forward)
 
     def _whole(self, input: Tensor, reason: str) -> Tensor:
-        """head(input), checked: a hook, or another forward, may have made it."""
+        """head(input), checked, since a hook or an overridden forward may have returned it."""
         logits = self(input)
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.vocab_size,):
             got = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -161,7 +161,7 @@ class Head(SelfDescribing, ABC):
 
     @abstractmethod
     def _fused(self, input: Tensor, projection: Projection) -> Call:
-        """The validated call, without a target, that implementations are asked about."""
+        """The validated call, without a target, for which an implementation is chosen."""
 
     def _operands(self, projection: Projection) -> dict[str, Any]:
         return {"linear_bias": projection.bias, "logit_function": self.logit_function}
@@ -226,10 +226,10 @@ class Head(SelfDescribing, ABC):
         return self(input, partial(self._statistics, target=target, options=options))
 
     def implementation(self) -> str:
-        """What computes its loss where its weights are, with `impl=None`: "torch", or "native (avx512)".
+        """The implementation that `impl=None` takes for the loss on the weights' device: "torch", "native (avx512)".
 
-        "reference (...)" says in the brackets why the loss is made from `head(input)`. To find out, the head is called
-        with no tokens.
+        In "reference (...)" the brackets say why the loss is computed from `head(input)`. The head is called with an
+        input of no tokens to find out.
         """
         if reason := self._seen_by():
             return f"reference ({reason})"
@@ -274,8 +274,8 @@ class Head(SelfDescribing, ABC):
     def topk(self, input: Tensor, k: int, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k likeliest words: (log_prob, ids), each (..., k), likeliest first.
 
-        Chunk by chunk; where a gradient is asked, the graphs of all chunks stay until it is taken.
-        Ranking uses the scores (but for mixtures), which an increasing function cannot reorder but may tie.
+        Computed chunk by chunk; with gradients the graphs of all chunks stay in memory until the backward.
+        Ranking uses the scores (except for mixtures), which an increasing function cannot reorder but may tie.
 
         Args:
             input: (..., D). k: between 1 and the number of words that are left.
@@ -283,8 +283,8 @@ class Head(SelfDescribing, ABC):
                 up), or a boolean mask (V,) or (..., V). The log-probabilities stay those of the whole distribution.
 
         Returns:
-            log_prob of float32 or better, ids of int64. Where fewer than k words are left, which only a CPU is asked
-            beforehand, other devices give the id -1 and -inf.
+            log_prob of float32 or better, ids of int64. If `exclude` leaves fewer than k words, a CPU raises; on other
+            devices, where this is not checked, the missing places have the id -1 and the log-probability -inf.
 
         Raises:
             ValueError: k is out of range, or above what `exclude` leaves of a token's words.
@@ -324,7 +324,7 @@ class Head(SelfDescribing, ABC):
         return Exclusion.build(exclude, tuple(input.shape[:-1]), self.vocab_size, input.device, k)
 
     def _inference(self, input: Tensor, projection: Projection) -> Inference | None:
-        """What answers without a gradient; None where plain torch has to."""
+        """The computation without gradients; None if plain torch has to compute instead."""
         if asked_for_gradients(input, *projection, *self.parameters()):
             return None
         return Inference.of(self._fused(input, projection))

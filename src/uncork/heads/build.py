@@ -23,8 +23,8 @@ def build_head(
 
     Args:
         name: one of HEAD_NAMES. in_features: D. vocab_size: V.
-        bias_init: (V,) counts of the words; the bias starts where f of it is the log unigram (a word never seen counts
-            1/2) up to a constant: every head then starts at the words' frequencies.
+        bias_init: (V,) counts of the words; the bias starts where f(bias) is the log unigram (with 1/2 for a count of
+            0) up to a constant, so that every head starts by predicting the words' frequencies.
         options: those of the table. scale: a fixed positive factor on the scores, f(scale * (W h + b)); Adam's steps
             do not scale with it, so it sets how fast the logits can move. bias: whether the projection has one. gss's
             center and steepness of None are -1.5 and 2.5, or 0 and 1 where they are learned. latent_features of None

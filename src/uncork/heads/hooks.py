@@ -1,4 +1,4 @@
-"""Who else sees or changes what a module computes: hooks, replaced forwards, parametrisations, subclasses."""
+"""Finds what may see or change a module's output: hooks, replaced forwards, parametrisations, subclasses."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -63,7 +63,7 @@ def _named(kind: str, hook: Any) -> str:
 
 
 def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
-    """Who besides the head makes or changes its logits, in words; empty if nobody, so that the fused paths may serve.
+    """Which hook or override may see or change a head's logits, in words; empty if none: the fused paths are then safe.
 
     Args:
         head: with a `logit_function`. forward: the library's own, which a subclass may have overridden.
@@ -84,7 +84,10 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
 
 
 def function_changed_by(function: nn.Module) -> str:
-    """Who sees what goes through a logit function's call, in words; empty if nobody: fused paths skip the call."""
+    """Which hook or replaced forward a call of the logit function would run, in words; empty if none.
+
+    Fused paths do not call the function, so they may be used only if there is none.
+    """
     for module in function.modules():
         if "forward" in vars(module):
             return f"the forward of {type(module).__name__} in logit_function was replaced"
@@ -94,7 +97,7 @@ def function_changed_by(function: nn.Module) -> str:
 
 
 def check_plain(linear: object) -> nn.Linear:
-    """The argument, if it is an nn.Linear whose output is weight and bias alone; an error that says what to do if not.
+    """Returns its argument if it is an nn.Linear that computes W h + b and nothing else; raises what to do otherwise.
 
     Raises:
         TypeError: no module, another class (adapters and quantised layers are subclasses), a weight of another kind.

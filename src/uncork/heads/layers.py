@@ -69,7 +69,7 @@ class _OneSoftmax(Head):
 
 
 class LinearHead(_OneSoftmax):
-    """softmax(f(W h + b)): softmax, temperature, softcap, sigsoftmax, PLIF ... by its function.
+    """softmax(f(W h + b)): softmax, temperature, softcap, sigsoftmax, PLIF ..., depending on the function f.
 
     Equivalent code: ``logits = logit_function(F.linear(input, weight, bias).float())``.
 
@@ -182,7 +182,7 @@ class _LatentHead(Head):
 
 
 class MixtureHead(_LatentHead):
-    """sum_k pi_k softmax(f(W h_k + b)): mixture of softmaxes (MoS), of sigsoftmax, of PLIF ... by its function.
+    """sum_k pi_k softmax(f(W h_k + b)): mixture of softmaxes (MoS), of sigsoftmax, of PLIF ..., depending on f.
 
     h_k = tanh(W_k g + b_k), pi = softmax(W_pi g). Equivalent code::
 
@@ -190,8 +190,8 @@ class MixtureHead(_LatentHead):
         log_prob = torch.logsumexp(head.prior(input).log_softmax(-1)[..., None]
                                    + logit_function(F.linear(latent, weight, bias)).log_softmax(-1), dim=-2)
 
-    Let D be the width of the body and `latent_features` that of the softmax it replaces: made from the same few
-    features it ended above the softmax, from wider ones below it (docs/study.md).
+    Choose for D the width of the body, and for `latent_features` that of the softmax it replaces: with latents made
+    from the softmax's few features its perplexity was above the softmax's, from wider ones below it (docs/study.md).
 
     Args:
         in_features: D of the input. vocab_size: V. num_components: K.

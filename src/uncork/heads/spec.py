@@ -1,4 +1,4 @@
-"""What an output layer is called: one table of all heads, and a head of it with options, to read, print and build.
+"""One table of all heads, and `HeadSpec`, a name in it with options, which can be parsed, printed and built.
 
 A new head is one entry of the table: build_head, the command line, tables, figures and reports take it from there.
 """
@@ -46,13 +46,13 @@ class _Kind:
     """An entry of the table. Options and their defaults are those of `layer` and `function`.
 
     Attributes:
-        layer: makes the head of D, V and its options. function: makes its logit function of its options, or None.
+        layer: builds the head from D, V and its options. function: builds its logit function from its options, or None.
         distribution: what it computes, for the table of `build_head`.
-        called: its name in prose. colour: of its lines and dots in every figure, in the middle between black and white.
+        called: its name in prose. colour: of its lines and dots in every figure, of medium lightness.
         dashes: dash, gap, ... of its lines in points; () is a solid line. heavy: whether they are drawn thicker.
         learns: whether the shape of its function is learned.
-        as_control: what a sentence calls it where it is there to be compared with. control_of: with which heads; () are
-            all that learn a function.
+        as_control: its name in sentences about controls; empty if it is no control.
+        control_of: the names of the heads that it is a control for; () means all that learn a function.
     """
 
     layer: Callable[..., Head]
@@ -102,7 +102,7 @@ HEAD_NAMES: tuple[str, ...] = tuple(_KINDS)
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head by its name, with options: what it is called, and how to build it.
+    """A head's name and options: how it is written in text, and how it is built.
 
     Two specs are equal where they build the same head: options at their default are dropped, the others stand in the
     order of `defaults`.
@@ -140,7 +140,7 @@ class HeadSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The head that the command line writes as name or name:key=value,key=value, with JSON values or plain words.
+        """Reads the command line's form, name or name:key=value,key=value, with JSON values or plain words.
 
         >>> HeadSpec.parse("mos:latent_activation=null,bias=false").options
         {'latent_activation': None, 'bias': False}
@@ -190,19 +190,19 @@ class HeadSpec:
 
     @property
     def control_of(self) -> tuple[str, ...]:
-        """The heads that it is a control of: simpler than they are, it shows what of their gain is not theirs."""
+        """The heads that it is a control for: simpler than they are, it shows which part of their gain it has too."""
         kind = _KINDS[self.name]
         learned = tuple(name for name, other in _KINDS.items() if other.learns)
         return (kind.control_of or learned) if kind.as_control else ()
 
     @property
     def is_control(self) -> bool:
-        """Whether it is there to be compared with, not to win."""
+        """Whether it is in the table as a control for other heads."""
         return bool(_KINDS[self.name].as_control)
 
     @property
     def as_control(self) -> str:
-        """What a sentence calls it as a control: "the frozen random PLIF"; the name of a head that is none."""
+        """Its name in sentences about controls: "the frozen random PLIF"; its plain name if it is no control."""
         return _KINDS[self.name].as_control or self.name
 
     @property
@@ -264,13 +264,13 @@ def _arguments(options: Mapping[str, Any]) -> str:
 
 
 def layer_classes() -> dict[str, Callable[..., Head]]:
-    """The classes that the table's heads are of, by name."""
+    """The classes of the table's heads, by name."""
     layers = [kind.layer.func if isinstance(kind.layer, partial) else kind.layer for kind in _KINDS.values()]
     return {layer.__name__: layer for layer in layers}
 
 
 def start_at_unigram(head: Head, counts: Tensor) -> None:
-    """Sets the bias to where f of it is log(counts / total) up to a constant, and a count of 0 to 1/2 first.
+    """Sets the bias so that f(bias) is log(counts / total) up to a constant, with 1/2 in place of a count of 0.
 
     Args:
         head: with a bias. counts: (V,), at least 0, not all 0.
@@ -296,7 +296,8 @@ def _scores_for(function: torch.nn.Module | None, logits: Tensor) -> Tensor:
     """
     if not isinstance(function, LogitFunction):
         return logits
-    middle = 0.0 if function.unbounded else (logits.max() + logits.min()) / 2  # of a bounded image, about
+    # Centred at 0, so that the logits fit into a bounded image around 0 if any shift does.
+    middle = 0.0 if function.unbounded else (logits.max() + logits.min()) / 2
     scores = function.inverse(logits - middle)
     if not bool(scores.isfinite().all()):
         apart = float(logits.max() - logits.min())
@@ -372,7 +373,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _defaults(maker: Callable[..., Any]) -> dict[str, Any]:
-    """The options that a maker of heads or functions has, the function itself aside."""
+    """The optional parameters of a constructor of heads or functions, and their defaults, without `logit_function`."""
     options = {
         name: parameter.default
         for name, parameter in inspect.signature(maker).parameters.items()

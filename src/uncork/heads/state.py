@@ -37,7 +37,7 @@ class SelfDescribing(nn.Module):
             self._write_definition()
 
     def _definition(self) -> Definition | None:
-        """What a state is compared by; None where weight and bias say all."""
+        """What a loaded state is compared with; None if weight and bias alone decide the logits."""
         function = getattr(self, "logit_function", None)
         described: Any = None
         if isinstance(function, LogitFunction):
@@ -52,7 +52,7 @@ class SelfDescribing(nn.Module):
         return definition
 
     def _write_definition(self, device: torch.device | None = None) -> None:
-        """Makes the buffer say what the live module is, on the device where it was, or where the weight is."""
+        """Writes the live module's definition into the buffer, on its device or, if it is new, on the weight's."""
         definition = self._definition()
         present = self._buffers.pop(KEY, None)
         if definition is None:
@@ -77,7 +77,7 @@ class SelfDescribing(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + KEY
-        # torch does not get to see the definition: where it is wrong our own error says so, with strict=False too.
+        # torch does not load the definition: if it differs, our own error says so, with strict=False too.
         problem = self._problem(state_dict, prefix)
         if problem:
             error_msgs.append(problem)
@@ -119,7 +119,7 @@ class SelfDescribing(nn.Module):
         return ""
 
     def _problem_without(self, own: set[str], prefix: str) -> str:
-        """The same for a state that does not say what it was trained as: an nn.Linear's, or one of uncork 0.1.0."""
+        """`_problem` of a state without a definition: an nn.Linear's, or one of uncork 0.1.0."""
         mine = told(self._definition())
         older = (
             "if it was written by uncork 0.1.0 for a head like this one, load "
@@ -142,7 +142,7 @@ class SelfDescribing(nn.Module):
 
 
 def keeps_logits(function: nn.Module | None) -> bool:
-    """Whether a function is the identity up to a constant, on points; True where its parameters have no values yet."""
+    """Whether a function is the identity up to a constant on a grid; True on the meta device, which has no values."""
     if function is None or isinstance(function, Identity):
         return True
     tensors = [*function.parameters(), *function.buffers()]
@@ -158,16 +158,16 @@ def keeps_logits(function: nn.Module | None) -> bool:
 
 
 def convert_state_0_1(state_dict: Mapping[str, Any], head: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """A state that uncork 0.1.0 wrote, as one that loads strictly today: with what it was trained as.
+    """Adds the head's definition to a state that uncork 0.1.0 wrote, so that it loads with strict=True.
 
-    Version 0.1.0 kept the tensors alone, so the state cannot say which head it is of: you do, by the head.
+    Version 0.1.0 saved the tensors alone, so the state does not tell which head it belongs to: `head` has to.
 
     Args:
         state_dict: of a head, or of a model that holds it. head: built with the options that the state was trained with
             (those of its `spec()`). prefix: of the head's keys in the state, "lm_head." for instance.
 
     Returns:
-        a new dict with the same tensors. A state that says already what it is comes back as it is.
+        a new dict with the same tensors. A definition that the state has already is kept.
 
     >>> import torch
     >>> from uncork import build_head
@@ -197,7 +197,7 @@ def _encode(definition: Definition) -> Tensor:
 
 
 def _decode(stored: Any) -> Definition | None:
-    """What the bytes say; None on a device that holds none."""
+    """The definition in the buffer's bytes; None for a meta or fake tensor, which has no bytes."""
     if not isinstance(stored, Tensor):
         raise ValueError(f"expected a Tensor, got {type(stored).__name__}")
     if stored.device.type == "meta" or isinstance(stored, torch._subclasses.FakeTensor):
@@ -233,7 +233,7 @@ def _told_function(function: Any) -> str:
 
 
 def _remedy(theirs: Definition) -> str:
-    """How to build the head that a state is of."""
+    """How to build the head that a state belongs to."""
     function = theirs.get("logit_function")
     parts = [function] if isinstance(function, dict) else []
     parts = parts[0].get("options", {}).get("functions", parts) if parts else []
@@ -242,6 +242,6 @@ def _remedy(theirs: Definition) -> str:
     fixed = first.get("name") == "Scale" and not options.get("learnable")
     scale = f"scale={options.get('factor')}, " if fixed else ""
     return (
-        f"Load it into the head that it is of: build_head(..., {scale}...) with the options of its training, or "
+        f"Load it into the head that it belongs to: build_head(..., {scale}...) with the options of its training, or "
         "head_from_spec(spec) of what that head's spec() gave"
     )

@@ -1,4 +1,4 @@
-"""From the words of a command line to a command: help that can be copied, and a mistake as one plain line."""
+"""Parses a command line into a command. Defaults in the help can be copied, and a mistake is reported in one line."""
 
 import contextlib
 import dataclasses
@@ -49,9 +49,9 @@ def flag(name: str) -> str:
 
 
 def with_flags(message: str, command: Any) -> str:
-    """The message of an error with the command's flags in it, where it names its fields.
+    """An error's message with the command's flags (--data-dir) in place of the names of its fields (data_dir).
 
-    A name is taken for a field at the beginning, and elsewhere where it has an underscore and stands alone.
+    At the beginning of the message every name of a field is replaced; elsewhere only one with an underscore.
     """
     positional = {f.name for f in dataclasses.fields(command) if _is_positional(type(command), f.name)}
     names = [f.name for f in dataclasses.fields(command) if f.name not in positional]
@@ -73,7 +73,7 @@ def close_to(word: str, known: Iterable[str]) -> str:
 
 
 class _Captured(io.StringIO):
-    """Keeps what is printed, with the encoding of the real stream and its answer to isatty, which tyro formats for."""
+    """Keeps what is printed; has the real stream's encoding and isatty, by which tyro chooses its format."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def _is_positional(kind: type, name: str) -> bool:
 
 
 def _value(name: str, arguments: Sequence[str]) -> str:
-    """What was given to the flag, last, as the user wrote it."""
+    """The last value that was given to the flag, as the user wrote it."""
     value = "nothing"
     for index, argument in enumerate(arguments):
         head, equals, text = argument.partition("=")

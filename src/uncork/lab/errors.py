@@ -1,4 +1,4 @@
-"""The one error that the laboratory raises for a user's mistake, and the others that no traceback explains better."""
+"""The laboratory's error for a user's mistake, and which other errors are reported without a traceback."""
 
 
 class LabError(Exception):
@@ -6,7 +6,7 @@ class LabError(Exception):
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What the command line says of an error, in place of a traceback. None: it is a mistake of ours, with one.
+    """The line that the command line prints for an error; None for a bug of uncork, which is shown with its traceback.
 
     >>> in_one_line(ModuleNotFoundError("No module named 'pandas'", name="pandas"))
     "needs the laboratory: pip install 'uncork[lab]' (no module named pandas)"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the help must not wait for torch
+if TYPE_CHECKING:  # --help must not wait for the import of torch
     import torch
 
 
@@ -30,14 +30,14 @@ def cores() -> int:
 
 
 STATUS = Path("/proc/self/status")
-"""Where Linux says what `resident` reads."""
+"""The file that `resident` reads; Linux alone has it."""
 
 
 def resident(name: str) -> int:
-    """Bytes of this process in memory: now ("VmRSS") or at most ("VmHWM"). Linux alone; see STATUS.
+    """Resident memory of this process in bytes: now ("VmRSS") or at its peak ("VmHWM"). Linux alone; see STATUS.
 
-    Read here because nothing else has the peak: psutil does not tell it on Linux, and getrusage's counts the memory of
-    the process that started this one.
+    Nothing else gives the peak: psutil has none on Linux, and getrusage's includes the memory of the process that
+    started this one.
     """
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
     assert found is not None

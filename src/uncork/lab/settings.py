@@ -1,4 +1,4 @@
-"""The flags of the commands that train and read runs, and the TrainConfig that they come to."""
+"""The flags of the commands that train and read runs, and the TrainConfig that results from them."""
 
 import dataclasses
 import re
@@ -9,13 +9,13 @@ import tyro
 
 from uncork.lab.errors import LabError
 
-if TYPE_CHECKING:  # the help must not wait for torch
+if TYPE_CHECKING:  # --help must not wait for the import of torch
     from uncork.lab.train.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlags:
-    """What `train` and `compare` share. A flag that is None leaves the preset's value."""
+    """The flags that `train` and `compare` share. A flag that is None leaves the preset's value."""
 
     out_dir: Path
     """Where everything is written. A run that is already done there is not run again."""
@@ -30,7 +30,7 @@ class TrainingFlags:
     min_count: int | None = None
     """Words rarer than this in the training text become <unk>. None: 2; 1 for ptb and wikitext-2, which bring <unk>."""
     max_train_tokens: int | None = None
-    """Train on so many tokens alone: quick, and says so."""
+    """Train on the first so many tokens only, for a quick trial. None: on all."""
     preset: str = "lstm-laptop"
     """Backbone and training: lstm-small, lstm-laptop, lstm-gpu, transformer-small, transformer-laptop, transformer-gpu,
     awd-lstm-ptb, awd-lstm-wt2."""
@@ -63,7 +63,7 @@ class TrainingFlags:
     NAME` lists them."""
 
     def base(self) -> "TrainConfig":
-        """The settings that these flags come to, with no head yet."""
+        """The settings that result from these flags, with no head yet."""
         from uncork.lab.train.config import TrainConfig
 
         flags = {name for name in TrainConfig.model_fields if name != "head"} | {"in_features"}
@@ -85,7 +85,7 @@ class TrainingFlags:
             raise LabError(f"--set {named}: {error}" if named else str(error)) from None
 
     def _given(self) -> dict[str, Any]:
-        """What `--set` gives, by its keys. Raises LabError for a key that the preset does not have."""
+        """The values given with `--set`, by key. Raises LabError for a key that the preset does not have."""
         from uncork.heads.spec import parse_value
         from uncork.lab.command_line import close_to
         from uncork.lab.train.config import known_settings
@@ -121,17 +121,17 @@ class Compare(TrainingFlags):
         "softmax", "softmax:bias_prior=false,output_lr_scale=1", "softcap", "plif", "plif-frozen",
         "mos:latent_activation=null",
     )  # fmt: skip
-    """Output layers (softmax, plif, mos and more: a name that is none is answered with all), each with options and
-    settings of its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
-    Every head alike starts its bias at the log unigram and has the preset's own learning rate for the output layer: the
-    two move the perplexity further than a function does. softmax:bias_prior=false,output_lr_scale=1 is the softmax as
-    most people have it."""
+    """Output layers (softmax, plif, mos and more; an unknown name lists them all), each with options and settings of
+    its own if need be: softcap:cap=15 plif:num_pieces=50,lr=0.002 mos:num_components=4.
+    Every head starts its bias at the log unigram and has the preset's learning rate for the output layer: these two
+    change the perplexity more than a function does. softmax:bias_prior=false,output_lr_scale=1 is the softmax without
+    them, as most people have it."""
     seeds: int = 3
     """Seeds 0, 1, ... of each head; from 5 on a paired t-test is made."""
     workers: int = 1
     """Runs at a time. With more than one, tokens/s are not comparable."""
     contexts: int = 1000
-    """Held-out contexts whose log-probabilities the rank is taken of."""
+    """Held-out contexts over which the rank of the log-probabilities is computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Train(TrainingFlags):
     head: str = "plif"
     """The output layer, with options if need be: plif:num_pieces=50."""
     seed: int = 0
-    """Of the initial weights and dropouts."""
+    """Random seed of the initial weights and the dropouts."""
     resume: bool = False
     """Go on from the last checkpoint in --out-dir, to the same numbers as without the interruption."""
     tensorboard: bool = False
@@ -163,7 +163,7 @@ class Evaluate:
     run: tyro.conf.Positional[Path]
     """The run's folder, as `uncork train --out-dir` or a comparison's runs/ made it."""
     split: Literal["train", "valid", "test"] = "test"
-    """Which part of its corpus."""
+    """The part of its corpus to evaluate on."""
     text: Path | None = None
     """A UTF-8 text file instead, tokenised as the corpus was. Refused where over half of its words are unknown."""
     data_dir: Path | None = None
@@ -172,7 +172,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Read what a trained model says: samples from the exact distribution of its head, mixtures too."""
+    """Sample text from a trained model, from the exact distribution of its head, mixtures included."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
@@ -187,4 +187,4 @@ class Generate:
     top_p: float | None = None
     """Sample among the likeliest that hold this share of the probability."""
     seed: int = 0
-    """Of the sampling."""
+    """Random seed of the sampling."""

@@ -1,4 +1,4 @@
-"""Printing that outlives a closed pipe, a closed terminal and a full disk."""
+"""Printing that copes with a closed pipe, a closed terminal and a full disk."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 class NobodyReads(KeyboardInterrupt):
-    """The output was piped into something that has ended (`| head`): as Ctrl-C, so that training saves a checkpoint."""
+    """The reader of the output's pipe has ended (`| head`). Handled as Ctrl-C, so that training saves a checkpoint."""
 
 
 def ready_streams() -> None:
@@ -30,7 +30,7 @@ def ready_streams() -> None:
 
 
 def say(text: str = "") -> None:
-    """Print a line at once. Raises NobodyReads into a closed pipe or terminal, OSError where the disk is full."""
+    """Print a line at once. Raises NobodyReads for a closed pipe or terminal, OSError for a full disk."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -41,7 +41,7 @@ def say(text: str = "") -> None:
 
 
 def complain(text: str) -> None:
-    """Print one line to stderr, if it can be."""
+    """Print one line to stderr, if that is possible."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -49,7 +49,7 @@ def complain(text: str) -> None:
 
 
 def _mute(stream: TextIO) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python complains at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python's flush at exit fails again
 
 
 def clock(seconds: float | None) -> str:

@@ -10,7 +10,7 @@ from uncork.lab.errors import LabError
 
 
 def expects(words: str) -> WrapValidator:
-    """What a message says that a value must be, in place of pydantic's words for the first thing that is wrong."""
+    """Has an error say what a value must be in these words, instead of pydantic's for the first check that fails."""
 
     def checked(value: Any, validate: Any) -> Any:
         try:
@@ -46,7 +46,7 @@ class Validated(BaseModel):
             raise LabError(_told(error.errors()[0])) from None
 
     def updated(self, **values: Any) -> Self:
-        """The same settings with these values in place of theirs, checked anew."""
+        """These settings with some values replaced, validated again."""
         return type(self)(**{**dict(self), **values})
 
     @classmethod
@@ -56,7 +56,7 @@ class Validated(BaseModel):
 
 
 def require(name: str, kind: Any, value: Any) -> None:
-    """Raise LabError unless a value that stands alone is of this kind.
+    """Raise LabError unless a value that belongs to no settings is of this kind.
 
     >>> require("window", Size, 0)
     Traceback (most recent call last):

@@ -1,7 +1,7 @@
-"""Increasing functions on the logits, as modules, and the primitives that kernels know them by.
+"""Increasing functions on the logits, as modules, and the primitives from which kernels compute them.
 
-Every module of this folder is imported, and what its `__all__` names stands here and in `uncork`: a new function needs
-no list but that of its own file. Type checkers, which do not look into folders, read the star imports.
+Every module of this folder is imported, and the names in its `__all__` are exported from here and from `uncork`: a new
+function has to be listed in its own file alone. Type checkers, which do not list folders, read the star imports.
 """
 
 from importlib import import_module

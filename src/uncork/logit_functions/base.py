@@ -15,16 +15,16 @@ __all__ = ["Compose", "LogitFunction"]
 
 Spec = dict[str, Any]
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
-# What makes a subclass another function: one that defines none of these computes what its parent does.
+# A subclass that defines none of these computes the same function as its parent.
 _DEFINITION = {"__init__", "transform", "forward", "derivative", "operations", "tables", "options"}
 
 
-# Pieces or units of a function: more would fill gigabytes with tables, and float32 cannot number them.
+# Most pieces or units of a function: more would need gigabytes of tables, and float32 cannot count further by ones.
 LIMIT_PARTS = 2**24
 
 
 def known_possible(scores: Tensor) -> bool:
-    """True where the scores were looked at and none is -inf; False too where they are not `readable`."""
+    """Whether the scores are known to contain no -inf; False if they are not `readable`."""
     if not readable(scores) or not scores.numel():
         return False
     return bool(scores.detach().amin() > -torch.inf)
@@ -57,7 +57,7 @@ class LogitFunction(nn.Module, ABC):
     nonlinear: ClassVar[bool] = True
     version: ClassVar[int] = 1
     examples: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Options that it should be tried with, by a name for each: every test of a function or a kernel runs over them."""
+    """Options to test the function with, by a name for each: every test of functions and of kernels runs over them."""
     start_options: ClassVar[frozenset[str]] = frozenset()
     """Options that say where the parameters start or whether they train, and do not decide f given their values."""
 
@@ -83,8 +83,8 @@ class LogitFunction(nn.Module, ABC):
     def transform(self, scores: Tensor) -> Tensor:
         """f at scores of float32 or float64 that are not -inf: the chain of operations, unless a subclass overrides it.
 
-        Under autograd it keeps the scores, and its parameter gradients do not depend on the number of threads.
-        torch.func's transforms differentiate it op by op.
+        Autograd saves the scores alone, and parameter gradients do not depend on the number of threads. torch.func's
+        transforms differentiate it op by op.
         """
         operations = self.operations()
         if operations is None:
@@ -101,7 +101,7 @@ class LogitFunction(nn.Module, ABC):
         """The constructor's arguments, as plain JSON."""
 
     def operations(self) -> tuple[Operation, ...] | None:
-        """The primitives that f is made of, first to last; None where only autograd can serve it."""
+        """The primitives that f is made of, first to last; None if only autograd can differentiate it."""
         return None
 
     def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
@@ -285,7 +285,7 @@ class Compose(LogitFunction):
 
 
 def examples() -> dict[str, Callable[[], LogitFunction]]:
-    """Makers of this package's functions, by the names of their `examples`."""
+    """Constructors of this package's functions with the options of their `examples`, by name."""
     package = __name__.rpartition(".")[0]
     ours = [cls for cls in _REGISTRY.values() if cls.__module__.startswith(f"{package}.")]
     return {name: partial(cls._from_options, dict(options)) for cls in ours for name, options in cls.examples.items()}
@@ -311,12 +311,13 @@ def with_tables(
 
 
 def constants(dtype: torch.dtype, device: torch.device | None, *values: float) -> Tensor:
-    """A table of numbers, filled in on the device itself: copying it from the host would stop a GPU."""
+    """A table of numbers, filled in on the device itself: copying it from the host would synchronise a GPU."""
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def table_dtype(device: torch.device) -> torch.dtype:
-    """float64, where the device has it: tables are small, and prefix sums of a hundred thousand slopes are not."""
+    """The dtype that tables are computed in: float64 where the device has it, since prefix sums of 100,000 slopes would
+    lose digits in float32, and tables are small."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

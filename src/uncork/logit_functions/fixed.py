@@ -240,7 +240,7 @@ class GeneralizedSigsoftmax(LogitFunction):
 
     @property
     def nonlinear(self) -> bool:  # type: ignore[override]
-        """Whether k differs from 1, or may come to."""
+        """Whether k differs from 1, or may do so after training."""
         return self.learnable or self.steepness != 1
 
     def transform(self, scores: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class MonotoneNetwork(LogitFunction):
 
         f(z) = (z - g_0(z)) + g(z),    g(z) = sum_u w_u tanh(r_u (z - t_u)),    w_u, r_u > 0
 
-    where g_0 is g at the start, of slope at most 0.52. It costs U passes over the scores; no kernel serves it but
-    autograd's.
+    where g_0 is g at the start, of slope at most 0.52. It costs U passes over the scores, and only autograd computes
+    its gradients: it is not made of the kernels' primitives.
 
     Either starts as the identity to the bit, or at random (`init="random"`: weights scattered by `spread`).
 
@@ -53,7 +53,8 @@ class MonotoneNetwork(LogitFunction):
     }
     start_options = frozenset({"init", "spread", "frozen"})
 
-    # Two of them, by `units`. Plain tensors where torch.func.functional_call or a parametrisation puts them.
+    # Two of them exist, depending on `units`. Not declared as parameters, since torch.func.functional_call and
+    # parametrisations put plain tensors in their place.
     raw_right: Tensor
     raw_left: Tensor
     raw_weights: Tensor
@@ -78,7 +79,7 @@ class MonotoneNetwork(LogitFunction):
         self.units, self.init, self.spread, self.frozen = units, init, positive("spread", spread), bool(frozen)
         scatter = self.spread if init == "random" else 0.0
         trained = not self.frozen
-        # Thresholds are held as shifts from their start, so that a cast to half precision leaves the identity one.
+        # Thresholds are held as shifts from their start, so that the identity stays one after a cast to half precision.
         self.threshold_shifts = nn.Parameter(torch.zeros(self.num_units), requires_grad=trained)
         for name in ("raw_right", "raw_left") if units == "relu" else ("raw_weights", "raw_rates"):
             start = torch.randn(self.num_units) * scatter if scatter else torch.zeros(self.num_units)

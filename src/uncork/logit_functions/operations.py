@@ -1,9 +1,9 @@
-"""The few primitives that logit functions are made of, and that every kernel knows.
+"""The few primitives that logit functions are made of, and that every kernel implements.
 
 A `LogitFunction` hands its kernel a list of operations and, for each, a fixed number of *tables* (small tensors made
 from the parameters by ordinary autograd). An operation maps scores elementwise, and returns the gradient to the scores
 and to its tables; sums over elements are taken in float64, in a fixed order. Softplus, prefix sums, anchors and
-constraints stay with the tables' maker, so a kernel never sees them.
+constraints are applied when the tables are made, so a kernel never sees them.
 """
 
 import functools
@@ -27,7 +27,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of all elements, of fixed blocks first: torch splits one long sum by the number of threads."""
+    """The sum of all elements, by fixed blocks first, since torch splits one long sum by the number of threads."""
     flat = x.reshape(-1)
     whole = flat.numel() // _SUM_BLOCK * _SUM_BLOCK
     dtype = wide(x.new_empty(0)).dtype
@@ -38,12 +38,12 @@ def total(x: Tensor) -> Tensor:
 
 def function_transforms() -> bool:
     """Whether torch.func (vmap, grad, jacrev, jvp ...) transforms what is computed now."""
-    # torch.compile cannot trace this question, and it traces the transforms themselves.
+    # torch.compile cannot trace this query, and it traces the transforms themselves.
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def recorded() -> bool:
-    """Whether torch compiles, traces, transforms or fakes what is computed now, beside or instead of running it."""
+    """Whether the present computation is compiled, traced, transformed (torch.func) or run on fake tensors."""
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
     return (
         torch.compiler.is_compiling()
@@ -54,8 +54,8 @@ def recorded() -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x may be asked for its numbers: a GPU would stop, and a fake or traced tensor has none."""
-    # torch.compile is asked about first: it cannot trace the questions to torch._C.
+    """Whether x's values may be read: that would synchronise a GPU, and a fake or traced tensor has none."""
+    # is_compiling comes first: torch.compile cannot trace the queries to torch._C.
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not recorded()
@@ -187,9 +187,9 @@ class Softplus(Operation):
 class PiecewiseLinear(Operation):
     """y = x + values[i] + slopes[i] (x - knots[i]), i the piece of x. Tables: knots, values, slopes of shape (P,) each.
 
-    Piece i reaches from knots[i] to knots[i + 1]; the first and the last go on without end. All-zero values and slopes
-    are the identity to the bit. The knots are the local origins of the pieces and carry no gradient of their own: a
-    maker whose knots move writes `values` as a function of them (see `MonotoneNetwork`).
+    Piece i reaches from knots[i] to knots[i + 1]; the first and the last extend to infinity. All-zero values and slopes
+    are the identity to the bit. The knots are the local origins of the pieces and get no gradient: a function that
+    learns its knots computes `values` from them, differentiably (see `MonotoneNetwork`).
 
     Args:
         bound: for P equal pieces over [-bound, bound], which are found without a search; None for sorted knots.
@@ -232,7 +232,7 @@ class PiecewiseLinear(Operation):
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index]: index_select is the fastest of torch's ways to say so."""
+    """table[index], by index_select, torch's fastest operation for it."""
     return table.index_select(0, index.reshape(-1)).view(index.shape)
 
 
@@ -269,7 +269,7 @@ _SECOND = b"second derivatives are not supported here: use impl='reference' and 
 
 
 class Elementwise(torch.autograd.Function):
-    """An operation under autograd that keeps the scores alone, and sums table gradients in float64."""
+    """An operation under autograd that saves only the scores and tables, and sums table gradients in float64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, operation: Operation, *tables: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -51,7 +51,7 @@ class PLIF(LogitFunction):
         spread: standard deviation of the random start.
         frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
         unit_slope: divide the slopes by their mean over the middle tenth of [-T, T], so that f(T/10) - f(-T/10) = T/5
-            whatever they learn. It holds the scale of f there and nowhere else.
+            whatever they learn. It fixes the scale of f there and nowhere else.
 
     >>> f = PLIF(num_pieces=4, bound=2.0)
     >>> f(torch.tensor([-5.0, 0.5])).detach()
@@ -94,7 +94,7 @@ class PLIF(LogitFunction):
     def from_function(
         cls, function: Callable[[Tensor], Tensor], num_pieces: int = 100, bound: float = 20.0, *, frozen: bool = False
     ) -> "PLIF":
-        """The PLIF that meets an increasing function at its knots, up to the constant that makes f(0) = 0.
+        """The PLIF that interpolates an increasing function at its knots, up to the constant that makes f(0) = 0.
 
         `fit_error` holds the largest |f(z) - (function(z) - function(0))| over 16 points per piece, in logits.
 
@@ -168,7 +168,8 @@ class PLIF(LogitFunction):
         wide = table_dtype(self.raw_slopes.device)
         knots = self.knots(dtype)
         excess = self._excess()
-        # Rises are summed outwards from 0, over the knots as they are rounded: no digit is lost near 0, none at a knot.
+        # Rises are summed outwards from 0, so that no digit is lost near 0, and over the rounded knots, so that f is
+        # continuous there.
         right_end = torch.full_like(knots[:1], self.bound)
         rises = excess * torch.cat([knots, right_end]).to(wide).diff()
         middle = self.num_pieces // 2

@@ -1,9 +1,9 @@
 """Fused linear -> logit function -> cross-entropy, with exact gradients for everything, the function's own included.
 
-Four functions and their contracts. What computes them is in a table in `uncork.loss.implementations`: `impl=None` takes
-the fastest that serves the call (a missing build is said once); under torch.func's transforms (vmap, grad, jacrev, jvp,
-hessian) that is "reference". An implementation that is asked for and cannot serve a call raises; nothing falls back in
-silence.
+Four functions and their contracts. `uncork.loss.implementations` lists what can compute them: `impl=None` takes the
+fastest implementation that supports the call, and warns once if the compiled one is missing; under torch.func's
+transforms (vmap, grad, jacrev, jvp, hessian) it takes "reference". An implementation asked for by name that does not
+support the call raises: there is no silent fallback.
 """
 
 from torch import Tensor, nn
@@ -48,25 +48,26 @@ def linear_cross_entropy(
                                reduction=reduction, label_smoothing=label_smoothing)
         loss = loss + z_loss * logits.logsumexp(-1)[target != ignore_index].square().mean()  # for "mean"
 
-    Gradients are exact for input, linear_weight, linear_bias, token_weight and the function's parameters. A score of
-    -inf (a bias of -inf masks a word or a padded row of W) stays an impossible word and adds nothing to any gradient;
-    with label smoothing, which asks for every word, give it the class weight 0, or the loss is inf as torch's is.
+    Gradients are exact for input, linear_weight, linear_bias, token_weight and the function's parameters. A word with
+    the score -inf (a bias of -inf masks a word or a padded row of W) is impossible: its probability is 0 and it adds
+    nothing to any gradient. Label smoothing has every word in its target, so give a masked word the class weight 0, or
+    the loss is inf, as in torch.
 
     Args:
         input: (..., D), float64, float32, or half precision (raised to float32; under autocast cast down first).
         linear_weight: (V, D), the input's dtype. linear_bias: (V,) or None.
         target: integers (...) in [0, V) or ignore_index; or floating (..., V) probabilities, which need not sum to 1.
-        ignore_index: the target of tokens that do not count; None is -100, as torch's function has it.
+        ignore_index: the target of tokens that do not count; None is -100, as in torch's function.
         logit_function: a LogitFunction or any deterministic elementwise increasing module; None is the identity.
         weight: (V,) class weights. token_weight: (...) multiplies each token's loss, and its share in the mean.
         reduction: "none" (the shape of the tokens), "sum", or "mean": the CE part over the sum of the kept targets'
             class weights (over the number of rows for probabilities), the z part over the number of kept tokens.
         label_smoothing: in [0, 1]. z_loss: factor of logsumexp^2, at least 0.
-        impl: "reference", "torch", "native" or None (the fastest that serves the call).
-        chunk_size: rows of scores at once. memory_budget: bytes of scores at once, in its place (gradients, and the
-            sums that the function's parameters need, come on top). With neither, the implementation's fixed table says
-            (`loss.chunk_size`): on a CPU as many rows as 64 MiB hold, or 5 MiB for D < 64, between 32 and 512; "torch"
-            has 16 blocks to share it.
+        impl: "reference", "torch", "native" or None (the fastest that supports the call).
+        chunk_size: rows of scores in memory at once. memory_budget: the same limit in bytes, instead of chunk_size; the
+            gradients, and the sums that the function's parameters need, come on top. Without either, `loss.chunk_size`
+            decides: on a CPU as many rows as fit into 64 MiB (5 MiB for D < 64), between 32 and 512; "torch" divides
+            these bytes among 16 blocks.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN
@@ -78,7 +79,7 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what was expected and what came. The target's range is
-            checked on the CPU only, since a check would stop a GPU.
+            checked on the CPU only, since reading it would synchronise a GPU.
 
     >>> import torch
     >>> from uncork import PLIF
@@ -234,7 +235,7 @@ def mixture_token_statistics(
 
 
 def _given(prior_logits: Tensor | None) -> Tensor:
-    """build_call takes None for a call that is no mixture."""
+    """Returns prior_logits unless they are None, which would make build_call build a call without a mixture."""
     if prior_logits is None:
         raise TypeError("prior_logits: expected a Tensor, got None")
     return prior_logits

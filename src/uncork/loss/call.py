@@ -1,4 +1,4 @@
-"""One validated call, the checks that make it one, and the implementation that it is handed to."""
+"""A validated call, the checks that it passes, and the interface of the implementations that compute it."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -33,14 +33,14 @@ class Call:
     prior_logits: Tensor | None  # (N, K), of a mixture
     function: nn.Module | None
     target: Target | None
-    details: bool = False  # entropy and argmax too
-    chunk_size: int | None = None  # rows of scores
-    memory_budget: int | None = None  # bytes of scores at once, where chunk_size does not say
-    module_state: ModuleState | None = None  # of a function that only autograd can serve
+    details: bool = False  # whether entropy and argmax are computed too
+    chunk_size: int | None = None  # rows of scores at once
+    memory_budget: int | None = None  # bytes of scores at once, if chunk_size is None
+    module_state: ModuleState | None = None  # of a function that only autograd can differentiate
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of scores, function, softmax and loss."""
+        """The dtype of scores, function, softmax and loss."""
         return torch.float64 if self.input.dtype == torch.float64 else torch.float32
 
     @property
@@ -53,7 +53,7 @@ class Call:
 
 
 class Implementation(ABC):
-    """One way to compute losses and statistics, which says itself what it can serve."""
+    """One way to compute losses and statistics; `refuses` says which calls it does not support."""
 
     def refuses(self, call: Call) -> str:
         """Why this call cannot be served (`Missing` where an install would change that); empty if it can."""

@@ -1,6 +1,7 @@
-"""How many rows of scores are made at once: from shapes, the caller's budget and a fixed table alone.
+"""How many rows of scores are computed at once: decided by shapes, the caller's budget and a fixed table alone.
 
-The same call then gives the same bits on every machine of a kind, whatever its memory holds at the moment.
+It does not depend on the memory that is free at the moment, so the same call gives the same bits on every machine of a
+kind.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class ChunkRule:
-    """A table of numbers by which an implementation is given its rows.
+    """The numbers that decide how many rows of scores an implementation computes at once.
 
     Attributes:
-        budget: bytes of scores at once where the caller does not say. narrow_budget: the same below NARROW features.
-        least_rows, limit_rows: bounds of what the budget allows; a caller's own budget may go below the first.
+        budget: bytes of scores at once unless the caller sets a limit. narrow_budget: the same for D < NARROW features.
+        least_rows, limit_rows: bounds on the rows; only a budget of the caller's may lead to fewer than least_rows.
         blocks: how many (rows, V) blocks live at once and share the budget.
     """
 
@@ -29,7 +30,7 @@ class ChunkRule:
     blocks: int = 1
 
     def default_rows(self, vocab_size: int, features: int, itemsize: int = 4) -> int:
-        """Rows where the caller does not say, a multiple of 32.
+        """Rows when the caller sets no limit: a multiple of 32.
 
         Args:
             vocab_size: V. features: D. itemsize: bytes of a score.
@@ -43,9 +44,10 @@ class ChunkRule:
         return min(max(budget // max(1, vocab_size * itemsize) // 32 * 32, self.least_rows), self.limit_rows)
 
     def rows(self, call: Call, dtype: torch.dtype) -> int:
-        """Rows of a call whose products are of that dtype.
+        """Rows for a call whose matrix products are computed in `dtype`.
 
-        A budget of the caller's is kept to, down to one token; a copy of the weight in that dtype counts too.
+        The caller's memory_budget is not exceeded, and a copy of the weight in `dtype` counts towards it; a ValueError
+        says so if it is too small for one token.
         """
         vocab_size, features = call.weight.shape
         if call.chunk_size is not None:
@@ -63,17 +65,17 @@ class ChunkRule:
         return min(rows // 32 * 32 or rows, self.limit_rows)
 
 
-# Below so many features a CPU's products are as quick as its memory.
+# Below this number of features a CPU's matrix products are bound by memory bandwidth.
 NARROW = 64
 
-# Products of few rows are slow, since each of them reads W (and adds to its gradient) once; more than the limit gain
-# nothing. Over few features the block of scores had better stay in the cache.
+# Each chunk's products read the whole of W (and update its whole gradient), so small chunks are slow; rows beyond the
+# limit gain nothing. With few features it is quicker if the block of scores stays in the cache.
 CPU = ChunkRule(budget=64 * MIB, narrow_budget=5 * MIB, least_rows=32, limit_rows=512)
 
-# Not measured. A chunk is a few dozen kernels, so it should be large; no cache could hold it anyway.
+# Not measured. A chunk launches a few dozen kernels, so it should be large; no cache could hold it anyway.
 GPU = ChunkRule(budget=1024 * MIB, narrow_budget=1024 * MIB, least_rows=32, limit_rows=4096)
 
 
 def rule_of(device: torch.device) -> ChunkRule:
-    """The numbers for scores that live there, in one block."""
+    """The rule for scores on this device, for an implementation that needs one block of them."""
     return CPU if device.type == "cpu" else GPU

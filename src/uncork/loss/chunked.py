@@ -1,8 +1,8 @@
-"""Walks over chunks of tokens: the memory of one (rows, V) block of scores, whatever N is. The one autograd.Function.
+"""The loss computed chunk by chunk over the tokens, in the memory of one (rows, V) block of scores, whatever N is.
 
-Two ways through. `weighted_sum` (scalar reductions) knows every row's factor beforehand, so one pass makes the loss and
-its gradient: three matrix products. `statistics` (per-token results) learns its upstream gradient later and makes the
-scores again in the backward: four. What happens between the products is a tile's (see `tile.py`).
+Two autograd.Functions do so. For `weighted_sum` (scalar reductions) every token's factor is known beforehand, so one
+pass computes the loss and its gradient: three matrix products. `statistics` (per-token results) gets its upstream
+gradient only in the backward, which computes the scores again: four. Between the products a tile computes (`tile.py`).
 """
 
 import sys
@@ -39,7 +39,7 @@ T = TypeVar("T", bound=Tiles)
 
 
 class Walk(Generic[T]):
-    """Makes the tiles of one call, chunk by chunk, and adds up their gradients."""
+    """Computes one call with its tiles, chunk by chunk, and adds up the gradients."""
 
     def __init__(
         self, call: Call, make_tiles: type[T], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
@@ -69,7 +69,7 @@ class Walk(Generic[T]):
         return self.tiles.statistics(self.scores(self.rows(span)), span)
 
     def gradients(self) -> _Gradients:
-        """Zeros to add to; input's and prior's are not filled, since each chunk writes its own rows of them."""
+        """Memory for the gradients: zeros; not filled for input and prior, of which each chunk writes its own rows."""
         call = self.call
 
         def of(tensor: Tensor | None, need: bool, make: Callable[..., Tensor]) -> Tensor | None:
@@ -112,7 +112,7 @@ class Walk(Generic[T]):
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; where the product has another dtype than `out`, it is made first and cast."""
+    """out = a b; a product of another dtype than `out` is computed first and then cast."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -120,7 +120,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a b, in the same way."""
+    """out += a b, with the same cast."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:
@@ -151,14 +151,14 @@ def _cast(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list
 
 
 def _given(call: Call) -> list[Tensor]:
-    """The caller's other tensors that the backward may read: autograd raises if one that it saved was changed since."""
+    """The target's tensors that the backward reads: saved, so that autograd raises if one is changed in between."""
     target = call.target
     held = [target.probabilities] if isinstance(target, ProbabilityTarget) else []
     return held if target is None or target.word_weight is None else [*held, target.word_weight]
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum_n a_n CE_n + b_n lse_n^2, its gradient made in the forward and scaled in the backward."""
+    """sum_n a_n CE_n + b_n lse_n^2, its gradient computed in the forward and scaled in the backward."""
 
     @staticmethod
     def forward(
@@ -170,7 +170,7 @@ class _WeightedSum(torch.autograd.Function):
         lse_factor: Tensor | None,
         *inputs: Tensor | None,
     ) -> Tensor:
-        # needs_input_grad looks at the tensors alone: it is True under no_grad too.
+        # needs_input_grad is True under no_grad too.
         ctx.needs = [grad_mode and need for need in ctx.needs_input_grad[5:]]
         ctx.tiles = tiles
         ce, square, ctx.made = _weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
@@ -185,7 +185,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ce, square, ce_factor, lse_factor, *inputs = ctx.saved_tensors[: 4 + len(ctx.needs)]
         made, ctx.made = ctx.made, None
-        if made is None:  # the gradients were handed out by an earlier backward: they are made again
+        if made is None:  # an earlier backward has returned the gradients: they are computed again
             x, weight, bias, prior_logits, *parameters = inputs
             call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
             with without_autocast(x.device):
@@ -199,7 +199,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether the upstream gradient is known to be 1 (only a CPU is asked), so that nothing needs to be multiplied."""
+    """Whether the upstream gradient is known to be 1, so that no multiplication is needed; read on a CPU only."""
     return readable(grad) and bool(grad == 1)
 
 
@@ -215,7 +215,7 @@ def _weighted(
     walk = Walk(call, tiles, parameters, needs)
     into = walk.gradients()
     empty = ce_factor.new_zeros(0, dtype=call.dtype)
-    ce, lse = [empty], [empty]  # all that is kept of a chunk
+    ce, lse = [empty], [empty]  # nothing else is kept of a chunk
     for span in walk.spans():
         if any(needs):
             b = None if lse_factor is None else lse_factor[span].detach()
@@ -230,11 +230,11 @@ def _weighted(
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """Per-token cross-entropy, logsumexp, entropy and argmax; the scores are made again in the backward."""
+    """Per-token cross-entropy, logsumexp, entropy and argmax; the backward computes the scores again."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, tiles: type[Tiles], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The call holds nothing that is saved for the backward, or hooks that offload what is saved would free nothing.
+        # The call does not hold the saved tensors as well, or hooks that offload saved tensors would free no memory.
         empty = call.input.new_empty(0)
         ctx.tiles, ctx.call = tiles, replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         ctx.save_for_backward(*inputs, *_given(call))
@@ -264,10 +264,10 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..., Any]:
-    """Its `apply`, hidden from torch.compile where a user's module is differentiated on the tile.
+    """The function's `apply`, hidden from torch.compile if a tile differentiates a user's module by autograd.
 
-    Compiled in parts around a graph break, that gave wrong gradients to the module's parameters. Without torch._dynamo
-    nothing is being compiled.
+    Compiled in parts around a graph break, it gave wrong gradients of the module's parameters. As long as torch._dynamo
+    is not imported, nothing is compiled.
     """
     if call.module_state is None or "torch._dynamo" not in sys.modules:
         return function.apply
@@ -275,7 +275,7 @@ def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..
 
 
 def _kept(call: Call) -> Tensor | None:
-    """The tokens that count, or None where all do. Only a CPU is asked which they are: a GPU would have to stop."""
+    """The indices of the tokens that are not ignored; None for all. Read on a CPU only: a GPU would synchronise."""
     target = call.target
     if target is None or not readable(target.kept) or bool(target.kept.all()):
         return None
@@ -290,7 +290,7 @@ def _select(call: Call, index: Tensor) -> Call:
 
 
 class Chunked(Implementation):
-    """The walk over one kind of tile, which answers for it."""
+    """The implementation that computes chunk by chunk with one kind of tile; the tile says which calls it supports."""
 
     def __init__(self, tiles: type[Tiles]) -> None:
         self.tiles = tiles
@@ -310,7 +310,7 @@ class Chunked(Implementation):
     def statistics(self, call: Call) -> Statistics:
         """Per-token statistics, differentiable but for argmax.
 
-        Without details, tokens that a CPU sees to be ignored cost nothing; their logsumexp is given as 0.
+        Without details, a CPU skips ignored tokens; their logsumexp is then 0.
         """
         if not call.details and (index := _kept(call)) is not None:
             ce, lse, *_ = self.statistics(_select(call, index))
@@ -322,7 +322,7 @@ class Chunked(Implementation):
             return Statistics(*_applied(_TokenStatistics, call)(call, self.tiles, *self._inputs(call)))
 
     def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
-        """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; on a CPU ignored tokens cost nothing."""
+        """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; a CPU skips ignored tokens."""
         if (index := _kept(call)) is not None:
             call, ce_factor = _select(call, index), ce_factor[index]
             lse_factor = None if lse_factor is None else lse_factor[index]

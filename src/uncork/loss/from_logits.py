@@ -1,4 +1,4 @@
-"""The same losses and statistics from logits that are given, for heads whose logits a hook may change."""
+"""The same losses and statistics from given logits, for heads whose logits a hook may change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from uncork.loss.reference import statistics_of_logits
 
 @dataclass(frozen=True)
 class _Given(Implementation):
-    """The reference implementation, from its logits on."""
+    """The reference implementation, starting from given logits."""
 
     logits: Tensor  # (N, V)
 
@@ -33,10 +33,10 @@ def cross_entropy(
     impl: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """`linear_cross_entropy` of logits (..., V) that are made already; options and errors as there.
+    """`linear_cross_entropy` of logits (..., V) that are computed already; options and errors as there.
 
     Args:
-        reason: why they had to be made, for the error where an implementation is asked for that does not make them.
+        reason: why all logits are computed, for the error if `impl` names an implementation that does not compute them.
     """
     check_reduction(reduction, z_loss)
     _check_impl(impl, reason)
@@ -48,14 +48,14 @@ def cross_entropy(
 def token_statistics(
     logits: Tensor, target: Tensor | None, *, reason: str, impl: str | None = None, **options: Any
 ) -> TokenStatistics:
-    """`uncork.token_statistics` of logits (..., V) that are made already; the argmax is theirs."""
+    """`uncork.token_statistics` of logits (..., V) that are computed already; the argmax is taken over the logits."""
     _check_impl(impl, reason)
     call, leading = _call(logits, target, details=True, **options)
     return answer_statistics(_Given(logits.reshape(-1, logits.shape[-1])), call, leading)
 
 
 def _call(logits: Tensor, target: Tensor | None, **options: Any) -> tuple[Call, tuple[int, ...]]:
-    """A checked call whose input and weight hold nothing: the target's shape is checked against theirs."""
+    """A validated call whose input and weight are placeholders, needed only for the checks of the target's shape."""
     nothing = logits.new_empty(*logits.shape[:-1], 1), logits.new_empty(logits.shape[-1], 1)
     return build_call(*nothing, target, **options)
 
@@ -63,4 +63,4 @@ def _call(logits: Tensor, target: Tensor | None, **options: Any) -> tuple[Call, 
 def _check_impl(impl: str | None, reason: str) -> None:
     check_name(impl)
     if impl not in (None, "reference"):
-        raise ValueError(f'impl="{impl}" cannot serve this call: {reason}, which takes the (N, V) matrix of them')
+        raise ValueError(f'impl="{impl}" cannot serve this call: {reason}, which needs the whole (N, V) matrix of them')

@@ -1,4 +1,4 @@
-"""A logit function as the loss takes it: applied as it is, or as the tensors that a tile differentiates for."""
+"""The logit function inside the loss: how it is applied, and the tensors that a tile computes gradients for."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from uncork.logit_functions.operations import Operation
 
 
 class ModuleState(NamedTuple):
-    """A user's module when the loss was called: the names of the tensors that train, and the other tensors by name."""
+    """A user's module as it was when the loss was called: the names of its trainable tensors, and its other tensors."""
 
     trained: tuple[str, ...]
     constants: dict[str, Tensor]
@@ -33,7 +33,7 @@ def check_function(function: nn.Module | None) -> None:
 
 
 def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
-    """What a module made of the scores, if the shape says that it is elementwise."""
+    """The logits that a module returned; raises unless they have the scores' shape, as of an elementwise module."""
     if logits.shape != scores.shape:
         raise ValueError(
             f"logit_function: expected an elementwise module, but it turned shape {tuple(scores.shape)} "
@@ -44,19 +44,19 @@ def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
 
 def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
     """f(scores), where -inf stays and takes no gradient, whatever the function."""
-    if isinstance(function, LogitFunction) and function.operations() != ():  # it sees to -inf itself
+    if isinstance(function, LogitFunction) and function.operations() != ():  # it handles -inf itself
         return checked_logits(function(scores), scores)
     f = nn.Identity() if function is None else function
     return pass_impossible(lambda finite: checked_logits(f(at_least_float32(finite)), finite), scores)
 
 
 def operations_of(function: nn.Module) -> Sequence[Operation] | None:
-    """A LogitFunction's primitives; None where only autograd can serve it."""
+    """A LogitFunction's primitives; None if only autograd can differentiate the function."""
     return function.operations() if isinstance(function, LogitFunction) else None
 
 
 def module_state(function: nn.Module | None) -> ModuleState | None:
-    """What a module that only autograd can serve holds now."""
+    """The present state of a module that only autograd can differentiate; None for any other function."""
     if function is None or operations_of(function) is not None:
         return None
     tensors = _tensors(function)
@@ -65,7 +65,7 @@ def module_state(function: nn.Module | None) -> ModuleState | None:
 
 
 def function_parameters(function: nn.Module | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What a tile differentiates for: a LogitFunction's tables, or any other module's trainable tensors."""
+    """The tensors that a tile computes gradients for: a LogitFunction's tables, another module's trainable tensors."""
     if function is None:
         return []
     if isinstance(function, LogitFunction) and function.operations() is not None:

@@ -2,8 +2,8 @@
 
 | impl | what it is | needs |
 |---|---|---|
-| "native" | walks over chunks of tokens, in C++: one (chunk, V) block | Linux, a CPU, functions of the library |
-| "torch" | the same walk in torch: a few blocks | any device, any elementwise module |
+| "native" | works chunk by chunk, in C++, with one (chunk, V) block in memory | Linux, a CPU, the library's functions |
+| "torch" | works chunk by chunk, in torch, with a few such blocks | any device, any elementwise module |
 | "reference" | keeps the (N, V) logits, leaves gradients to autograd: the definition | any device |
 """
 
@@ -35,7 +35,7 @@ def choose(impl: str | None, call: Call) -> Implementation:
     """The implementation that was asked for, or the fastest that serves the call.
 
     Raises:
-        ValueError: for an unknown name, or where the one that was asked for cannot serve the call; with its reason.
+        ValueError: for an unknown name, or if the implementation asked for does not support the call; it says why.
     """
     check_name(impl)
     if impl is None:
@@ -46,7 +46,7 @@ def choose(impl: str | None, call: Call) -> Implementation:
 
 
 def title(call: Call) -> str:
-    """What `impl=None` takes for a call, to be read by people: "torch", or "native (avx512)"."""
+    """The implementation that `impl=None` takes for a call, as text for people: "torch", or "native (avx512)"."""
     name = _fastest(call)
     variant = IMPLEMENTATIONS[name].variant()
     return f"{name} ({variant})" if variant else name

@@ -15,7 +15,7 @@ from uncork.loss.tile import LogProbTiles
 
 
 def asked_for_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd, backward or forward, would have something to follow."""
+    """Whether autograd, in reverse or forward mode, would record operations on these tensors."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -23,14 +23,14 @@ def asked_for_gradients(*tensors: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Inference:
-    """Answers about the words of one call."""
+    """Log-probabilities, top k and argmax of one call, without gradients."""
 
     call: Call
     tiles: type[LogProbTiles]
 
     @classmethod
     def of(cls, call: Call) -> "Inference | None":
-        """None where plain torch has to answer: for a gradient, in half precision, or where no such tiles serve."""
+        """None if plain torch has to compute the call: with gradients, in half precision, or without tiles for it."""
         parameters = [] if call.function is None else list(call.function.parameters())
         if asked_for_gradients(call.input, call.weight, call.bias, call.prior_logits, *parameters):
             return None
@@ -42,7 +42,7 @@ class Inference:
 
     @torch.no_grad()
     def log_prob(self) -> Tensor:
-        """(N, V), the only matrix of that size."""
+        """Log-probabilities (N, V), the only matrix of that size in memory."""
         call, walk = self.call, self._walk(self.call)
         result = call.input.new_empty(call.tokens, call.weight.shape[0])
         for span in walk.spans():
@@ -55,7 +55,7 @@ class Inference:
 
     @torch.no_grad()
     def topk(self, k: int, exclusion: Exclusion | None = None) -> tuple[Tensor, Tensor]:
-        """(log_prob, ids), (N, k) each. The scores are ranked, which the function cannot reorder; a mixture's words."""
+        """(log_prob, ids), (N, k) each, ranked by the scores, whose order f keeps; in a mixture by log-probability."""
         call, bias = self.call, self.call.bias
         first = IndexTarget.build(call.input.new_zeros(call.tokens, dtype=torch.int64), -1, None, 0.0, 1, call.input)
         if call.prior_logits is None:
@@ -76,11 +76,11 @@ class Inference:
             highest = take(scores, ids[span])
             first.index[span] = ids[span][:, 0]
             logits = apply_function(call.function, highest)
-            # From the likeliest word on, whose cross-entropy keeps its digits where it is small.
+            # Relative to the likeliest word, whose cross-entropy is accurate even where it is small.
             surprise = walk.tiles.statistics(scores, span).cross_entropy
             assert surprise is not None
             values[span] = logits - logits[:, :1] - surprise[:, None]
-            if exclusion is not None:  # nothing but impossible words may be left: -inf less -inf
+            if exclusion is not None:  # only impossible words may be left, with a difference of -inf - -inf
                 values[span].masked_fill_(highest == -torch.inf, -torch.inf)
         return values, ids
 

@@ -1,4 +1,4 @@
-"""Between the public functions and an implementation: reductions, token weights, and the shape of the answers."""
+"""What the public functions add to an implementation: reductions, token weights, and the shape of the results."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class TokenStatistics(NamedTuple):
 
 
 def check_reduction(reduction: str, z_loss: float) -> None:
-    """Raises unless the two are what `linear_cross_entropy` takes."""
+    """Raises unless both are values that `linear_cross_entropy` accepts."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
     check_number("z_loss", z_loss)

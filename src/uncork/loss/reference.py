@@ -1,4 +1,4 @@
-"""The definition: keeps the logits, leaves every gradient to autograd."""
+"""The reference implementation, which defines the results: it keeps the logits and leaves gradients to autograd."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from uncork.loss.target import highest
 
 
 class Reference(Implementation):
-    """Any call, on any device."""
+    """Computes any call, on any device."""
 
     def statistics(self, call: Call) -> Statistics:
         """Per-token statistics, differentiable but for argmax."""
@@ -31,7 +31,7 @@ def statistics_of_logits(call: Call, logits: Tensor, ranked: Tensor) -> Statisti
         shifted = logits - top
         shifted_lse = torch.logsumexp(shifted, -1)
         lse = shifted_lse + top.squeeze(-1)
-    else:  # log-probabilities are normalised already; what is left is rounding
+    else:  # the logsumexp of log-probabilities is 0 but for rounding
         shifted, lse = logits, torch.zeros_like(logits[:, 0])
         shifted_lse = lse
     ce = None if call.target is None else call.target.cross_entropy(shifted, shifted_lse)

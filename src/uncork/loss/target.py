@@ -1,6 +1,7 @@
-"""Targets as every implementation sees them: per token, t = c onehot(y) + s u (u per word), or c times probabilities.
+"""Targets in the one form that all implementations use: a vector t over the words for each token.
 
-With log-probabilities l - lse, a token's cross-entropy is sum_v t_v (lse - l_v); its gradient to the logits is
+With class weights u, an index target y gives t = c onehot(y) + s u, and probabilities q give t = u q, elementwise. With
+log-probabilities l - lse, a token's cross-entropy is sum_v t_v (lse - l_v); its gradient to the logits is
 T softmax(l) - t, where T = sum_v t_v is the target's mass.
 """
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 class Target(Protocol):
-    """What is asked of the rows [start, stop) of a chunk whose logits are (C, V)."""
+    """The targets of C tokens, whose logits are (C, V)."""
 
     @property
     def kept(self) -> Tensor:
@@ -23,7 +24,7 @@ class Target(Protocol):
         """(V,) class weights."""
 
     def rows(self, part: slice | Tensor) -> "Target":
-        """The same for some of the tokens."""
+        """The targets of some of the tokens."""
 
     def cross_entropy(self, logits: Tensor, logsumexp: Tensor) -> Tensor:
         """(C,): sum_v t_v (lse - l_v); 0 where ignored."""
@@ -39,7 +40,7 @@ class Target(Protocol):
         """grad -= factor[:, None] * t, in place."""
 
     def denominator(self) -> Tensor:
-        """(N,): what a token counts in the mean: its class weight, or 1; 0 where ignored."""
+        """(N,): each token's part of the mean's denominator: its class weight, or 1; 0 where ignored."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,6 @@ class ProbabilityTarget:
 
 
 def highest(logits: Tensor) -> Tensor:
-    """Each row's largest logit (..., 1), 0 where all are -inf: taken off first, it keeps small losses their digits."""
+    """Each row's largest logit (..., 1), 0 where all are -inf; subtracting it first keeps small losses accurate."""
     top = logits.detach().amax(-1, keepdim=True)
     return top.masked_fill_(top == -torch.inf, 0)

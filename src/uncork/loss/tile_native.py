@@ -1,8 +1,7 @@
 """The tile on a CPU: C++ with OpenMP (see `native/`), called through ctypes on the tensors' memory.
 
-The library is built when the package is installed, if there is a C++ compiler. It is linked with no OpenMP and takes
-its threads from the runtime that torch computes with. It is supported on Linux; where it is missing, impl="torch"
-serves.
+The library is built when the package is installed, if there is a C++ compiler. It is not linked with OpenMP and takes
+its threads from the runtime that torch computes with. It is supported on Linux; without it impl=None takes "torch".
 """
 
 import ctypes
@@ -47,7 +46,7 @@ def _after_fork() -> None:
     _forked = True
 
 
-# OpenMP's threads do not live on in a forked child: there the tile works alone.
+# OpenMP's threads do not survive a fork: in the child the tile uses one thread.
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_after_fork)
 
@@ -179,7 +178,7 @@ class NativeTiles(LogProbTiles):
 
     @classmethod
     def refuses(cls, call: Call) -> str:
-        """Tensors off the CPU or of a subclass, calls that torch traces, functions without a kernel."""
+        """Refuses tensors of a subclass or not on the CPU, calls that torch traces, and functions without a kernel."""
         tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
         if any(t.device.type != "cpu" for t in tensors):
             return f"it works on the CPU, not on {call.input.device}"
@@ -192,7 +191,7 @@ class NativeTiles(LogProbTiles):
 
     @classmethod
     def chunk_rule(cls, call: Call) -> ChunkRule:
-        """One block, which every step leaves its result in."""
+        """The CPU's rule for one block of scores, which every step overwrites with its result."""
         return CPU
 
     @classmethod
@@ -212,7 +211,7 @@ class NativeTiles(LogProbTiles):
         self.results: dict[str, Tensor] = {}
 
     def block(self, rows: int) -> Tensor:
-        """Memory for (rows, V) scores, not filled; in large pages, since it is new to the process in every call."""
+        """Memory for (rows, V) scores, not filled; in large pages, since every call allocates it anew."""
         block = torch.empty(rows, self.call.weight.shape[0], dtype=self.call.dtype, device="cpu")
         _loaded().uncork_large_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
         return block
@@ -233,7 +232,7 @@ class NativeTiles(LogProbTiles):
     def _run(self, scores: Tensor, span: slice, mode: int, upstream: Upstream | None) -> TileResult:
         call, k = self.call, self.call.components
         tokens = scores.shape[0] // k
-        held: list[Any] = []  # what the struct points to
+        held: list[Any] = []  # keeps the tensors alive that the struct points to
 
         def point(tensor: Tensor | None, dtype: torch.dtype = call.dtype) -> int | None:
             if tensor is None:
@@ -284,8 +283,8 @@ class NativeTiles(LogProbTiles):
     def _result(self, span: slice, mode: int) -> TileResult:
         """The span's part of the call's results, to be filled.
 
-        Results and sums are one memory for all chunks: small tensors that stay, made between large ones that come and
-        go, would leave holes behind.
+        The memory of results and sums is allocated once for all chunks: small tensors that stay, allocated between
+        large ones that are freed, would fragment the heap.
         """
         call, gradient = self.call, mode == _GRADIENT
         details = call.details and mode == _STATISTICS
@@ -309,7 +308,7 @@ class NativeTiles(LogProbTiles):
         )
 
     def _make_sums(self) -> list[Tensor | None]:
-        """Float64 memory for the sums of each operation where they are asked."""
+        """For each operation float64 memory for its tables' gradients; None if none of them is needed."""
         sums: list[Tensor | None] = []
         start = 0
         for operation in self.operations:
@@ -336,7 +335,7 @@ class NativeTiles(LogProbTiles):
         return described
 
     def _per_table(self, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One gradient a table, in memory that the next chunk writes to; knots have none of their own."""
+        """The gradient to each table, in memory that the next chunk overwrites; None for knots, which have none."""
         tables: list[Tensor | None] = []
         for operation, own in zip(self.operations, sums, strict=True):
             if own is None:

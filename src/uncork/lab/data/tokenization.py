@@ -17,7 +17,7 @@ JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | boo
 SPEC_VERSION = 1
 BYTE_VALUES = 256
 LONGEST_RUN = 1000
-"""Subwords are learned on words of at most so many characters. Learning takes the square of a word's length."""
+"""Subwords are learned on words of at most so many characters: the time grows with the square of a word's length."""
 
 _SPACE_BEFORE = re.compile(r" (?=[,.;:!?%)\]}])")
 _SPACE_AFTER = re.compile(r"(?<=[(\[{$]) ")
@@ -29,7 +29,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes: ``vocab_size``; ``eos_id``, the end of a line; ``unk_id``, the unknown word (None where every text has
-    an exact encoding); ``style``, how the corpus writes (see the module).
+    an exact encoding); ``style``, how the corpus writes (see `words`).
     """
 
     vocab_size: int
@@ -91,7 +91,7 @@ def _string_list(value: JSON) -> list[str]:
 
 
 def _check_words(tokens: Sequence[str], style: Style) -> None:
-    """Refuse a vocabulary whose words are none here: it was made when combining marks were words of their own."""
+    """Refuse a vocabulary with entries that are not words by today's rule, under which combining marks are none."""
 
     def split(text: str) -> list[str]:
         return split_words(normalize(text, style), style)
@@ -111,7 +111,7 @@ class WordTokenizer(Tokenizer):
 
     Args:
         tokens: the vocabulary, a string per id, with ``<unk>`` and ``<eos>`` among them.
-        style: how the corpus writes (see the module).
+        style: how the corpus writes (see `words`).
 
     >>> tokenizer = WordTokenizer.train(["the", "war", "the", "<eos>"], "raw")
     >>> tokenizer.tokens()

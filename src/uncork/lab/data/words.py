@@ -101,7 +101,7 @@ def split_words(text: str, style: Style) -> list[str]:
     words: list[str] = []
     for line in lines_of(text):
         if style == "raw":
-            for part in line.split(" "):  # no word goes over a space
+            for part in line.split(" "):  # no word contains a space
                 words += _words_of[part]
         else:
             words += line.split()
@@ -110,7 +110,7 @@ def split_words(text: str, style: Style) -> list[str]:
 
 
 class _RememberedWords(dict[str, tuple[str, ...]]):
-    """The words of what stands between two spaces of raw text. A text repeats itself: looking up is quicker than
+    """A cache of the words in each part of raw text between two spaces: parts repeat, and a look-up is quicker than
     matching."""
 
     def __missing__(self, part: str) -> tuple[str, ...]:
@@ -153,10 +153,10 @@ def count_words(text: str, style: Style) -> int:
 def _serve() -> None:
     """Answer pickled requests (function's name, its arguments) from the standard input until it ends."""
     tasks: dict[str, Callable[..., Any]] = {task.__name__: task for task in (normalize, number_words, count_words)}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end ends this input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and with it this process's input
     while True:
         try:
-            task, *arguments = pickle.load(sys.stdin.buffer)  # from the parent process, no file
+            task, *arguments = pickle.load(sys.stdin.buffer)  # from the parent process, not from a file
         except EOFError:
             return
         pickle.dump(tasks[task](*arguments), sys.stdout.buffer, protocol=5)

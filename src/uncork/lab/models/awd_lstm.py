@@ -184,7 +184,7 @@ class AWDLSTM(Backbone):
         if not self.training or self.config.embedding_dropout == 0.0:
             return embedded
         keep = 1.0 - self.config.embedding_dropout
-        # One draw per word of the vocabulary: all occurrences of a word in the batch fall together.
+        # One draw per word of the vocabulary: all occurrences of a word in the batch are dropped together.
         mask = embedded.new_empty(self.embedding.num_embeddings).bernoulli_(keep).div_(keep)
         return embedded * mask[tokens].unsqueeze(-1)
 

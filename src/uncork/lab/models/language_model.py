@@ -1,4 +1,4 @@
-"""The frame that every backbone fits into: a backbone makes features, a head turns them into a loss or into logits.
+"""The interface of backbones, and a language model: a backbone makes features, a head turns them into loss or logits.
 
 Shapes in comments: B batch, T time, D features, V vocabulary.
 """
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
             embedding's size (D' is D, or `latent_features` for a mixture).
 
     Raises:
-        TypeError: the head lacks one of these.
+        TypeError: the head lacks one of these attributes.
         ValueError: the sizes of backbone and head do not fit.
     """
 
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         return self.backbone.initial_state(batch_size)
 
     def tied_keys(self) -> dict[str, str]:
-        """Keys of `state_dict()` that repeat another one, and that other key; safetensors stores a tensor once."""
+        """The key of each tied tensor in `state_dict()`, with its other key; safetensors stores such a tensor once."""
         return {"head.weight": "backbone.embedding.weight"} if self.tie_weights else {}
 
 
@@ -130,10 +130,9 @@ class BackboneConfig(Validated, abc.ABC):
 
     kind: str
     tie_weights: Switch = False
-    """The head's weight is the embedding."""
+    """Whether the head's weight is the embedding."""
     out_features: Size | None = None
-    """Features given to the head: a linear map to them ends the body. None: the size of its last layer, without a map.
-    """
+    """Features given to the head, by a linear map at the end of the body. None: the size of the last layer, no map."""
 
     @property
     @abc.abstractmethod

@@ -76,7 +76,7 @@ def _read(
     """Features (C, D) and targets (C,) of the sampled contexts; target, log_prob and entropy (N - 1,) of every one."""
     device = next(model.parameters()).device
     total = len(tokens) - 1
-    # Sampled places, of the N - 1 targets in the order of the batches.
+    # The sampled contexts, as positions among the N - 1 targets in the order of the batches.
     wanted = torch.arange(min(contexts, max(total, 1))) * total // min(contexts, max(total, 1))
     state: tuple[Tensor, ...] = ()
     sampled: list[tuple[Tensor, Tensor]] = []

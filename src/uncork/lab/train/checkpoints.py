@@ -48,7 +48,7 @@ class TrainState:
     seconds: float = 0.0
     """Spent in training steps, over all the sessions of the run."""
     row_tokens: int = 0
-    """Tokens of this process since the last row of the metrics; the next ones are that row's too."""
+    """Tokens of this process since the last row of the metrics."""
     row_steps: int = 0
     row_seconds: float = 0.0
     row_totals: list[float] = dataclasses.field(default_factory=list)
@@ -60,7 +60,7 @@ class TrainState:
     averaged: int | None = None
     """Steps in the mean of averaged SGD; None while there is no mean."""
     stopped: bool = False
-    """Validation was out of patience."""
+    """Whether `patience` ended training early."""
 
     @property
     def best(self) -> float | None:
@@ -74,7 +74,7 @@ class TrainState:
 
 
 def build_untrained(config: TrainConfig, corpus: Corpus) -> LanguageModel:
-    """The model that training starts from. The seed alone decides on the backbone's weights, whatever the head.
+    """The model that training starts from. The backbone's weights depend on the seed alone, not on the head.
 
     Raises LabError for a head option that does not exist or does not fit.
     """
@@ -109,7 +109,7 @@ def describe(config: TrainConfig, model: LanguageModel, corpus: Corpus) -> dict[
 
 
 def described_config(description: dict[str, Any]) -> TrainConfig:
-    """The settings in a description. Earlier ones have what the preset gave apart from them: `model`, `training`."""
+    """The settings in a description. Earlier versions kept what came from the preset in `model` and `training`."""
     values = dict(description["config"])
     for name, kept in (("model_options", description.get("model")), ("training_options", description.get("training"))):
         if kept is not None:
@@ -118,7 +118,7 @@ def described_config(description: dict[str, Any]) -> TrainConfig:
 
 
 def check_description(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
-    """Raise LabError that lists what differs, unless the checkpoint is of the very same training."""
+    """Raise a LabError that lists the differences unless the checkpoint belongs to the same training."""
     stored = checkpoint.state.get("description")
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise LabError(f"{checkpoint.path}: was not written by this version of uncork's training")
@@ -139,31 +139,31 @@ def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def average_tensors(average: AveragedModel) -> dict[str, Tensor]:
-    """The mean of averaged SGD, of the weights that are trained."""
+    """The means that averaged SGD keeps of the trained weights."""
     named = average.module.named_parameters()
     return {f"average.{name}": parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
 def load_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
-    """Give the model the checkpoint's weights. Raises LabError when they are not those of such a model."""
+    """Load the checkpoint's weights into the model. Raises LabError if they are of another model or head."""
     prefix = "model."
     given = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
     tied = model.tied_keys()
     wanted = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-    said = f"head.{HEAD_SPEC}"
-    if said not in given and isinstance(model.head, uncork.heads.Head):
-        # Of 0.1.0, where the description alone says which head it is of.
+    spec_key = f"head.{HEAD_SPEC}"
+    if spec_key not in given and isinstance(model.head, uncork.heads.Head):
+        # Written by 0.1.0, where the description alone tells which head the weights belong to.
         described = checkpoint.state.get("description", {}).get("head")
         with torch.device("meta"):
             head = model.head if described is None else uncork.head_from_spec(described)
         given = uncork.heads.convert_state_0_1(given, head, "head.")
-    wrong = sorted((wanted.keys() ^ given.keys()) - {said})
+    wrong = sorted((wanted.keys() ^ given.keys()) - {spec_key})
     if wrong:
         raise LabError(
             f"{checkpoint.path}: is of another model or head, only one of the two has {', '.join(wrong[:3])}"
         )
     for key, tensor in wanted.items():
-        if tensor.shape != given[key].shape and key != said:
+        if tensor.shape != given[key].shape and key != spec_key:
             raise LabError(
                 f"{checkpoint.path}: is of another model or head, {key} is {tuple(given[key].shape)} there, "
                 f"{tuple(tensor.shape)} here"
@@ -186,7 +186,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Give the optimiser what `optimizer_state` took from one with the same parameters."""
+    """Restore what `optimizer_state` returned for an optimiser of the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **rest}.items():
         kind, _, inner = name.partition(".")
@@ -224,13 +224,13 @@ def save_best(run: Run, step: int, model: LanguageModel, description: dict[str, 
 
 
 def save_tokenizer(run: Run, tokenizer: Tokenizer) -> None:
-    """Keep in the run's folder what any other text is tokenised with."""
+    """Save the tokenizer in the run's folder, so that other text can be tokenised with it."""
     write_json(run.path / TOKENIZER_FILE, tokenizer.spec())
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model and all that it takes to use it."""
+    """A trained model and all that is needed to use it."""
 
     model: LanguageModel
     """With the best weights, in evaluation mode."""
@@ -238,7 +238,7 @@ class Trained:
     config: TrainConfig
     """How it was trained; `bptt` and `eval_batch_size` are how it is evaluated."""
     step: int
-    """After which these weights were reached."""
+    """The training step after which the model had these weights."""
     fingerprint: str
     """Of the corpus; see `Corpus.fingerprint`."""
     result: dict[str, Any] | None

@@ -17,8 +17,8 @@ from uncork.lab.train.presets import get_preset
 from uncork.lab.validated import NonNegative, Positive, Seed, Share, Size, Switch, Validated, expects, require
 
 RULES = 1
-"""The version of the rules of training and evaluation: raised when the same settings come to give other numbers, beyond
-rounding. A run made under earlier rules is then refused, with that reason, instead of being taken for a new one.
+"""The version of the rules of training and evaluation: increased when the same settings give other results than before,
+beyond rounding. A run made under earlier rules is then refused, with that reason, and not mixed with later ones.
 
 1: version 0.1.0 and after.
 """
@@ -40,12 +40,12 @@ class Text(Validated):
 
 
 class TrainingOptions(Validated):
-    """How a model is trained, in what is changed seldom: `--set training_options.NAME`."""
+    """The training settings that are seldom changed: `--set training_options.NAME`."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam (with decoupled weight decay) or plain SGD."""
     eval_batch_size: Size = 32
-    """Parallel streams of a text that is evaluated."""
+    """Parallel streams into which an evaluated text is cut."""
     variable_bptt: Switch = False
     """Draw each batch's length around bptt and scale its learning rate by length / bptt, as AWD-LSTM does."""
     asgd: Annotated[Literal["never", "trigger"] | Size, expects("'never', 'trigger' or an epoch (from 1)")] = "never"
@@ -55,8 +55,8 @@ class TrainingOptions(Validated):
     warmup: Share = 0.0
     """Share of all steps, in [0, 1), over which the learning rate rises linearly."""
     decay: Literal["all", "matrices"] = "all"
-    """What weight decay applies to: everything but the functions, or of that the matrices alone (no biases, norms,
-    embeddings); see `uncork.parameter_groups`."""
+    """What weight decay applies to: all parameters but the functions', or only the matrices among them (no biases,
+    norms, embeddings); see `uncork.parameter_groups`."""
 
     @model_validator(mode="after")
     def _require_sgd(self) -> Self:
@@ -66,14 +66,14 @@ class TrainingOptions(Validated):
 
 
 class Training(TrainingOptions):
-    """How a model is trained, whatever its head and its text.
+    """The training settings that do not depend on head and text.
 
     >>> Training(optimizer="sgd", lr=20.0, asgd=200).asgd
     200
     """
 
     lr: Positive = 3e-3
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     batch_size: Size = 32
     """Parallel streams of the training text, over all processes."""
     bptt: Size = 64
@@ -81,7 +81,7 @@ class Training(TrainingOptions):
     clip: NonNegative = 1.0
     """Largest norm of the gradient of everything but the functions. 0: no clipping."""
     weight_decay: NonNegative = 0.0
-    """Weight decay of what `decay` says; with SGD it is an L2 penalty."""
+    """Weight decay of the parameters that `decay` selects; with SGD it is an L2 penalty."""
     bias_prior: Switch = False
     """Start the bias of the output layer at the log unigram of the training text."""
     output_lr_scale: NonNegative = 1.0
@@ -89,7 +89,7 @@ class Training(TrainingOptions):
 
 
 class TrainConfig(Training, Text):
-    """Everything that a run is told, resolved: a preset is values of it, and `of` is how one is made.
+    """All settings of a run, with defaults resolved. A preset gives the values that `of` starts from.
 
     >>> config = TrainConfig.of("lstm-laptop", head="plif", in_features=8, lr=0.01)
     >>> config.in_features, config.lr, config.bptt, config.epochs
@@ -102,24 +102,24 @@ class TrainConfig(Training, Text):
     """
 
     preset: str
-    """The preset that the values were taken from, and changed; see `uncork.lab.train.presets`."""
+    """The preset that the values start from; see `uncork.lab.train.presets`."""
     model: ModelConfig
     """The backbone."""
     head: str = "softmax"
     """The output layer, one of `uncork.HEAD_NAMES`."""
     head_options: dict[str, Any] = Field(default_factory=dict)
-    """Its own options, as {"num_pieces": 50}."""
+    """The head's own options, such as {"num_pieces": 50}."""
     seed: Seed = 0
-    """Of the initial weights, the dropouts and the variable lengths."""
+    """Random seed of the initial weights, the dropouts and the variable lengths."""
     epochs: Positive = 10.0
     """Passes over the training text; a fraction ends within one."""
     max_steps: Size | None = None
-    """Stop after so many steps, if that is earlier. The schedule fits what is really done."""
+    """Stop after so many steps, if that is earlier. The learning-rate schedule then ends with them."""
     function_lr_scale: NonNegative = 1.0
     """Factor on the learning rate for the parameters of the logit function."""
     function_clip: NonNegative = Field(default_factory=lambda settings: settings["clip"])
-    """Largest norm of the gradient of the functions' parameters, clipped apart: as clip, unless it is given. 0: no
-    clipping."""
+    """Largest norm of the gradient of the functions' parameters, which is clipped separately. Not given: the same as
+    clip. 0: no clipping."""
     precision: Literal["no", "bf16"] = "no"
     """Mixed precision of training: none, or bfloat16. Validation always computes in float32."""
     eval_every: Size | None = None
@@ -129,7 +129,7 @@ class TrainConfig(Training, Text):
     patience: Size | None = None
     """Stop early after so many validations in a row that are no better than the best. None: never."""
     checkpoint_every: NonNegative = Field(60.0, exclude=True)
-    """Seconds between checkpoints, at the least. No number depends on it, so it is not stored."""
+    """Least number of seconds between checkpoints. No result depends on it, so it is not stored."""
 
     @field_validator("head")
     @classmethod
@@ -151,11 +151,11 @@ class TrainConfig(Training, Text):
 
     @classmethod
     def of(cls, preset: str = "lstm-laptop", **values: Any) -> Self:
-        """The settings of a preset with these in place of its own; see `updated`."""
+        """The settings of a preset with these values in place of its own; see `updated`."""
         return cls(preset=preset, **get_preset(preset).values).updated(**values)
 
     def updated(self, **values: Any) -> Self:
-        """The same settings with these in place of theirs.
+        """These settings with some values replaced.
 
         Args:
             values: by field, or as the command line calls them: `in_features`, and the dictionaries `model_options`
@@ -167,7 +167,7 @@ class TrainConfig(Training, Text):
         body, features = self.model.updated(**model), values.pop("in_features", None)
         if features is not None:
             require("in_features", Size, features)
-            # Where the body ends in so many features by itself, it gets no linear map to as many.
+            # A body whose last layer already has so many features gets no linear map.
             body = body if features == body.feature_size else body.updated(out_features=features)
         if "clip" in values and self.function_clip == self.clip:
             values.setdefault("function_clip", values["clip"])
@@ -179,7 +179,7 @@ class TrainConfig(Training, Text):
         return self.model.feature_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting that numbers depend on, in JSON's types, by the name that the command line has for it."""
+        """Every setting that results depend on, in JSON's types, by its name on the command line."""
         values = self.model_dump(mode="json")
         model = values.pop("model")
         return {
@@ -194,7 +194,7 @@ class TrainConfig(Training, Text):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The settings that `to_dict` wrote, or of an earlier version, where None stood for the preset's value.
+        """The settings that `to_dict` wrote, here or in an earlier version, where None stood for the preset's value.
 
         Raises LabError for an unknown setting or a bad value.
         """
@@ -235,7 +235,7 @@ class TrainConfig(Training, Text):
         return record if text is None else {**record, "text": text}
 
     def head_record(self) -> dict[str, Any]:
-        """The output layer with every option of its own resolved; body and text decide on its features and words.
+        """The output layer's spec with every option resolved, but without in_features and vocab_size.
 
         Raises LabError for a head option that does not exist or does not fit.
         """
@@ -276,7 +276,7 @@ class Setting(NamedTuple):
 
 
 def known_settings(preset: str) -> dict[str, Setting]:
-    """What `--set` takes with this preset, as its keys.
+    """The settings that `--set` accepts with this preset, by key.
 
     >>> known_settings("lstm-laptop")["model_options.input_dropout"].value
     0.2
@@ -299,7 +299,7 @@ def known_settings(preset: str) -> dict[str, Setting]:
 
 
 def text_record(corpus: Corpus) -> dict[str, Any]:
-    """What a run knows its text by: a digest of all that numbers depend on, and its counts for a person to read.
+    """What identifies a run's text: a digest of all that its results depend on, and counts for people to read.
 
     The digest is of the words (or subwords) and of every split's ids, words and bytes: what is predicted, and what
     perplexity per word and bits per byte are counted in. Where the text lies and how it was read do not count.

@@ -37,8 +37,8 @@ class Evaluation:
         perplexity: per word of the corpus's own tokenisation: exp(cross_entropy * tokens per word).
         bits_per_byte: of the normalised text, None where its bytes are not known.
         nll: (N - 1,) float32 on the CPU, nats of each predicted token in the order of the text, if asked for.
-        unknown: share of the text's words that are <unk> to the model, in [0, 1]; None where no word is, or it was not
-            counted.
+        unknown: share of the text's words that are <unk> to the model, in [0, 1]; None if the tokenizer has no <unk>,
+            or the share was not counted.
     """
 
     cross_entropy: float
@@ -60,8 +60,8 @@ class Evaluation:
     ) -> "Evaluation":
         """The evaluation of a text of `length` tokens, the first included, which stand for `words` and `bytes`.
 
-        The first token, which nothing predicts, counts as the average one, so that words in place of tokens give
-        exactly exp(cross_entropy).
+        The first token, which is not predicted, counts with the mean cross-entropy, so that a text with as many words
+        as tokens has the perplexity exp(cross_entropy) exactly.
 
         >>> round(Evaluation.of(math.log(8), 101, words=101, bytes=303).bits_per_byte, 3)
         1.0
@@ -75,7 +75,7 @@ class Evaluation:
         return cls(cross_entropy, length - 1, perplexity, bits_per_byte, unknown=unknown)
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """What result.json holds of it."""
+        """What result.json stores of it."""
         return {
             "cross_entropy": self.cross_entropy,
             "perplexity": self.perplexity,
@@ -103,7 +103,7 @@ def evaluate(
     `bptt` tokens, so the first tokens of each window have little to go by. Sums are in float64.
 
     Args:
-        model: on any device; its mode is given back as it was.
+        model: on any device; it is left in the mode it was in.
         tokens: (N,) integers, N >= 2, below the vocabulary's size.
         batch_size: number of streams. bptt: tokens of each stream at a time.
         words: words of the text in the corpus's own tokenisation. None: as many as tokens.
@@ -129,7 +129,7 @@ def evaluate(
     result = Evaluation.of(cross_entropy, len(tokens), words=words, bytes=bytes, unknown=unknown)
     if not keep_nll:
         return result
-    # Row by row, the streams are the text in its order.
+    # The streams, one after the other, are the text in its order.
     all_nll, all_targets = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
     return dataclasses.replace(result, nll=all_nll[all_targets != IGNORE_INDEX])
 

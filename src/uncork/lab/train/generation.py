@@ -22,7 +22,7 @@ class Sampling(Validated):
     max_tokens: Size = 100
     """How many tokens to sample."""
     temperature: NonNegative = 1.0
-    """1 is the model's own distribution, less is bolder, 0 always takes the likeliest word."""
+    """1 is the model's own distribution, less favours likely words, 0 always takes the likeliest."""
     top_k: Size | None = None
     """Keep the k likeliest words. None: all."""
     top_p: Annotated[float, Field(gt=0, le=1), expects("in (0, 1]")] | None = None
@@ -34,7 +34,7 @@ class Sampling(Validated):
 
 
 def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> str:
-    """The prompt, as the tokenizer writes it, and what the model says next. Options: the fields of `Sampling`.
+    """The prompt, as the tokenizer decodes it, and the model's continuation. Options: the fields of `Sampling`.
 
     Words of the prompt that are not in the vocabulary become ``<unk>``. An empty prompt is the beginning of a line.
     """
@@ -96,7 +96,7 @@ def _choose(head: Head, features: Tensor, options: Sampling, generator: torch.Ge
     """One word after features (D,)."""
     if options.temperature == 0:
         return int(head.predict(features))
-    # Ranked by the head, which knows the order of words whose logits its function has made equal.
+    # Ranked by the head, by its scores: its function may have made the logits of different words equal.
     log_prob, ids = head.topk(features, min(options.top_k or head.vocab_size, head.vocab_size))
     log_prob = log_prob.double().cpu()
     prob = ((log_prob - log_prob.max()) / options.temperature).softmax(-1)

@@ -1,4 +1,4 @@
-"""A head as the command line writes it: its name, its own options, and what it sets of the training."""
+"""A head as the command line writes it: its name, its own options, and training settings of its own."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def parse_head(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     ('mos', {'latent_activation': None}, {})
 
     Raises:
-        LabError: for anything that is not name or name:key=value,key=value. Whether there is such a head with such
-            options is seen where it is built.
+        LabError: for anything that is not name or name:key=value,key=value. Whether the head and its options exist is
+            checked when it is built.
     """
     try:
         name, values = parse_text(text)

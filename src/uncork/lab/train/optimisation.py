@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate's course, clipping in two groups, and averaged SGD."""
+"""Optimisers, the learning-rate schedule, clipping in two groups, and averaged SGD."""
 
 import math
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def build_optimizer(model: nn.Module, training: Training, *, function_lr_scale: 
 
 
 def lr_factor(step: int, steps_total: int, *, schedule: str, warmup: float) -> float:
-    """Factor on the learning rate at `step` (from 0): up a line over the warm-up, then constant or down half a cosine.
+    """Factor on the learning rate at `step` (from 0): a linear warm-up, then constant or down along half a cosine.
 
         (step + 1) / w  for step < w = round(warmup * steps_total),   else 1  or  (1 + cos(pi (step - w) / (S - w))) / 2
 
@@ -54,7 +54,7 @@ def lr_factor(step: int, steps_total: int, *, schedule: str, warmup: float) -> f
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group's learning rate to `factor` times its first one, and return that of the first group."""
+    """Set each group's learning rate to `factor` times its initial one, and return that of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     lr: float = optimizer.param_groups[0]["lr"]
@@ -64,20 +64,20 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def clip_gradients(optimizer: torch.optim.Optimizer, clip: float, function_clip: float) -> list[Tensor]:
     """Scale the gradients of functions and of all else down to their norm bounds; return the norms before.
 
-    The logit functions' gradients sum over every score of the batch. Clipped together with the rest they would set the
-    scale of everybody's step, so they have a bound of their own.
+    The logit functions' gradients sum over every score of the batch. Clipped together with the rest they would dominate
+    the norm and so scale down every other gradient; therefore they have a bound of their own.
 
     Args:
         optimizer: of `build_optimizer`.
-        clip: bound of all else, an output layer with a rate of its own too. function_clip: of the functions. 0: no
-            clipping.
+        clip: bound for all other parameters, an output layer with its own learning rate included. function_clip: bound
+            for the functions'. 0: no clipping.
     """
     bounds = zip(clipped_together(optimizer), (clip, function_clip), strict=False)
     return [nn.utils.clip_grad_norm_(own, bound if bound > 0 else math.inf) for own, bound in bounds]
 
 
 def clipped_together(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    """The parameters that share a norm bound: all but the functions', and theirs, where there are any."""
+    """The groups of parameters that share a norm bound: all but the functions', and the functions' if there are any."""
     functions: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for group in optimizer.param_groups:
@@ -86,7 +86,7 @@ def clipped_together(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter
 
 
 def averaging_triggered(history: Sequence[float], checks: int = TRIGGER_CHECKS) -> bool:
-    """Whether averaging shall begin: the last validation is worse than the best of all but the last `checks` before it.
+    """Whether to start averaging: the last validation is worse than the best of all but the last `checks` before it.
 
     >>> averaging_triggered([4.0, 4.3, 4.2, 4.1], checks=2), averaging_triggered([4.0, 4.3, 4.2, 3.9], checks=2)
     (True, False)
@@ -98,7 +98,7 @@ def averaging_triggered(history: Sequence[float], checks: int = TRIGGER_CHECKS) 
 
 
 def weight_average(model: nn.Module) -> AveragedModel:
-    """The running mean of the weights that `update_parameters` is given from now on, averaged SGD's result.
+    """The running mean of the weights given to `update_parameters` from now on: the result of averaged SGD.
 
         mean_n = mean_{n-1} + (w_n - mean_{n-1}) / n
 
@@ -112,5 +112,5 @@ def weight_average(model: nn.Module) -> AveragedModel:
     >>> average.module.weight.item()
     3.0
     """
-    # Given by name: on a CPU torch has another formula for the same mean, which rounds otherwise.
+    # Given explicitly: torch's default on a CPU is another formula for the same mean, which rounds differently.
     return AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())

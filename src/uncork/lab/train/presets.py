@@ -7,7 +7,7 @@ from uncork.lab.models import AWDLSTMConfig, TransformerConfig
 
 
 class Preset(NamedTuple):
-    """A named start of a `uncork.lab.train.config.TrainConfig`: one line on what it is for, and the values it gives."""
+    """Named values to start a `uncork.lab.train.config.TrainConfig` from, and a line on what they are for."""
 
     description: str
     values: dict[str, Any]
@@ -30,8 +30,8 @@ _AWD_TRAINING_PTB: dict[str, Any] = {
     "epochs": 500.0, "weight_decay": 1.2e-6, "clip": 0.25, "asgd": 200, "schedule": "constant",
 }  # fmt: skip
 # Common to all presets but the published ones. Bias and learning rate of the output layer change a perplexity more than
-# most logit functions do, so heads are compared where both are set well. The rates are the best of 1, 4, 8, 16 and 32
-# on validation, the lower of two that are level (benchmarks/preset_rates.py); a GPU's are not measured.
+# most logit functions do, so heads are compared where both are set well. Each output_lr_scale is the best of 1, 4, 8,
+# 16, 32 on validation, the lower of two that are level (benchmarks/preset_rates.py); those for GPUs are not measured.
 _OWN: dict[str, Any] = {"bias_prior": True, "decay": "matrices"}
 
 

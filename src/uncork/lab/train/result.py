@@ -1,4 +1,4 @@
-"""What a finished run says of itself: result.json."""
+"""The result of a finished run: result.json."""
 
 import platform
 import statistics
@@ -31,9 +31,9 @@ def run_result(
 ) -> dict[str, Any]:
     """The contents of result.json, in JSON's types.
 
-    `peak_memory_of` says what `peak_memory_bytes` is: "gpu" is what this training allocated there at most, "process"
-    the most memory that the whole process ever held, earlier runs in it included. `epochs` is what was trained, in
-    whole steps, and `epochs_asked` what was asked for.
+    `peak_memory_of` says what `peak_memory_bytes` measures: "gpu" is the most that this training allocated on the GPU,
+    "process" the most that the whole process ever held, earlier runs in it included. `epochs` counts what was trained,
+    which is whole steps; `epochs_asked` is what was asked for.
     """
     embedding = model.backbone.embedding.weight
     head_parameters = sum(p.numel() for p in model.head.parameters() if p is not embedding)
@@ -66,10 +66,10 @@ def run_result(
 
 
 def epochs_told(result: Mapping[str, Any], config: TrainConfig) -> str | None:
-    """One line where other epochs were trained than asked for, and why; None where they are the same.
+    """One line on why the number of epochs trained is not the number asked for; None if it is.
 
     Args:
-        result: of a run. config: of it.
+        result: a run's result.json. config: the settings of that run.
     """
     asked, done = result.get("epochs_asked"), result["epochs"]
     if asked is None or abs(done - asked) < 1e-9:

@@ -1,4 +1,4 @@
-"""Train a language model through accelerate, over one process or several, so that whatever stops it loses nothing."""
+"""Train a language model with accelerate, in one process or several; an interrupted run resumes from a checkpoint."""
 
 import math
 import time
@@ -76,12 +76,12 @@ def train(
         resume: go on from the last checkpoint; False starts afresh.
         on_progress: called, in the first process, with every row of the metrics.
         tensorboard: also write the metrics to the folder `tensorboard` of the run.
-        threads: of torch, for this process from now on. None: as they are.
+        threads: number of torch's threads, set for the whole process. None: unchanged.
         cpu: compute on the CPU even where there is a GPU.
 
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
-        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of that moment was written first (at a second Ctrl-C, not).
+        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint was written first, unless it was pressed a second time.
         LabError: options that do not fit one another or the corpus; a run or a checkpoint of another training, or of
             another text; an environment variable that would change the numbers; a full disk.
     """
@@ -113,8 +113,8 @@ class Trainer:
 
     Args:
         config, corpus, run, on_progress: as for the function `train`.
-        accelerator: accelerate's, for device, processes and precision.
-        interrupt: entered already.
+        accelerator: an accelerate.Accelerator, for device, processes and precision.
+        interrupt: a guard whose context is entered already.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def train(self) -> None:
-        """Steps, validations, rows and checkpoints to the end, or to Ctrl-C."""
+        """Train to the end or to Ctrl-C, with validations, rows of the metrics and checkpoints."""
         self.wrapped.train()
         try:
             while True:
@@ -252,7 +252,7 @@ class Trainer:
         state, started = self.state, time.perf_counter()
         due = self.main and time.perf_counter() - self.saved_at >= self.config.checkpoint_every
         asked = torch.tensor([self.interrupt.requested, due], dtype=torch.float64, device=self.device)
-        # One message for all: what was asked of any process, all of them do.
+        # One reduction carries everything: what any process was asked to do (stop, save), all of them do.
         summed = self.accelerator.reduce(torch.cat([self.totals, asked]), reduction="sum")
         self._require_finite(summed)
         *totals, requested, due_count = summed.tolist()
@@ -316,7 +316,7 @@ class Trainer:
         state.stopped = self.config.patience is not None and state.checks_since_best >= self.config.patience
 
     def _evaluate(self, model: LanguageModel, split: str) -> Evaluation:
-        """Every process evaluates; the first one's number counts, so that all of them decide alike."""
+        """Every process evaluates; all of them use the first one's result, so that they decide alike."""
         tokens, config = self.corpus.splits[split], self.config
         found = evaluate(model, tokens, batch_size=config.eval_batch_size, bptt=config.bptt)
         shared = torch.tensor(found.cross_entropy, dtype=torch.float64, device=self.device)
@@ -335,11 +335,11 @@ class Trainer:
         )
 
     def _interruptible(self) -> AbstractContextManager[None]:
-        """Lets Ctrl-C end an evaluation at once; with several processes it waits, so that none leaves the others."""
+        """Lets Ctrl-C end an evaluation at once; with several processes it waits, so that all stop at the same step."""
         return self.interrupt.raising() if self.accelerator.num_processes == 1 else nullcontext()
 
     def _save(self) -> None:
-        """Write the "last" checkpoint, never one of a model that diverged."""
+        """Write the "last" checkpoint; raises TrainingDiverged instead of saving a model that diverged."""
         self._require_finite(self.totals)
         state = self.state
         state.row_totals = self.totals.tolist()
@@ -389,7 +389,7 @@ class Trainer:
         return lr_factor(step, self.steps_total, schedule=self.config.schedule, warmup=self.config.warmup)
 
     def _epoch(self) -> float:
-        """Passes over the text so far, with the part of the present one."""
+        """Passes over the text so far, with the completed fraction of the present one."""
         if self.state.segment == 0:
             return float(self.state.epoch)
         return self.state.epoch + self.segments[self.state.segment][0] / self.streams.length

@@ -1,5 +1,5 @@
-// Any target, entropy, and a mixture's log-probabilities: up to three passes over a token's rows, of which the first is
-// that of token.h, the second gathers the sums over words, and the third writes the gradient.
+// Any target, entropy, and a mixture's log-probabilities, in up to three passes over a token's rows: the first is
+// `sweep` of token.h, the second gathers the sums over words, and the third writes the gradient.
 #pragma once
 
 #include "token.h"
@@ -100,7 +100,7 @@ struct Dense {
     if (up.kept && up.index >= start && up.index < start + count) target[up.index - start] += static_cast<T>(up.hit);
   }
 
-  // The part of the words' upstream gradient that reaches component k: upstream times its responsibility.
+  // The upstream gradient that reaches component k at each word: upstream times the component's responsibility.
   const T* shared(int64_t k, int count) {
     if (!mixture()) return upstream;
     const T prior = log_prior[k];
@@ -202,7 +202,8 @@ void dense(const Worker<T>& w, int64_t n, int32_t mode, T* memory, double* sums)
   }
   const bool gradient = mode == UNCORK_GRADIENT;
   const double grad_lse = tile.log_prior ? 0 : up.lse + 2 * up.square * lse;
-  // Of one component and without an entropy, what the gradient needs to know of all words is the sum of the target.
+  // With one component and no gradient of the entropy, the gradient needs no sum over words but that of the target, so
+  // one pass gathers and writes.
   const bool at_once = gradient && !d.mixture() && !tile.grad_entropy;
   if (at_once) d.grad_component[0] = static_cast<T>(-up.cross_entropy * d.target_sum());
   d.each_block([&](int64_t start, int count) {

@@ -28,7 +28,7 @@ UNCORK_DECLARE(avx2)
 UNCORK_DECLARE(avx512)
 #endif
 
-// Best first. A CPU that lacks one never runs a byte of it.
+// Best first. No code of an instruction set that the CPU lacks is ever run.
 static const Instructions* find(const char* name) {
   static const Instructions known[] = {
 #ifdef UNCORK_HAS_AVX512

@@ -1,4 +1,4 @@
-// What crosses the border between Python and the tile: plain C structs, mirrored field by field in tile_native.py.
+// The interface between Python and the tile: plain C structs, mirrored field by field in tile_native.py.
 //
 // Legend: N tokens of a chunk, K components, V words, P pieces. A token has K consecutive rows of V scores. T is float or
 // double, as `is_double` says; every array of numbers is of T unless it says otherwise, contiguous but for the scores.
@@ -25,8 +25,8 @@ struct UncorkOperation {
   int32_t num_pieces;     // P of a piecewise linear operation, 0 of any other
   double bound;           // of UNCORK_UNIFORM
   const void* tables[3];  // as above, unused ones null
-  double* sums;           // its tables' gradients are added here, or null: 2, 2, 3, 2 numbers, or P of values then P of
-                          // slopes
+  double* sums;           // the gradients to its tables are added here; null if not needed. By kind 2, 2, 3, 2
+                          // numbers, or P for the values, then P for the slopes
 };
 
 struct UncorkTile {
@@ -43,7 +43,7 @@ struct UncorkTile {
 
   // The target: t_v = hit [v = index] + uniform weight_v of an index, ((1 - uniform V) q_v + uniform) weight_v of given q.
   const int64_t* index;       // (N,) or null
-  const uint8_t* kept;        // (N,) or null for all; another token's cross-entropy is 0
+  const uint8_t* kept;        // (N,), 0 for an ignored token, whose cross-entropy is 0; null if none is
   const void* hit;            // (N,), with an index
   const void* probabilities;  // (N, V) or null
   const void* word_weight;    // (V,) or null for ones
@@ -61,14 +61,15 @@ struct UncorkTile {
   void* lse;            // (N,), a mixture's is 0
   void* entropy;        // (N,)
   int64_t* argmax;      // (N,), of the scores, of a mixture its log-probabilities
-  void* scale;          // (N K,): the gradient to row r of the scores is scale[r] times what is left in it
+  void* scale;          // (N K,): the gradient to row r of the scores is scale[r] times what the tile wrote there
   void* grad_prior;     // (N, K): the gradient to the prior's logits
 };
 
-// What a call does with the scores. Statistics leave them; log-probabilities replace a token's first row.
+// What a call computes. Statistics leave the scores as they are, gradients overwrite them, log-probabilities overwrite
+// the first row of each token.
 enum UncorkMode : int32_t { UNCORK_STATISTICS = 0, UNCORK_GRADIENT = 1, UNCORK_LOG_PROB = 2 };
 
-// 0, 1 where memory ran out, 2 for an argument that the tile has no kernel for, or threads from nowhere.
+// Returns 0 for success, 1 if memory ran out, 2 for arguments without a kernel or several threads without `parallel`.
 int32_t uncork_run(const UncorkTile* tile, int32_t mode);
 
 // The instruction set that uncork_run uses: "avx512", "avx2" or "base". uncork_select forces one, for tests; 0 if this

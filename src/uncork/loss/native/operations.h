@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int kBlock = 1024;  // numbers of a row that are worked on at once: they stay in the first-level cache
-constexpr int kPad = 16;      // a block is filled up to a multiple of it, so that every element goes the same way
+constexpr int kPad = 16;      // a block is padded to a multiple of it, so that every element takes the vectorised path
 constexpr int kMaxOperations = 16;
 
 inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
@@ -30,25 +30,25 @@ using Two [[gnu::vector_size(2 * sizeof(T)), gnu::aligned(sizeof(T))]] = T;
 template <class T>
 struct Op {
   int32_t kind, num_pieces;
-  bool wanted;             // whether its tables' gradients are
+  bool wanted;             // whether the gradients to its tables are needed
   T a, b, c;               // the numbers of a table without pieces
   T per_unit, half;        // piece = floor(x per_unit + half) + middle
   int32_t middle;
-  int32_t copies;  // of its histogram, interleaved; 0 where a row leaves a trail instead
-  T spacing, spacing_rest;  // of the knots; the first has so few bits that its multiples are exact
+  int32_t copies;  // interleaved copies of its histogram; 0 where a row keeps a trail (a Step per element) instead
+  T spacing, spacing_rest;  // their sum is the knots' spacing; the first has so few bits that its multiples are exact
   const T* knots;         // sorted knots, and for each of `cells` equal cells the last knot below it
   const int32_t* below;
   int32_t cells;
   T origin;
   const Pair<T>* lines;   // y = x + (first + second (x - knot))
-  int64_t sums, scalars, histogram, trail;  // where its own begin, among the sums, scalar sums, histograms and trails
+  int64_t sums, scalars, histogram, trail;  // its offsets in the chain's sums, scalar sums, histograms and trails
   int num_scalars() const { return kind == UNCORK_SIGMOID ? 3 : 2; }
   bool piecewise() const { return kind >= UNCORK_UNIFORM; }
   int64_t num_sums() const { return piecewise() ? 2 * int64_t(num_pieces) : num_scalars(); }
   int64_t histogram_size() const { return piecewise() && wanted ? int64_t(copies) * num_pieces * 2 : 0; }
 };
 
-// What a stage of the chain keeps of a block.
+// What one operation of the chain keeps of a block for the backward.
 template <class T>
 struct Stage {
   alignas(64) T x[kBlock];
@@ -57,7 +57,7 @@ struct Stage {
   alignas(64) T distance[kBlock];
 };
 
-// The distance of x = inf from its knot, so that a line that falls below y = x does not make inf - inf of it.
+// Bound on the distance from a knot: at x = inf, an infinite one would give inf - inf where the slope is below 1.
 template <class T>
 constexpr T kLargest = std::numeric_limits<T>::max();
 
@@ -174,7 +174,7 @@ void forward(const Op<T>& op, Stage<T>& stage, T* y, Pair<T>* pairs, int n) {
   }
 }
 
-// An element's piece and what is to be added there.
+// An element's piece and the gradients to add to that piece.
 template <class T>
 struct Step {
   int32_t piece;
@@ -209,7 +209,7 @@ void add_pieces(const Op<T>& op, const int32_t* piece, const Pair<T>* pairs, dou
   }
 }
 
-// u where nothing is lost by it, so that inf times a slope of 0 is 0 and not nan.
+// u clamped to where its sigmoid and tanh are saturated, so that inf times a slope of 0 is 0 and not nan.
 template <class T>
 inline T bounded_(T u) {
   u = u > T(400) ? T(400) : u;
@@ -266,7 +266,7 @@ void add_terms_of(const Op<T>& op, const T* x, const T* g, double* sums, int n, 
 #pragma omp simd reduction(+ : first, second, third)
   for (int j = 0; j < n; ++j) {
     const Terms<T> terms = of(op, x[j]);
-    const bool none = g[j] == T(0);  // of an impossible word, whose terms may be anything
+    const bool none = g[j] == T(0);  // for an impossible word, whose terms may be anything, nan too
     first += none ? 0.0 : double(g[j]) * double(terms.first);
     second += none ? 0.0 : double(g[j]) * double(terms.second);
     third += none ? 0.0 : double(g[j]) * double(terms.third);

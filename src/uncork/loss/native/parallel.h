@@ -1,5 +1,5 @@
-// Threads from torch's own OpenMP, whatever it is called and whichever compiler made the tile. Its entry for threads is
-// handed over with each call, and nothing is linked: a second runtime in the process would fight torch's for the cores.
+// Threads of torch's own OpenMP runtime, whatever its name and whichever compiler built the tile. Each call brings the
+// runtime's entry point, and none is linked: a second runtime in the process would compete with torch's for the cores.
 #pragma once
 
 #include <cstdint>

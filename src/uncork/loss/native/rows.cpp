@@ -7,8 +7,8 @@
 
 namespace {
 
-// Fixed blocks of tokens, each with its own sums: they do not depend on which thread takes which block. As many blocks as
-// keep many cores busy and their sums within 8 MiB, or four blocks.
+// Fixed blocks of tokens, each with its own sums, so that results do not depend on which thread takes which block: up
+// to 128 of them, to keep many cores busy; fewer, but at least 4, if their sums would exceed 8 MiB.
 inline int64_t tokens_per_block(int64_t tokens, int64_t num_sums) {
   constexpr int64_t kMostBlocks = 128, kFewestBlocks = 4, kNumbers = 1 << 20;
   const int64_t room = std::max(kFewestBlocks, kNumbers / std::max<int64_t>(1, num_sums));

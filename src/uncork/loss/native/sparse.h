@@ -1,5 +1,6 @@
-// Index targets without smoothing: one pass finds the largest score, one more makes exp and its sum, leaves exp f' in the
-// row, and gathers the tables' sums; the division by the row's sum is left to the two products (`scale`).
+// Index targets without smoothing, in two passes: the first finds the largest score; the second computes exp and its
+// sum, writes exp f' into the row, and gathers the gradients to the tables. The division by the sum is left to the
+// matrix products (`scale`).
 #pragma once
 
 #include "token.h"
@@ -19,13 +20,13 @@ void finish_row(const Worker<T>& w, int64_t r, int k, double a, double c, int64_
   }
   if (w.chain.wanted) w.flush(k, weight, sums);
   double scale = weight;
-  if (weight != weight) {  // impossible words get 0 from a row of NaN too: they are the ones of -0 (see `exponentials`)
+  if (weight != weight) {  // in a row of NaN, too, impossible words get 0: -0 marks them (see `exponentials`)
     for (int64_t v = 0; v < w.tile.vocab; ++v)
       e[v] = e[v] == T(0) && std::signbit(e[v]) ? T(0) : static_cast<T>(weight);
     put<T>(w.tile.scale, r, 1);
     return;
   }
-  // The one-hot part is divided by the scale that the products will put back, unless that would lose it.
+  // The one-hot part is divided by the scale, which the products multiply by again, unless the scale is too small.
   if (std::abs(a) < 0.25 * std::abs(c) || row.sum == 0) {
     const T factor = static_cast<T>(weight);
     for (int64_t v = 0; v < w.tile.vocab; ++v) e[v] *= factor;
@@ -85,7 +86,7 @@ void sparse(const Worker<T>& w, int64_t n, bool gradient, double* sums) {
   }
   for (int64_t k = 0; k < components; ++k) {
     const int64_t r = n * components + k;
-    // An impossible target has no posterior: no component gets anything.
+    // An impossible target has no posterior: no component gets a gradient.
     const double factor = c == 0 || loss == kInfinity<double> ? 0 : c * std::exp(joint[k] + loss);
     finish_row(w, r, int(k), factor, factor, up.index, targets[k], sums);
     put<T>(tile.grad_prior, r, loss == kInfinity<double> ? 0 : c * std::exp(double(at<T>(tile.log_prior, r, T(0)))) - factor);

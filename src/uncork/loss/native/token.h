@@ -1,12 +1,12 @@
-// What both ways of working through a token share: its upstream gradients, and the pass over a row that finds the largest
-// logit and the sum of the exponentials.
+// What sparse.h and dense.h share: a token's upstream gradients, and the pass over a row that finds the largest logit
+// and the sum of the exponentials.
 #pragma once
 
 #include "worker.h"
 
 namespace {
 
-// Upstream gradients of one token, and what of its target is the same for all words.
+// Upstream gradients of one token, and the parts of its target that do not depend on the word.
 struct Upstream {
   double cross_entropy = 0, lse = 0, square = 0, entropy = 0, hit = 0;
   int64_t index = -1;
@@ -31,8 +31,8 @@ void put(void* array, int64_t i, double value) {
   if (array) static_cast<T*>(array)[i] = static_cast<T>(value);
 }
 
-// exp(logit - top) of a block into e; returns their sum. Impossible words get -0, which tells them from those whose exp is
-// 0: slopes and exponentials have no sign.
+// Writes exp(logit - top) of a block into e and returns their sum. Impossible words get -0, which tells them apart from
+// words whose exp is 0: slopes and exponentials are not negative.
 template <class T>
 double exponentials(const Worker<T>& w, int k, const T* y, T* e, int n, const Row<T>& row) {
   const T top = row.top;
@@ -62,7 +62,7 @@ Row<T> sweep(const Worker<T>& w, int k, T* z, bool gradient, bool entropy) {
   Row<T> row = w.extremes(z);
   T slope;
   row.top = row.best == -kInfinity<T> ? T(0) : w.logit(k, row.best, &slope);
-  // inf - inf has no answer, and so have the words that it is taken off: nan in all that are possible.
+  // If the largest logit is inf, inf - inf is undefined: every possible word of the row becomes nan.
   if (row.top == kInfinity<T>) row.top = std::numeric_limits<T>::quiet_NaN();
   T* e = w.grads.get() + k * kBlock;
   const int64_t vocab = w.tile.vocab;

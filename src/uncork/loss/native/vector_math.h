@@ -1,6 +1,6 @@
-// Elementary functions that compilers turn into vector code: branch-free, no library calls, for float; the library's own
-// for double. -inf, +inf, NaN and denormal results are right. Everything has internal linkage, since this file is compiled
-// once for each instruction set.
+// Elementary functions: for float without branches and library calls, so that compilers vectorise them; for double
+// those of the standard library. -inf, +inf, NaN and denormal results are right. Everything has internal linkage, since
+// this file is compiled once for each instruction set.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// One call of the tile and what one thread of it works with: prepared operations, scratch memory, and the loops over a row
-// that the kernels in rows.cpp are made of.
+// What one call of the tile prepares (its operations), and what each thread works with: scratch memory, and the loops
+// over a row that the kernels in rows.cpp are made of.
 #pragma once
 
 #include <cstdlib>
@@ -45,7 +45,7 @@ struct Chain {
   Array<Pair<T>> lines;
   Array<int32_t> below;
 
-  // Of the operations of a kind or those after it.
+  // The pieces of all operations whose kind is `kind` or one after it.
   static int64_t count_pieces(const UncorkTile& tile, int32_t kind) {
     int64_t pieces = 0;
     for (int i = 0; i < tile.num_operations; ++i)
@@ -87,7 +87,7 @@ struct Chain {
     return bits;
   }
 
-  // A number that begins as x does, of so many bits.
+  // x > 0 cut down to its leading bits.
   static double leading_bits(double x, int bits) {
     int exponent;
     const double mantissa = std::frexp(x, &exponent);
@@ -95,7 +95,7 @@ struct Chain {
     return std::ldexp(std::floor(mantissa * unit) / unit, exponent);
   }
 
-  static constexpr int kCells = 4;  // of the grid, a knot
+  static constexpr int kCells = 4;  // cells of the grid per knot
 
   static int32_t* prepare_grid(Op<T>& op, int32_t* below) {
     const int32_t pieces = op.num_pieces;
@@ -123,7 +123,7 @@ struct Chain {
     const auto* slopes = static_cast<const T*>(from.tables[2]);
     const int32_t pieces = from.num_pieces;
     op.knots = knots, op.lines = line;
-    // A histogram of many bins would cost more to empty after a row than to go through the row's elements again.
+    // Emptying a histogram of many bins after a row would cost more than going through the row's elements again.
     op.copies = pieces <= 256 ? 4 : pieces <= vocab / 2 ? 2 : 0;
     for (int32_t i = 0; i < pieces; ++i, ++line) {
       line->first = values[i];
@@ -141,10 +141,10 @@ struct Chain {
   }
 };
 
-// What the loops over a row hand back.
+// What the loops over a row return.
 template <class T>
 struct Row {
-  T top = 0;            // the largest logit, taken off before exp; 0 where all are -inf
+  T top = 0;            // the largest logit, subtracted before exp; 0 where all are -inf
   T best = 0;           // the largest score
   bool masked = false;  // whether some score is -inf
   double sum = 0;       // of exp(logit - top)
@@ -156,11 +156,11 @@ template <class T>
 struct Worker {
   const UncorkTile& tile;
   const Chain<T>& chain;
-  Array<Stage<T>> stages;  // one a component and operation
+  Array<Stage<T>> stages;  // one per component and operation
   Array<T> logits, grads, keep;
   Array<Pair<T>> pairs;
-  Array<double> histograms, scalars;  // one a component
-  Array<Step<T>> trails;              // one a component
+  Array<double> histograms, scalars;  // one per component
+  Array<Step<T>> trails;              // one per component
   Array<Row<T>> rows;
   Array<double> joint;  // (K,)
   Array<T> targets;     // (K,)
@@ -187,7 +187,7 @@ struct Worker {
   const T* bias() const { return static_cast<const T*>(tile.bias); }
   T score(const T* z, int64_t v) const { return z[v] + (tile.bias ? bias()[v] : T(0)); }
 
-  // The largest score and whether there is one of -inf.
+  // The largest score, and whether some score is -inf.
   Row<T> extremes(const T* z) const {
     constexpr int kLanes = 64;
     T high[kLanes], low[kLanes];
@@ -229,8 +229,8 @@ struct Worker {
     return first < 0 ? 0 : first;
   }
 
-  // Scores [start, start + n) of a row through the function: (C,) logits, and what the stages keep for the way back.
-  // Impossible words go as 0 and are marked.
+  // The logits of scores [start, start + n) of a row; the stages keep what the backward needs. Impossible words are
+  // computed as if their score were 0, and marked in `keep`.
   T* logits_of(int k, const T* z, int64_t start, int n, bool masked) const {
     T* y = logits.get() + k * kBlock;
     Stage<T>* stage = stages.get() + int64_t(k) * chain.size;
@@ -260,7 +260,7 @@ struct Worker {
     }
   }
 
-  // Where a mark is 0, and behind the n-th number, x becomes `value`.
+  // Sets x to `value` where the mark is 0, and in the padding after the n-th number.
   void fill(int k, T* x, int n, bool masked, T value) const {
     const T* kept = keep.get() + k * kBlock;
     if (masked) {
@@ -270,7 +270,7 @@ struct Worker {
     for (int j = n; j < padded(n); ++j) x[j] = value;
   }
 
-  // The logit of one score, the product of the slopes there, and the same for the stages of component k.
+  // The logit of one score; *slope becomes f' there, and the stages of component k are filled for `add_single`.
   T logit(int k, T z, T* slope) const {
     T one[kPad];
     std::fill_n(one, kPad, z);
@@ -295,7 +295,7 @@ struct Worker {
     for (int j = 0; j < n; ++j) trail[j] = {stage.piece[j], pairs.get()[j]};
   }
 
-  // Gradients to the logits of a block become those to its scores, in place; the tables' share goes to component k's sums.
+  // Turns the gradients to a block's logits into those to its scores, in place, and gathers those to the tables.
   void backward(int k, T* g, int64_t start, int n) const {
     Stage<T>* stage = stages.get() + int64_t(k) * chain.size;
     for (int i = chain.size - 1; i >= 0; --i) {
@@ -310,7 +310,7 @@ struct Worker {
     }
   }
 
-  // sums += factor times what component k has gathered, which is 0 again afterwards.
+  // sums += factor times what component k has gathered, which is then reset to 0.
   void flush(int k, double factor, double* sums) const {
     for (int i = 0; i < chain.size; ++i) {
       const Op<T>& op = chain.ops[i];
@@ -342,7 +342,7 @@ struct Worker {
     }
   }
 
-  // The tables' share of one element with upstream gradient g, whose stages `logit` has just filled.
+  // Adds the gradients to the tables from one element with upstream gradient g, whose stages `logit` has just filled.
   void add_single(int k, double g, double* sums) const {
     const Stage<T>* stage = stages.get() + int64_t(k) * chain.size;
     for (int i = chain.size - 1; i >= 0; --i) {
