@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@$(BIN)/python -c 'from uncork.loss.tile_native import missing as m; m and print("No native tile, so it goes slower on a CPU:", m)'
 	@touch $(READY)
 
-demo: $(READY) ## train six output layers on real text and compare them: ten minutes on 2 cores
+demo: $(READY) ## train six output layers on real text and compare them: twelve minutes on 2 cores
 	$(BIN)/uncork compare --seeds 1 --vocab-size 4000 --in-features 16 \
 		--max-train-tokens 1500000 --epochs 1 --eval-every 200 --workers 2 --out-dir runs/demo
 
