@@ -280,6 +280,10 @@ def test_without_a_part_the_parts_are_listed(capsys):
         (("seeds = [0]", "seeds = [-1]"), "parts.pilot.seeds.0: Input should be greater than or equal to 0"),
         (("in_features = [16]", "features = [16]"), "parts.pilot."),
         (("[base]", "[base"), "Expected"),
+        (
+            ('about = "variants', 'grid = { lr = [0.1] }\nabout = "variants'),
+            "parts.pilot: Value error, grid: expected head beside lr",
+        ),
         (("[base]", "[base]\nseed = 3"), "study: base: seed is not set here: each part has its own"),
         (
             ("tuned = [", 'heads = ["plif"]\ntuned = ["plif", '),
@@ -306,6 +310,18 @@ def test_parts_are_narrowed_to_what_they_have():
     part = PLAN.parts["again"].narrowed(heads=("plif (unit slope)", "softmax"))
     assert {cell.label for cell in PLAN.cells(part, {})} == {"plif (unit slope)", "softmax"}
     assert part.size == 2 * 2 * 2 * 5
+
+
+def test_a_grid_is_every_combination_of_its_head_and_options():
+    fields = {"about": "tiny", "texts": ("sotu",), "in_features": (4,), "seeds": (1,)}
+    part = Part(**fields, heads=["plif"], grid={"head": ("softmax",), "lr": (0.1, 1e-5), "bias_prior": (True, False)})
+    named = [f"softmax:lr={lr},bias_prior={bias}" for lr in ("0.1", "1e-05") for bias in ("true", "false")]
+    assert part.written == {head: head for head in ["plif", *named]}
+    assert part.size == 5
+    configs = [cell.config for cell in PLAN.cells(part, {})]
+    assert [(c.lr, c.bias_prior) for c in configs[1:]] == [(0.1, True), (0.1, False), (1e-5, True), (1e-5, False)]
+    assert part.narrowed(heads=(named[2],)).labels == (named[2],)
+    assert Part(**fields, grid={"head": ("softmax", "plif")}).labels == ("softmax", "plif")
 
 
 def test_the_wide_mixtures_make_as_many_features_as_their_place_has():

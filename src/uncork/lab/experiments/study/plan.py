@@ -1,6 +1,7 @@
 """The plan of a study, read from a TOML file: places (a text and a d), heads and seeds, part by part."""
 
 import itertools
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ class Part(_Read):
     Attributes:
         heads: how they are called in tables, and what each is: a head as the command line writes it, "{d}" where it
             needs the d of the place; a list where they are called what they are.
+        grid: more heads, called what they are: every combination of `head` and the options beside it, each a list.
         tuned: heads that take the best of their trials at each place.
         settings: fields of TrainConfig.
         test: whether the test split is read.
@@ -44,6 +46,7 @@ class Part(_Read):
     in_features: tuple[pydantic.PositiveInt, ...]
     seeds: tuple[pydantic.NonNegativeInt, ...]
     heads: dict[str, str] = {}
+    grid: dict[str, tuple[str | bool | int | float, ...]] = {}
     tuned: tuple[str, ...] = ()
     settings: dict[str, Any] = {}
     test: bool = True
@@ -53,10 +56,27 @@ class Part(_Read):
     def _called_what_they_are(cls, heads: object) -> object:
         return {head: head for head in heads} if isinstance(heads, list) else heads
 
+    @pydantic.model_validator(mode="after")
+    def _grid_names_its_heads(self) -> Self:
+        if self.grid and "head" not in self.grid:
+            raise ValueError(f"grid: expected head beside {', '.join(self.grid)}")
+        return self
+
+    @property
+    def written(self) -> dict[str, str]:
+        """Each head but the tuned ones, by what it is called: those of `heads`, then those of `grid`."""
+        options = {name: [_written(value) for value in values] for name, values in self.grid.items() if name != "head"}
+        heads = [
+            f"{head}:{','.join(f'{name}={value}' for name, value in zip(options, values, strict=True))}".rstrip(":")
+            for head in self.grid.get("head", ())
+            for values in itertools.product(*options.values())
+        ]
+        return {**self.heads, **{head: head for head in heads}}
+
     @property
     def labels(self) -> tuple[str, ...]:
         """What its heads are called."""
-        return (*self.tuned, *self.heads)
+        return (*self.tuned, *self.written)
 
     @property
     def own_model(self) -> bool:
@@ -82,10 +102,16 @@ class Part(_Read):
         if "heads" in fields:
             wanted = fields["heads"]
             fields["tuned"] = tuple(label for label in wanted if label in self.tuned)
-            fields["heads"] = {label: self.heads[label] for label in wanted if label in self.heads}
+            fields["heads"] = {label: self.written[label] for label in wanted if label in self.written}
+            fields["grid"] = {}
         if "seeds" in fields:
             fields["seeds"] = self.seeds[: fields["seeds"]]
         return self.model_copy(update=fields)
+
+
+def _written(value: str | bool | int | float) -> str:
+    """A value as the command line writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class Plan(_Read):
@@ -128,7 +154,7 @@ class Plan(_Read):
                 if missing:
                     raise ValueError(f"parts.{name}.{kind}: there is no {missing[0]!r}, but {', '.join(there)}")
         for name, part in self.parts.items():
-            twice = set(part.tuned) & part.heads.keys()
+            twice = set(part.tuned) & part.written.keys()
             if twice:
                 raise ValueError(f"parts.{name}: {min(twice)!r} stands in tuned and in heads")
         fields = {"base": self.base, **{f"texts.{name}": text for name, text in self.texts.items()}}
@@ -175,7 +201,7 @@ class Plan(_Read):
         return [cell for cell in self.tuned_cells(part, rows) if is_kept(cell, rows)]
 
     def _cell(self, part: Part, rows: Rows, seed: int, place: Place, label: str) -> Cell:
-        head = self.chosen(rows, label, place) if label in part.tuned else part.heads[label]
+        head = self.chosen(rows, label, place) if label in part.tuned else part.written[label]
         config = self.config_of(head.replace("{d}", str(place[1])), place, seed, part.settings)
         return Cell(f"{place[0]} d={place[1]}", label, config, part.test, self.texts[place[0]]["sha256"])
 
