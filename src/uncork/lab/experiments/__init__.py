@@ -1,1 +1,1 @@
-"""What the laboratory measures, a module or a folder each."""
+"""The experiments of the laboratory, one module or folder each."""

@@ -1,4 +1,4 @@
-"""What every experiment shares: its cells are run by workers, and each is kept the moment it ends."""
+"""Runs the cells of an experiment in worker processes and keeps each outcome as soon as its cell ends."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from uncork.lab.run.progress import progress_line
 from uncork.lab.terminal import clock, say
 
 QUIET = 10.0
-"""Seconds between two lines on how far one job is."""
+"""Least number of seconds between two progress lines of one job."""
 
 
 def execute(
@@ -22,23 +22,23 @@ def execute(
     weights: Mapping[str, float] | None = None,
     fresh: bool = True,
 ) -> dict[str, str]:
-    """Runs jobs, says how far they are, and keeps what each leaves as it ends; returns the message of each that failed.
+    """Runs jobs, prints their progress and keeps each outcome as it arrives; returns the error messages by job name.
 
     Args:
-        titles: what each job is called, by its name. workers, threads, fresh: see `run_jobs`.
-        keep: given the name of a job that is done and what it left; returns what is said of it.
-        weights: what each job takes compared with the others, by its name. None: all the same.
+        titles: the text that stands for a job in the output, by its name. workers, threads, fresh: see `run_jobs`.
+        keep: called with a finished job's name and outcome; stores it and returns the text to print about it.
+        weights: the cost of each job relative to the others, by its name. None: all are equal.
     """
     left = TimeLeft(weights or {job.name: 1.0 for job in jobs})
-    told: dict[str, float] = {}
+    last_printed: dict[str, float] = {}
     ended = 0
 
     def hear(event: Event) -> None:
         nonlocal ended
         remaining, title = left.update(event), titles[event.name]
         if event.kind == "progress":
-            if time.monotonic() - told.get(event.name, -QUIET) >= QUIET:
-                told[event.name] = time.monotonic()
+            if time.monotonic() - last_printed.get(event.name, -QUIET) >= QUIET:
+                last_printed[event.name] = time.monotonic()
                 say(progress_line(title, event.progress, remaining))
             return
         ended += 1

@@ -1,4 +1,4 @@
-"""The main job: the same language model with each output layer, everything else equal."""
+"""The main experiment: one language model trained with each output layer in turn, everything else equal."""
 
 import dataclasses
 import re
@@ -25,24 +25,24 @@ from uncork.lab.train.trainer import train
 
 
 class Trained(Protocol):
-    """A cell that is a training on text."""
+    """A cell that trains a language model on text."""
 
     @property
     def name(self) -> str:
-        """Of the run's folder; no other cell has it."""
+        """The name of the run's folder, unique among the cells."""
 
     @property
     def title(self) -> str:
-        """What it is called while it trains."""
+        """The text that stands for it in progress lines."""
 
     @property
     def config(self) -> TrainConfig:
-        """What is trained."""
+        """The settings of the training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a comparison: a head as the command line writes it, a folder name, and what is trained."""
+    """One run of a comparison: a head as the command line writes it, the name of the run's folder, and the settings."""
 
     head: str
     name: str
@@ -50,15 +50,15 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The folder's name too."""
+        """The folder's name."""
         return self.name
 
 
 def make_cells(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) -> list[Cell]:
-    """Heads x seeds, seed by seed, so that what is done at any moment compares all heads.
+    """The cells of heads x seeds, ordered by seed, so that a partly finished comparison covers all heads.
 
     Raises:
-        LabError: a head that cannot be read or is named twice, under two names even, or a bad option.
+        LabError: a head that cannot be parsed, a bad option, or two heads that are the same run, however written.
     """
     if not heads or not seeds:
         raise LabError("heads and seeds: expected at least one of each")
@@ -78,14 +78,14 @@ def make_cells(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) ->
 
 
 class Texts:
-    """What is known of the text of each config, read once for all that share it."""
+    """The records of the texts that configs name; each text is read once."""
 
     def __init__(self, data_dir: Path | None = None) -> None:
         self.data_dir = data_dir
         self._records: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def of(self, config: TrainConfig) -> dict[str, Any]:
-        """What `text_record` says of it. Raises LabError where the text cannot be read."""
+        """The `text_record` of the config's text. Raises LabError if the text cannot be read."""
         named = (config.corpus, config.tokenization, config.vocab_size, config.min_count, config.max_train_tokens)
         if named not in self._records:
             self._records[named] = text_record(config.load_corpus(data_dir=self.data_dir))
@@ -93,7 +93,7 @@ class Texts:
 
 
 def _same_run(first: TrainConfig, second: TrainConfig) -> bool:
-    """Whether two settings come to the same numbers: an option that is written out at its default changes nothing."""
+    """Whether two configs give the same numbers; an option written out at its default makes no difference."""
     if first.seed != second.seed:
         return False
     heads = [HeadSpec(config.head, config.head_options) for config in (first, second)]
@@ -102,8 +102,8 @@ def _same_run(first: TrainConfig, second: TrainConfig) -> bool:
 
 
 def check_stored(root: Path, cells: Sequence[Trained], texts: Texts) -> None:
-    """Raise LabError where a run of these cells was made with other settings or on another text, before anything is
-    written."""
+    """Raise LabError if a stored run of one of these cells has other settings or another text; to be called before any
+    of them is trained."""
     for cell in cells:
         if (root / cell.name / "config.json").exists():
             Run.open(root / cell.name).require(cell.config.stored(texts.of(cell.config)))
@@ -119,16 +119,16 @@ def train_all(
     threads: int,
     keep: Callable[[Run], str] = lambda run: "done",
 ) -> dict[str, str]:
-    """Trains and analyses what is not done yet; returns the message of each cell that failed.
+    """Trains and analyses the cells that are not done yet; returns the error messages of failed cells, by name.
 
-    What a run is to be stored with is settled before the first one begins: a text or preset that changes meanwhile is
-    refused, so that all runs of one table are of one text.
+    The records of all runs, with the digests of their texts, are made before the first run starts. A run whose text has
+    changed by the time it starts is refused, so that all runs of a table have the same text.
 
     Args:
-        root: the folder of the runs. texts: where the texts lie. workers: processes at a time, one a run, so that each
-            has a peak memory of its own. threads: of each.
-        contexts: held-out contexts whose log-probabilities the rank is taken of.
-        keep: what is done with a run that has ended; returns what is said of it.
+        root: the folder of the runs. texts: reads the texts. workers: number of runs at a time, each in a process of
+            its own, so that its peak memory can be measured. threads: of torch in each process.
+        contexts: number of held-out contexts in the log-probability matrix whose rank is computed.
+        keep: called with each finished run; returns the text to print about it.
 
     Raises:
         LabError: a text that cannot be read, or an environment variable that would change the numbers.
@@ -173,7 +173,7 @@ def run_cell(
         bptt=config.bptt,
         contexts=contexts,
     )
-    # As much of the training text as the test has, without dropout: what the model has learned by heart.
+    # Loss without dropout on as many training tokens as the test split has: shows how much the model has memorised.
     seen = corpus.splits["train"][: len(corpus.splits["test"])]
     own = evaluate(trained.model, seen, batch_size=config.eval_batch_size, bptt=config.bptt)
     own_numbers = {"train_cross_entropy": own.cross_entropy, "contexts_asked": contexts}
@@ -181,19 +181,19 @@ def run_cell(
 
 
 def is_done(run: Run, contexts: int) -> bool:
-    """Whether a run is trained, and analysed on so many contexts; a damaged analysis counts as none."""
+    """Whether a run is trained and has an undamaged analysis of this number of contexts."""
     if run.result is None:
         return False
     try:
         found = read_json(run.path / "analysis.json")
-        # A text that is shorter has fewer, and analysing it again gives no more.
+        # The number asked for counts: a short text has fewer contexts, and analysing it again would find no more.
         return bool(found.get("contexts_asked", found["rank"]["contexts"]) == contexts)
     except (LabError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _done_before(folder: Path, contexts: int, stored: dict[str, Any]) -> bool:
-    """Whether there is nothing to start a process for. What is wrong with a run, its own process says."""
+    """Whether a run needs no process any more. A damaged run counts as not done: its own process reports the error."""
     with suppress(LabError):
         run = Run.open(folder)
         run.require(stored)
@@ -202,5 +202,5 @@ def _done_before(folder: Path, contexts: int, stored: dict[str, Any]) -> bool:
 
 
 def started_runs(root: Path, cells: Sequence[Trained]) -> list[Run]:
-    """The runs of these cells, in the cells' order, those that failed included."""
+    """The runs of these cells that have a folder, failed ones included, in the order of the cells."""
     return [Run.open(root / cell.name) for cell in cells if (root / cell.name / "config.json").exists()]

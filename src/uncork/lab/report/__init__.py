@@ -1,1 +1,1 @@
-"""Runs as tables, figures, sentences and a page."""
+"""Reports on runs: tables, figures, sentences and a page."""

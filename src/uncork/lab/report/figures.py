@@ -39,17 +39,17 @@ __all__ = ["Picture", "pictures", "undrawn_functions"]
 
 WIDTH, HEIGHT = 4.6, 3.2
 SEED_ALPHA = 0.55
-FAR = 1.25  # times the lowest mean test perplexity
+FAR = 1.25  # heads above this multiple of the lowest mean test perplexity do not set a figure's scale
 SMALLEST = 1e-18  # singular values below this share of the first are drawn there
-STRAIGHT = 0.15  # a function whose slopes differ by less looks like a line: it is said in words, not drawn
-IDENTITY = 0.05  # of a line whose slope is nearer to 1
+STRAIGHT = 0.15  # a function whose slopes differ by less looks like a line: it is described, not drawn
+IDENTITY = 0.05  # a line whose slope differs less from 1 is called (nearly) the identity
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure: the name of its file, the section it belongs to, its caption, and words for who cannot see it."""
+    """One figure: its file's name, its section, its caption, and a description for readers who cannot see it."""
 
     name: str
     group: str
@@ -80,14 +80,17 @@ class _Group:
 
     @property
     def straight(self) -> bool:
-        """Whether its functions are straight lines as far as one could see."""
+        """Whether all its functions would look like straight lines in a figure."""
         return all(np.ptp(analysis["function"]["slope"]) < STRAIGHT for analysis in self.functions)
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """All heads with finished runs and how they are drawn; `base`, with which all are compared, finished or not; and
-    those so far behind that they may not set the scale of a figure.
+    """All heads with finished runs, and how they are drawn.
+
+    Attributes:
+        base: the label of the head that all are compared with, finished or not.
+        far: labels of the heads so far behind that they do not set the scale of a figure.
     """
 
     groups: list[_Group]
@@ -96,13 +99,13 @@ class _Comparison:
     far: list[str]
 
     def among(self, labels: Iterable[str]) -> str:
-        """The sentence of a caption that names the heads which lie off the scale."""
+        """A caption's sentence that names those of `labels` which lie off the scale."""
         far = [label for label in labels if label in self.far]
         return f" Far off, perhaps outside the frame: {', '.join(far)}." if far else ""
 
 
 class _Curve(NamedTuple):
-    """Validation of one head: million tokens (T,), mean minutes (T,), cross-entropies (seeds, T)."""
+    """Validation of one head: tokens read in millions (T,), mean minutes (T,), cross-entropies (seeds, T)."""
 
     tokens: Array
     minutes: Array
@@ -112,8 +115,8 @@ class _Curve(NamedTuple):
 def pictures(records: Sequence[Record], table: pd.DataFrame, summary: pd.DataFrame) -> list[Picture]:
     """Every figure that the finished runs have data for, in the order of the report; [] when none has finished.
 
-    Singular values are left out where the rank that one would count in them misleads, and straight functions, of which
-    `undrawn_functions` tells.
+    Left out are the singular values if the numerical rank misleads (`misleading_rank`), and functions that look like
+    straight lines, which `undrawn_functions` describes.
 
     Args:
         records: the runs. table, summary: what `runs_table` and `summarise` make of them.
@@ -128,7 +131,7 @@ def pictures(records: Sequence[Record], table: pd.DataFrame, summary: pd.DataFra
 
 
 def undrawn_functions(records: Sequence[Record], table: pd.DataFrame) -> list[str]:
-    """What the functions are that have no picture, since it would show a straight line: a sentence a head."""
+    """A sentence for each head whose functions look like straight lines and are therefore not drawn."""
     return [
         f"{group.label} is {_line(*group.slopes)} ({_slope_words(group)}), and not drawn."
         for group in _groups(records, table)
@@ -137,7 +140,7 @@ def undrawn_functions(records: Sequence[Record], table: pd.DataFrame) -> list[st
 
 
 def _line(low: float, high: float) -> str:
-    """What a function is called whose slope is between these.
+    """The words for a function whose slope lies between `low` and `high`.
 
     >>> _line(1.0, 1.0), _line(0.98, 1.01), _line(1.3, 1.3), _line(0.9, 1.0)
     ('the identity', 'nearly the identity', 'a straight line', 'nearly a straight line')
@@ -153,7 +156,7 @@ def _slope_words(group: _Group) -> str:
 
 
 def _far(groups: Sequence[_Group]) -> list[str]:
-    """Heads so far behind the best that the rest would be one line on their scale; at least two set it."""
+    """Heads so far behind the best that they may lie off the scale; [] unless two others are left to set it."""
     means = {group.label: float(np.mean(group.perplexities)) for group in groups}
     lowest = min((mean for mean in means.values() if math.isfinite(mean)), default=math.nan)
     far = [label for label, mean in means.items() if mean > FAR * lowest]
@@ -408,7 +411,7 @@ def _deciles(comparison: _Comparison) -> list[Picture]:
     for group in comparison.groups:
         rows = [[row.get("cross_entropy") for row in a["deciles"]] for a in group.analyses if a.get("deciles")]
         if rows:
-            losses[group.label] = np.array(rows, dtype=float).mean(0)  # None becomes NaN: a part without a word
+            losses[group.label] = np.array(rows, dtype=float).mean(0)  # None becomes NaN: a tenth without tokens
     base = comparison.base
     others = [label for label in losses if label != base]
     if base is None or base not in losses or not others:

@@ -1,4 +1,4 @@
-"""What a comparison says, in words computed from its numbers, and what stands against believing it."""
+"""The conclusions of a comparison as sentences computed from its numbers, and the reasons to doubt them."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ MORE_PARAMETERS = 0.02
 
 
 def verdict(summary: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """What the runs decide: each head against the softmax where it was tested, or that nothing is decided, and why.
+    """The verdict of the runs: the result of each head's test against the softmax, or why there was no test.
 
     Args:
         summary, runs: what `summarise` and `runs_table` make of the runs.
@@ -51,7 +51,7 @@ def _finished(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _contenders(done: pd.DataFrame, base: str | None) -> list[Any]:
-    """The rows of the heads that are compared with the softmax, the lowest first; controls only where all are."""
+    """Rows of the heads to compare with the softmax, the lowest first; controls only if there is no other head."""
     if done.empty:
         return []
     rows = [row for _, row in done.sort_values("test_perplexity", kind="stable").iterrows() if row["head"] != base]
@@ -59,7 +59,7 @@ def _contenders(done: pd.DataFrame, base: str | None) -> list[Any]:
 
 
 def _decided(row: Any, base: str, runs: pd.DataFrame) -> str:
-    """A head that was tested, in a sentence."""
+    """The sentence on a head that was tested."""
     both = paired(by_seed(runs, row["head"]), by_seed(runs, base))
     numbers = f"{_p_text(row['p_holm'])}, {plus_minus(both.change_percent, math.nan, 1, '+')} %"
     way, count = ("lower", both.lower) if both.change_percent < 0 else ("higher", both.higher)
@@ -110,7 +110,7 @@ def headline(summary: pd.DataFrame) -> str:
 
 
 def control_sentence(summary: pd.DataFrame, runs: pd.DataFrame) -> str | None:
-    """What the controls reach, and how the learned PLIF stands against its frozen one; None without a control."""
+    """The controls' perplexities, and how the learned PLIF compares with the frozen one; None without a control."""
     if summary.empty:
         return None
     rows = {row["head"]: row for _, row in summary.iterrows() if row["seeds"] > 0}
@@ -134,7 +134,7 @@ def control_sentence(summary: pd.DataFrame, runs: pd.DataFrame) -> str | None:
 
 
 def caveats(summary: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
-    """What stands against the headline, one sentence each: short training, few seeds, missing controls and runs."""
+    """Reasons to doubt the headline, one sentence each: short training, few seeds, missing controls and runs."""
     notes = [*_training_caveats(runs), *_seed_caveats(summary)]
     unfinished = runs[~runs["done"]]
     if len(unfinished):
@@ -203,7 +203,7 @@ def _seed_caveats(summary: pd.DataFrame) -> list[str]:
 
 
 def _control_caveats(summary: pd.DataFrame) -> list[str]:
-    """Controls that are missing, given which heads are there."""
+    """Sentences on controls that are missing, and on heads with more parameters than the softmax."""
     if summary.empty:
         return []
     known = [HeadSpec(name) for name in HEAD_NAMES if name in set(summary["name"])]
@@ -229,7 +229,7 @@ def _control_caveats(summary: pd.DataFrame) -> list[str]:
 
 
 def _verdicts(others: Sequence[Any], softmax: Any) -> str:
-    """The heads in groups by what may be said of them."""
+    """The heads, grouped by the outcome of their tests, as one sentence."""
     groups: dict[str, list[str]] = {"lower": [], "higher": [], "not told apart from it": []}
     untested, broken = [], []
     for row in others:

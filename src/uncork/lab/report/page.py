@@ -1,4 +1,4 @@
-"""The report of a comparison: one page that needs nothing but itself, its numbers as CSV, its figures as PNG."""
+"""The report of a comparison: one self-contained page, its numbers as CSV, its figures as PNG."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -151,7 +151,7 @@ def _sections(drawn: Sequence[Picture], undrawn: Sequence[str]) -> list[_Section
 
 
 def _setup(records: Sequence[Record]) -> tuple[dict[str, str], dict[str, str]]:
-    """The settings that all runs share, as text by name; and by label those that differ."""
+    """The settings that all runs share, as text by name; and the settings that differ, as text by label."""
     flat = [record.settings for record in records]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     everywhere = [key for key in keys if all(key in settings for settings in flat)]  # null is a setting too
@@ -190,7 +190,7 @@ def _facts(records: Iterable[Record]) -> dict[str, str]:
 
 
 def _limits(records: Sequence[Record]) -> list[str]:
-    """What holds for every report, and what these runs' measurements cannot tell."""
+    """The limits of every report, and those of these runs' measurements."""
     results = [record.result for record in records if record.result]
     limits = [
         "One corpus, one backbone and one setting of the optimiser: another may order the output layers otherwise.",

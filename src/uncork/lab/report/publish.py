@@ -1,4 +1,4 @@
-"""An experiment's tables and pictures as files, with where they come from."""
+"""Writes an experiment's tables and figures as files, with their provenance."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +21,8 @@ def publish(
     """Writes each table that has rows as FOLDER/NAME.csv, each figure as NAME.png, and provenance.json.
 
     Args:
-        folder: made where it is not there. origin: see `uncork.lab.run.provenance`.
-        figures: pictures of before that are not among them are removed; None leaves all pictures alone.
+        folder: made if it is missing. origin: see `uncork.lab.run.provenance`.
+        figures: by name; older PNG files in the folder are removed. None: PNG files are left alone.
         float_format: of the numbers in the tables, as "%.6g". None: every digit.
 
     Raises:

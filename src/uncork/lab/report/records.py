@@ -1,4 +1,4 @@
-"""What is known of the runs of a comparison: settings, label, result and analysis, each file read once."""
+"""The runs of a comparison with their settings, labels, results and analyses, each file read once."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from uncork.lab.train.config import TrainConfig
 __all__ = ["Record", "read_records"]
 
 _BEFORE = {"output_lr_scale": 1.0}
-"""Settings that files of version 0.1.0 lack, and what that version did."""
+"""Settings that config files of version 0.1.0 lack, with the values that it used."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class Record:
     label: str
     settings: Mapping[str, Any]
     """The fields of TrainConfig in their order, nested ones joined by dots, with the defaults of the head's options and
-    of fields that the run's version did not have. Head, seed, what no number depends on, and other keys of its
-    config.json are left out."""
+    of fields that the run's version did not have. Left out are the head, the seed, fields that no number depends on,
+    and other keys of config.json."""
     result: Mapping[str, Any] | None
-    """None of a run that has not finished."""
+    """None if the run has not finished."""
     analysis: Mapping[str, Any] | None
     """What its head does on held-out text; None where the run has not finished or was not analysed."""
 
     @property
     def head(self) -> str:
-        """The name of its head, without what the label says beside it."""
+        """The name of its head, without the settings that the label adds in brackets."""
         return _head(self.run)
 
     @property
     def seed(self) -> Any:
-        """As its config.json has it."""
+        """The seed in its config.json."""
         return self.run.config.get("seed")
 
 
@@ -62,7 +62,7 @@ def _head(run: Run) -> str:
 
 
 def _analysis(run: Run, result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """From the run's result, or else its analysis.json."""
+    """The analysis in the run's result, else in its analysis.json; None if there is none."""
     if result is None:
         return None
     inside = result.get("analysis")
@@ -79,7 +79,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _head_options(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With the defaults, where this version knows the head and its options."""
+    """The head's options, with the defaults if this version knows the head and its options."""
     options: Mapping[str, Any] = config.get("head_options") or {}
     try:
         return HeadSpec(str(config.get("head")), options).resolved
@@ -100,11 +100,12 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _labels(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each run's output layer is called: its head, and in brackets the settings that are not the usual ones.
+    """The label of each run's output layer: its head, and in brackets the settings that are not the usual ones.
 
-    Usual are, of the head's own options, the defaults; of what every head has (its scale and bias, the settings of its
-    training), what most heads of the comparison have, and where no value is the commonest, a default or nothing. So a
-    softmax with the others' settings is "softmax" beside a "softmax (in_features=20)".
+    The usual value of an option that only this head has is its default. That of a setting which every head has (scale,
+    bias, settings of the training) is the value that most heads of the comparison have; if two values are tied, it is
+    the default, if there is one. So a softmax with the others' settings is "softmax", beside a
+    "softmax (in_features=20)".
     """
     distinct = {titled(name, own): own for name, own in zip(names, settings, strict=True)}
     usual = _usual(list(distinct.values()))
@@ -120,7 +121,7 @@ def _labels(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list
 
 
 def _usual(heads: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
-    """By setting that every head can have, the value that most of them have, as text; a default where two are tied."""
+    """For each setting that every head can have, the commonest value as text; if two are tied, its default or None."""
     shared = {f"head_options.{option}": value_text(value) for option, value in HeadSpec(BASELINE).defaults.items()}
     keys = {key: None for own in heads for key in own if not key.startswith("head_options.") or key in shared}
     usual: dict[str, str | None] = {}

@@ -1,7 +1,7 @@
 """Two heads compared seed by seed, Holm's correction over several such tests, and the head that all are compared with.
 
-Every table of the laboratory compares by `paired`; what is compared (a test perplexity, a KL divergence) and over what
-(the seeds of one place, of one point) is the caller's.
+Every table of the laboratory compares heads by `paired`; the caller chooses the quantity (a test perplexity, a KL
+divergence) and the runs (the seeds of one place, of one point).
 """
 
 import math
@@ -26,10 +26,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Paired:
-    """What two heads reached with the same seeds, (pairs,) each.
+    """The values of two heads with the same seeds, (pairs,) each.
 
-    Where one of the values is not a finite number, no seed is left out: all numbers but the counts are NaN, and the
-    counts of lower and higher are 0. So they are where there is no pair.
+    A seed whose value is not finite is not left out: it makes the differences, their mean and deviation, the change in
+    percent and the p-value NaN, and `lower` and `higher` 0. The same holds if there is no pair.
     """
 
     mine: Array
@@ -57,13 +57,13 @@ class Paired:
 
     @property
     def change_percent(self) -> float:
-        """By how many percent mine is above theirs, as the mean difference of the logarithms says."""
+        """By how many percent mine is above theirs: exp of the mean difference of the logarithms, minus 1."""
         return 100 * math.expm1(_mean(np.log(self.mine) - np.log(self.theirs))) if self._finite else math.nan
 
     def ratio(self, least: float = 0.0) -> tuple[float, float]:
         """Mean and sample standard deviation of mine / theirs, over the pairs where theirs is above `least`."""
-        told = self.theirs > least
-        ratios = self.mine[told] / self.theirs[told]
+        large = self.theirs > least
+        ratios = self.mine[large] / self.theirs[large]
         return _mean(ratios), _std(ratios)
 
     @property
@@ -78,7 +78,7 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """Of the two-sided paired t-test on the logarithms; NaN below 5 pairs, 1 where all pairs are equal."""
+        """That of the two-sided paired t-test on the logarithms; NaN below 5 pairs, 1 where all pairs are equal."""
         if self.pairs < MIN_SEEDS_FOR_TEST or not self._finite:
             return math.nan
         if np.array_equal(self.mine, self.theirs):
@@ -128,8 +128,8 @@ def holm(p_values: Array) -> Array:
 def baseline(heads: Mapping[str, str]) -> str | None:
     """The label of the head that all others are compared with, in tables, figures and sentences alike.
 
-    It is the softmax that has no settings of its own, and so is called by its name alone; where every softmax has some,
-    the first of the table; None without a softmax.
+    It is the softmax whose label is its name alone, without settings; if every softmax has settings in its label, the
+    first in the table; None without a softmax.
 
     Args:
         heads: the name (of HEAD_NAMES) by the label, in the order of the table.

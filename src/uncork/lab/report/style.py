@@ -1,8 +1,8 @@
 """How the laboratory's figures look: colours, axes, labels at the ends of lines; as PNG, and as SVG inside a page.
 
-Figures are made without pyplot, so nothing global changes. Three neutral colours become CSS in a page (the text's, the
-muted one, the grid's), so that a figure follows the page into the dark; the heads' colours (`HeadSpec.colour`) are of a
-middle lightness that stands out on white and on black, and differ for colour-blind eyes together with the line styles.
+Figures are made without pyplot, so nothing global changes. In a page the three neutral colours (text, muted, grid)
+become CSS variables, so that a figure follows the page's dark mode. The heads' colours (`HeadSpec.colour`) have a
+medium lightness that stands out on white and on black; with the line styles, colour-blind readers can tell them apart.
 """
 
 import html
@@ -26,10 +26,10 @@ from uncork.lab.run.files import atomic_write_bytes
 INK, MUTED, GRID = "#1b1f24", "#6a7280", "#d8dce2"
 _CSS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
 FONT = 9.5
-LONGEST = 22  # letters of a label in a figure
+LONGEST = 22  # most letters of a label in a figure
 PNG_DPI = 200
 
-UNKNOWN = "#8a6d5a"  # the colour of what is no head
+UNKNOWN = "#8a6d5a"  # the colour of a name that is no head's
 LineStyle = str | tuple[float, tuple[float, ...]]
 _VARIANTS = ("-", "--", "-.", ":")
 
@@ -44,10 +44,10 @@ class Stroke:
 
 
 def strokes(heads: Mapping[str, str]) -> dict[str, Stroke]:
-    """One stroke a label, of its head's colour in every figure; further labels of a head differ by the line style.
+    """One stroke for each label. A head has the same colour in every figure; its further labels differ by line style.
 
     Args:
-        heads: the name of the head by the label; a name that is no head's has a colour of its own.
+        heads: the name of the head by the label; names that are no head's have the colour UNKNOWN.
     """
     seen: dict[str, int] = {}
     result = {}
@@ -96,7 +96,7 @@ def dress(axes: Axes, *, xlabel: str = "", ylabel: str = "") -> None:
 
 
 def frame(axes: Axes, values: Sequence[float]) -> None:
-    """Limits of y that hold the values and a little more."""
+    """Sets limits of y that hold the values with a small margin."""
     margin = 0.08 * (max(values) - min(values)) or 0.1
     axes.set_ylim(min(values) - margin, max(values) + margin)
 
@@ -124,7 +124,7 @@ def label_margin(labels: Iterable[str]) -> float:
 
 
 def shortened(labels: Iterable[str]) -> dict[str, str]:
-    """What is written for each label where space is short: its beginning; where two begin alike, its ends.
+    """A short form of each label: its beginning; if two labels begin alike, its beginning and its end.
 
     >>> shortened(["mos", "softmax (bias_prior=false)", "softmax (bias_prior=false, output_lr_scale=1)"])
     {'mos': 'mos', 'softmax (bias_prior=false)': 'softmax (bi…ior=false)',
@@ -190,7 +190,7 @@ def changes_by_decile(
     """Change of the perplexity against that of `base`, a label, by the frequency of the words.
 
     Args:
-        changes: of the cross-entropy in nats by label, (tenths of the tokens,); NaN where there are none is no dot.
+        changes: of the cross-entropy in nats, by label, (10,), a number for each tenth of the tokens; NaN has no dot.
         far: labels that may leave the frame. size: width and height in inches.
     """
     figure, axes = new_axes(
@@ -201,13 +201,13 @@ def changes_by_decile(
     ends, seen = [], [0.0]
     for label, nats in changes.items():
         change, stroke = 100 * np.expm1(nats), style[label]
-        told = np.flatnonzero(np.isfinite(change))
-        if not told.size:
+        finite = np.flatnonzero(np.isfinite(change))
+        if not finite.size:
             continue
-        axes.plot(told + 1, change[told], color=stroke.color, linestyle=stroke.linestyle,
+        axes.plot(finite + 1, change[finite], color=stroke.color, linestyle=stroke.linestyle,
                   linewidth=stroke.linewidth, marker="o", markersize=3)  # fmt: skip
-        ends.append((float(told[-1] + 1), float(change[told[-1]]), label, stroke.color))
-        seen += [] if label in far else change[told].tolist()
+        ends.append((float(finite[-1] + 1), float(change[finite[-1]]), label, stroke.color))
+        seen += [] if label in far else change[finite].tolist()
     axes.set_xticks([1, 5, 10], ["1\nmost frequent", "5", "10\nrarest"])
     axes.set_xlim(0.7, 10.3)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))

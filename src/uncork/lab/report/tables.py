@@ -47,7 +47,7 @@ SPARE = (
     "of the head", "parameters", "bits per byte", "peak MiB", "energy beyond linear", "valid perplexity", "rank",
     "ε-rank", "tokens/s",
 )  # fmt: skip
-"""Columns of `display` that a narrow terminal leaves out, the first of them first."""
+"""Columns of `display` that a narrow terminal leaves out, in this order."""
 _GAP = 3  # letters between two columns of a terminal's table
 
 _FROM_RESULT = (
@@ -62,7 +62,7 @@ _RUN_COLUMNS = (
 
 
 def heads_of(table: pd.DataFrame) -> dict[str, str]:
-    """The name by the label, of a table with the columns head (the label) and name."""
+    """The heads' names by their labels, from a table with the columns head (the label) and name."""
     return dict(zip(map(str, table["head"]), map(str, table["name"]), strict=True))
 
 
@@ -75,8 +75,8 @@ def by_seed(table: pd.DataFrame, head: str | None) -> "pd.Series[Any]":
 def runs_table(records: Sequence[Record]) -> pd.DataFrame:
     """One row a run, in the order of the heads and seeds; numbers are NaN where a run has none.
 
-    Of one head's rows those without settings of its own come first, the others as they were named. `name` is the head's
-    name, `head` its label.
+    `name` is the head's name, `head` its label. Of one head's labels, that without settings comes first, the others in
+    the order of the records.
     `state` is "finished", "stopped early", or "not finished" for a run without a result.
 
     Raises:
@@ -142,14 +142,14 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     (sample standard deviation, NaN for one seed), _min and _max; not_finite (runs whose test perplexity is not a finite
     number); bits_per_byte; parameters, head_parameters; tokens_per_second (median of the runs), peak_memory_bytes
     (largest); means over the runs of numerical_rank, linear_rank, effective_rank (eps = 1e-4) and tail_energy; baseline
-    (whether the others are compared with it), difference (test perplexity minus the baseline's: the mean over the seeds
-    that both have, or of the means where they share none), difference_std, pairs (shared seeds), wins and losses (those
-    with a lower, a higher perplexity), p_value, p_holm.
+    (whether it is the head that the others are compared with), difference (test perplexity minus the baseline's: the
+    mean over the seeds that both have; if they share none, the difference of the means), difference_std, pairs (shared
+    seeds), wins and losses (those with a lower, a higher perplexity), p_value, p_holm.
 
     p_value: two-sided paired t-test (scipy.stats.ttest_rel) over the shared seeds, at least 5, on the logarithm of the
-    test perplexity, the cross-entropy per word: a difference there is a ratio of perplexities, as likely a factor
-    up as down. p_holm: the same after Holm's correction for all the heads that were tested. A run whose perplexity is
-    not a finite number makes its head's means and test NaN: it is not left out in silence.
+    test perplexity, the cross-entropy per word: a difference there is a ratio of perplexities, and a factor up is as
+    likely as the same factor down. p_holm: the same after Holm's correction for all the heads that were tested. A run
+    whose perplexity is not a finite number makes its head's means and test NaN: it is not left out in silence.
 
     Args:
         table: as `runs_table` makes it.
@@ -190,7 +190,7 @@ def _head_row(head: str, own: pd.DataFrame) -> dict[str, Any]:
 
 
 def _against(mine: "pd.Series[Any]", theirs: "pd.Series[Any]") -> dict[str, float]:
-    """One head's test perplexities by seed beside the baseline's; where they share no seed, the means alone."""
+    """One head's test perplexities against the baseline's, by seed; if no seed is shared, only their means."""
     both = paired(mine, theirs)
     means_alone = not both.pairs and len(mine) and len(theirs)
     return {
@@ -204,10 +204,11 @@ def _against(mine: "pd.Series[Any]", theirs: "pd.Series[Any]") -> dict[str, floa
 
 
 def misleading_rank(summary: pd.DataFrame) -> list[str]:
-    """Heads that the numerical rank sets apart from the baseline where the ε-rank, which goes by size, does not.
+    """Heads whose numerical rank differs from the baseline's although their ε-rank, which goes by size, does not.
 
-    A softcap's log-probabilities have full numerical rank, for instance, and by size that of the softmax's: whatever is
-    above the rounding counts. A difference is one of at least 1, in the mean over seeds.
+    A softcap's log-probabilities, for instance, have full numerical rank, which counts every singular value above
+    rounding, but the ε-rank of the softmax's. Ranks differ if their means over seeds are at least 1 apart; an ε-rank
+    that differs in the other direction does not confirm the numerical rank.
     """
     base = summary[summary["baseline"]] if len(summary) else summary
     if base.empty:
@@ -220,7 +221,7 @@ def misleading_rank(summary: pd.DataFrame) -> list[str]:
 
 
 def display(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary as text to be read: means with their deviation, units in the columns' names; "–" is no number.
+    """The summary as text to be read: means with their deviation, units in the columns' names; "–" if missing.
 
     Columns that no head has a number for are left out, and the numerical rank where it misleads.
     """
@@ -247,9 +248,9 @@ def terminal_table(
     """A table of text for the terminal: the first column to the left, the others to the right.
 
     Args:
-        title: a line above it. blocks: a column whose values stand as lines above their rows, not beside them.
-        spare: columns that are left out where the terminal is too narrow for all, the first of them first.
-        width: of the terminal, in letters; None: as it is, and 80 where there is none.
+        title: a line above it. blocks: a column whose values become headings above their rows.
+        spare: columns that are left out, in this order, while the terminal is too narrow.
+        width: in letters. None: that of the terminal, or 80 without a terminal.
     """
     console = Console(file=io.StringIO(), width=width, color_system=None)
     columns = [name for name in text.columns if name != blocks]

@@ -1,1 +1,1 @@
-"""What every experiment rests on: a run's key, its folder, files, signals, variables."""
+"""How every experiment is run: keys and folders of runs, workers, files, signals, environment variables."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, JSON, and one line for the user when the file system refuses."""
+"""Atomic writing of files, JSON, and errors of the file system as one line for the user."""
 
 import json
 import os
@@ -36,12 +36,12 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """`atomic_write_bytes` of the text in UTF-8; what UTF-8 cannot hold, as of a file's name, is written as \\udce9."""
+    """`atomic_write_bytes` of the text in UTF-8; bytes of file names that are not UTF-8 are written as \\udce9."""
     atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def holds_tensors(folder: Path) -> bool:
-    """Whether safetensors can open files in it: it reads no path that UTF-8 cannot hold, though it writes there."""
+    """Whether safetensors can read files in the folder: it reads no path that is not UTF-8, but writes to any."""
     try:
         str(Path(folder).absolute()).encode()
     except UnicodeEncodeError:
@@ -82,7 +82,7 @@ def os_errors(path: Path, what: str) -> Iterator[None]:
 def commit(path: Path, write: Callable[[Path], Path]) -> Path:
     """Let `write` make a file or folder under a temporary name beside `path`, then rename it to what `write` returns.
 
-    Whatever goes wrong on the way, Ctrl-C included, removes the temporary one.
+    The temporary one is removed on any error, Ctrl-C included.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:
@@ -100,7 +100,7 @@ def commit(path: Path, write: Callable[[Path], Path]) -> Path:
 
 
 def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left in `folder`, of the file `name` alone where given."""
+    """Remove the temporary files that killed processes left in `folder`; with a `name`, only those of that file."""
     for path in folder.glob(f".{name}*{TEMPORARY}"):
         with suppress(OSError):
             path.unlink()
@@ -116,7 +116,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def plain(obj: object, where: str = "") -> Any:
-    """`obj` as JSON will give it back. Raises TypeError that says where something does not fit."""
+    """`obj` as it comes back from JSON. Raises TypeError that says where `obj` has something that JSON cannot hold."""
     if obj is None or isinstance(obj, bool | str):
         return obj
     if isinstance(obj, Integral):

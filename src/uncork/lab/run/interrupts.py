@@ -1,4 +1,4 @@
-"""Signals that end a command (Ctrl-C, SIGTERM, a closed terminal), so that what is saved then is whole."""
+"""Handles the signals that end a command (Ctrl-C, SIGTERM, a closed terminal) so that nothing is saved half."""
 
 import multiprocessing
 import os
@@ -10,11 +10,11 @@ from types import FrameType
 from typing import Any
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What ends a command: Ctrl-C, `kill` or a shutdown, a terminal that is closed."""
+"""The signals that end a command: of Ctrl-C, of `kill` or a shutdown, of a terminal that is closed."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal of `STOPS` came: `signum`."""
+    """A signal of `STOPS` arrived; `signum` is its number."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled(handler: Any, signums: Iterable[int] = STOPS) -> Iterator[None]:
-    """Within, `handler` gets these signals, but for those that the process ignores (as nohup's SIGHUP is).
+    """Within the block, `handler` handles these signals, except those that the process ignores (as SIGHUP under nohup).
 
     Outside the main thread, where Python delivers no signal, nothing changes.
     """
@@ -45,10 +45,11 @@ def interrupt(signum: int, frame: FrameType | None = None) -> None:
 
 
 class InterruptGuard:
-    """While it is entered, a signal sets `requested`; Interrupted is raised only where that does no harm.
+    """A context in which a signal sets `requested`, and raises Interrupted only where that does no harm.
 
-    Within `raising()` it comes at once. A second signal comes at once anywhere and sets `torn`: what was being computed
-    may be half done. In a worker process a second one does nothing: the parent, which sends it, kills if need be.
+    Within `raising()` a signal raises Interrupted at once. A second signal raises it at once anywhere; outside
+    `raising()` it also sets `torn`, since a computation may be half done. In a worker process a second signal does
+    nothing: if the worker does not end, its parent kills it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class InterruptGuard:
         self._handled.__exit__(None, None, None)
         if self._signum is not None and self._is_worker:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self._signum is not None and kind is KeyboardInterrupt:  # the trainer's, which knows no number
+        if self._signum is not None and kind is KeyboardInterrupt:  # raised by the trainer, without the signal's number
             raise Interrupted(self._signum) from None
 
     @contextmanager
@@ -92,11 +93,11 @@ class InterruptGuard:
 
 
 def become_worker() -> None:
-    """Makes this a worker process, which its parent alone ends, by SIGTERM; or the parent's own end does.
+    """Makes this a worker process, which ends at a SIGTERM of its parent, or when the parent ends.
 
-    The terminal sends Ctrl-C and its closing to all processes, and `kill` may send SIGTERM to a whole group: what comes
-    beside the parent's SIGTERM does nothing, so that a checkpoint is written once and whole. Without the parent a
-    worker would go on unseen, and keep its locks.
+    A terminal sends the signals of Ctrl-C and of its closing to all its processes, and `kill` may send SIGTERM to a
+    whole group. A worker ignores all but the first SIGTERM, so that a checkpoint is written once and completely. If a
+    worker outlived its parent, it would go on unseen and keep its locks.
     """
     for signum in STOPS:
         signal.signal(signum, _end if signum == signal.SIGTERM else signal.SIG_IGN)

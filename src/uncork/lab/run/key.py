@@ -1,14 +1,14 @@
-"""What a run is: a record of everything that decides its numbers, its key, and what sets two records apart.
+"""What identifies a run: the record of everything that decides its numbers, its key, and how two records differ.
 
 A record holds plain JSON:
 
     rules                             the version of the rules by which these settings were trained
     settings, model, training, head   every setting, resolved: a preset or a head is values here, not a name
     text                              {"sha256": ...} of what was read, and counts of it for a person to read
-    asked                             the settings as they were given, by which a difference is explained
+    asked                             the settings as they were given, to explain differences by
 
-The key is a digest of all but `asked` and the counts. Machine, threads and versions of libraries are no part of it:
-they move numbers by rounding (a GPU also by its own draws of dropout), and stand in result.json.
+The key is a digest of all but `asked` and the counts. Machine, threads and versions of libraries are not in it: they
+change numbers by rounding only (a GPU also by its own random numbers for dropout), and are kept in result.json.
 """
 
 import hashlib
@@ -17,18 +17,18 @@ from collections.abc import Mapping
 from typing import Any
 
 FORM = 1
-"""Of the key itself: raised when the same record is to get another key."""
+"""Version of how keys are made: to be raised when the same record should get another key."""
 LATER: dict[str, Any] = {}
-"""Values that records got later, by the end of their dotted names (as "training.decay" or "PLIF.unit_slope"), and what
-all runs of before did. At that value they are left out of the key, so that earlier runs and rows keep theirs."""
+"""Settings that records gained later, by the end of their dotted names (as "training.decay" or "PLIF.unit_slope"), with
+the value that all earlier runs had. At that value they are left out of the key, so that earlier keys stay."""
 RECORD = "record"
-"""Where config.json holds the record of its run."""
+"""The field of config.json that holds the record of the run."""
 _MOST = 6
 _TEXT_FIELDS = ("corpus", "tokenization", "vocab_size", "min_count", "max_train_tokens")
 
 
 def key_of(record: Mapping[str, Any]) -> str:
-    """The name of what the record describes: 16 hexadecimal digits, the same for equal records alone.
+    """The key of a record: 16 hexadecimal digits, the same only for records that decide the same numbers.
 
     >>> key_of({"rules": 1, "settings": {"lr": 1}}) == key_of({"settings": {"lr": 1.0}, "rules": 1, "asked": {}})
     True
@@ -37,7 +37,7 @@ def key_of(record: Mapping[str, Any]) -> str:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What sets two records apart, one phrase each: the setting, what it was and what it is; [] for equal ones."""
+    """The differences of two records, one phrase each: the setting, what it was and what it is; [] for equal ones."""
     old, new = _decisive(was), _decisive(now)
     changed = [path for path in {**old, **new} if old.get(path, "absent") != new.get(path, "absent")]
     asked = (flat(was.get("asked", {})), flat(now.get("asked", {})))
@@ -49,15 +49,15 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def told(differences: list[str]) -> str:
-    """The first of them in one line, and how many more there are."""
+    """The first of the differences in one line, and the number of further ones."""
     more = f"; and {len(differences) - _MOST} more" if len(differences) > _MOST else ""
     return "; ".join(differences[:_MOST]) + more
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves by dotted name, each as JSON text in which 1.0 is 1: a command line's 4 and a file's 4.0 are one setting.
+    """The leaves of nested values by dotted name, as JSON text in which 1.0 is 1: 4 and 4.0 are the same setting.
 
-    The options of a spec, {"name": ..., "options": ...}, go by its name.
+    The options of a spec, {"name": ..., "options": ...}, get its name in theirs.
 
     >>> flat({"sizes": [8], "function": {"name": "Softcap", "options": {"cap": 30.0}}})
     {'sizes': '[8]', 'function.name': '"Softcap"', 'function.Softcap.cap': '30'}
@@ -75,7 +75,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _decisive(record: Mapping[str, Any]) -> dict[str, str]:
-    """What the key is made of."""
+    """The values, by dotted name, of which the key is a digest."""
     kept = {name: value for name, value in record.items() if name not in ("asked", "text")}
     if "text" in record:
         kept["text"] = {"sha256": record["text"]["sha256"]}
@@ -94,7 +94,7 @@ def _explained(
     asked: tuple[dict[str, str], dict[str, str]],
     records: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> list[str]:
-    """The phrases for one value that differs: by the setting that was given for it, else by what holds it."""
+    """The phrases for one value that differs; they name the setting given for it, else the head or preset it is of."""
     group, _, leaf = path.partition(".")
     given = {**asked[0], **asked[1]}
     if group == "rules":
@@ -113,19 +113,19 @@ def _explained(
     if asked[0].get("preset") != asked[1].get("preset"):
         return _asked(asked, ["preset"])
     if leaf == "function_clip":
-        return []  # it goes with clip, which is told
+        return []  # it follows from clip, which has its own phrase
     preset = json.loads(asked[1].get("preset", "null"))
     return [f"preset {preset}: {'training' if group == 'settings' else group}.{leaf} was {was}, is {now}"]
 
 
 def _asked(asked: tuple[dict[str, str], dict[str, str]], names: Any) -> list[str]:
-    """Those of the settings that were given differently."""
+    """The phrases for those of the settings `names` that were given differently."""
     was, now = ({**dict.fromkeys(names, "not given"), **given} for given in asked)
     return [f"{name} was {was[name]}, is {now[name]}" for name in names if was[name] != now[name]]
 
 
 def _counts(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first count of the text that differs, to show that it is another one."""
+    """The first count of the text that differs, to show that it is another text."""
     there, here = flat(was["text"]), flat(now["text"])
     for name, count in here.items():
         if name != "sha256" and there.get(name, count) != count:

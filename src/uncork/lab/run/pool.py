@@ -1,7 +1,7 @@
-"""Worker processes for the cells of an experiment: however one ends, the others go on and nothing is lost.
+"""Worker processes for the cells of an experiment: if one fails or is killed, the others go on.
 
-A worker is a process that computes one job after another, or a single one where each needs a process of its own (its
-peak memory is then its own). It tells its parent through a pipe how far it is and what the job left.
+A worker is a process that computes one job after another, or a single job where each needs a process of its own (to
+measure its peak memory). Through a pipe it sends its parent the progress and the outcome of its job.
 """
 
 import multiprocessing
@@ -20,12 +20,12 @@ from uncork.lab.errors import in_one_line
 from uncork.lab.run.interrupts import become_worker
 
 Tell = Callable[[Any], None]
-"""What a job calls to say how far it is."""
+"""The function that a job calls with its progress."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: a name that no other job has, and a function that can be pickled and returns what is kept."""
+    """One piece of work: a name that no other job has, and a function that can be pickled and returns the outcome."""
 
     name: str
     work: Callable[[Tell], Any]
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """What is heard of a job: how far it is (`progress`), what it left (`outcome`), or why it ended (`message`)."""
+    """A message about a job: how far it is (`progress`), what it returned (`outcome`), or why it failed (`message`)."""
 
     name: str
     kind: str  # "progress", "done", "failed", "interrupted"
@@ -48,12 +48,12 @@ def run_jobs(
     """Runs the jobs, `workers` processes at a time; returns the message of each job that failed.
 
     A job that fails (a loss of nan, say, or a process that is killed) does not stop the others. Ctrl-C asks the workers
-    to save what they have, waits for them a minute, and is raised again; a second one does not wait.
+    to save what they have, waits up to a minute for them, and is raised again; a second Ctrl-C ends the wait.
 
     Args:
-        jobs: taken one by one as workers become free, so that what comes before a job can be done late.
-        threads: of torch, in each worker. on_event: called in this process with everything that is heard.
-        fresh: a new process for every job; else a worker goes on with the next one, and a single one is this process.
+        jobs: taken from the iterable one by one as workers become free, so that it may make each job when it is needed.
+        threads: of torch, in each worker. on_event: called in this process with every event.
+        fresh: every job has a new process. Otherwise a worker computes many jobs, and a single worker is this process.
     """
     if workers == 1 and not fresh:
         with with_threads(threads):
@@ -86,7 +86,7 @@ def run_jobs(
                 worker = pool[pipe]
                 try:
                     event = pipe.recv()
-                except (EOFError, OSError):  # its process has ended, well or not
+                except (EOFError, OSError):  # its process has ended, normally or not
                     del pool[pipe]
                     worker.close()
                     if worker.job is not None:
@@ -101,7 +101,7 @@ def run_jobs(
 
 @contextmanager
 def with_threads(number: int) -> Iterator[None]:
-    """torch computes with so many threads within."""
+    """Within the block, torch computes with this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -125,29 +125,29 @@ def _run_here(jobs: Iterable[Job], on_event: Callable[[Event], None]) -> dict[st
 
 
 class _Worker:
-    """A process, the pipe to it, and the name of the job that it is at.
+    """A process, the pipe to it, and the name of its current job.
 
-    A pipe for each, since a killed process can leave a shared queue locked. Ctrl-C, which the terminal sends to all, is
-    blocked in the worker: `run_jobs` hands it on, once, as SIGTERM.
+    Each worker has its own pipe, since a killed process can leave a shared queue locked. Ctrl-C, which the terminal
+    sends to all processes, is blocked in the worker: `run_jobs` passes it on, once, as SIGTERM.
     """
 
     def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.job: str | None = None
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, threads))
-        resource_tracker.ensure_running()  # its start would unblock the signal
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(far_end, threads))
+        resource_tracker.ensure_running()  # started here, since its start unblocks SIGINT
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
+            far_end.close()
 
     def take(self, job: Job | None) -> None:
-        """Begin with a job; None: there is no more, and the process ends."""
+        """Sends the process its next job; None ends the process."""
         self.job = None if job is None else job.name
-        with suppress(OSError):  # a process that has ended is noticed at the other end of the pipe
+        with suppress(OSError):  # a process that has ended is noticed when its pipe is read
             self.pipe.send(job)
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 
 def _work(pipe: connection.Connection, threads: int) -> None:
-    """A worker process."""
+    """The main function of a worker process: computes jobs until it receives None."""
     become_worker()
     torch.set_num_threads(threads)
     with suppress(EOFError, KeyboardInterrupt):
@@ -199,35 +199,35 @@ def _do(job: Job, pipe: connection.Connection) -> None:
 
 
 def _outcome(job: Job, tell: Tell) -> Event:
-    """The job's end: done, or failed."""
+    """Computes the job; returns the event that it is done, or that it failed."""
     try:
         return Event(job.name, "done", outcome=job.work(tell))
     except Exception as error:
         said = in_one_line(error)
         if said is None:
-            traceback.print_exc()  # a mistake of ours, whose place the one line does not tell
+            traceback.print_exc()  # a bug: the one line would not say where it is
         return Event(job.name, "failed", message=said or f"{type(error).__name__}: {error}")
 
 
 @dataclass
 class TimeLeft:
-    """How long a set of jobs has still to go, from the share of their work that is done.
+    """Estimates the time that a set of jobs still takes from the share of their work that is done.
 
     Args:
-        weights: by name, what each job takes compared with the others.
+        weights: by name, the cost of each job relative to the others.
     """
 
     weights: Mapping[str, float]
     started: float = field(default_factory=lambda: time.monotonic())
     _share: dict[str, float] = field(default_factory=dict)
     _before: dict[str, float] = field(default_factory=dict)
-    """The share that was done of each job when it was first heard of: an earlier session's."""
+    """The share of each job that was done at its first event: the work of an earlier session."""
 
     def update(self, event: Event) -> float | None:
         """Seconds left, or None while too little is known."""
         p = event.progress
         share = 1.0 if p is None else p.step / max(1, p.steps_total)
-        self._before.setdefault(event.name, 0.0 if p is None else share)  # one that ended unheard was all done now
+        self._before.setdefault(event.name, 0.0 if p is None else share)  # without progress: all done now
         self._share[event.name] = share
         total = sum(self.weights.values())
         done, before = (

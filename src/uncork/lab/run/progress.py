@@ -22,7 +22,7 @@ class Progress:
 
 
 def progress_line(name: str, p: Progress, left: float | None) -> str:
-    """One line of where a run stands; left: seconds."""
+    """The line that the terminal shows of a run. left: seconds, None if unknown."""
     validation = "" if p.valid_perplexity is None else f"  valid ppl {p.valid_perplexity:8.2f}"
     return (
         f"{name:28} step {p.step:>6}/{p.steps_total}  loss {p.cross_entropy:6.3f}{validation}  "

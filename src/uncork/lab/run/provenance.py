@@ -24,7 +24,7 @@ def current_commit() -> str:
 
 
 def provenance(command: str, threads: int, **more: Any) -> dict[str, Any]:
-    """Where a result comes from: what docs/build.py prints below its table, and more."""
+    """Where a result comes from: what docs/build.py prints below its table, and the fields `more`."""
     return {
         "command": command,
         "commit": current_commit(),

@@ -1,10 +1,10 @@
-"""Finished runs that are kept: one JSON object a line, so that a row is there the moment its run ends.
+"""The kept rows of finished runs: a file of one JSON object a line, to which each run adds a row when it ends.
 
 A row holds at least
 
     key       the digest of everything that decides its numbers (`uncork.lab.run.key`)
     config    the settings as they were asked for
-    record    all that decides its numbers, of which the key is a digest
+    record    everything that decides its numbers; the key is its digest
 """
 
 import json
@@ -22,7 +22,7 @@ _DIGITS = 6
 
 
 class RowStore:
-    """The file FOLDER/NAME. A last line that a killed process left unfinished counts as none.
+    """The file FOLDER/NAME. A last line that a killed process left unfinished is ignored.
 
     Raises:
         LabError: the file cannot be read, or a line of it is damaged (the message has its number).
@@ -46,7 +46,7 @@ class RowStore:
         return found
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row. What a killed process left of the last line is taken off first."""
+        """Append a row. A last line that a killed process left unfinished is removed first."""
         import fcntl  # not on Windows, where no run can be trained (see Run.lock) and kept rows can still be read
 
         with os_errors(self.path, "cannot be written"):
@@ -67,11 +67,11 @@ def outdated(
     rows: Rows,
     asked: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config,
 ) -> list[str]:
-    """Why kept rows are not taken for runs that the same settings ask for, one line a reason.
+    """Why kept rows do not count for wanted runs of the same given settings, one line a reason.
 
     Args:
-        wanted: the record, with `asked`, of each run that has no row under its key.
-        asked: what a row's config asks for, in the form in which `wanted` says it.
+        wanted: the records, with `asked`, of the runs that have no row under their keys.
+        asked: turns a row's config into the form that `asked` has in `wanted`.
     """
     was = {_canonical(asked(row["config"])): row for row in rows.values() if "config" in row}
     reasons: dict[str, int] = {}

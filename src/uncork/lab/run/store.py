@@ -1,4 +1,4 @@
-"""The run store: every command of the laboratory keeps its runs here, and a run survives whatever kills it.
+"""The run store: every command of the laboratory keeps its runs here, and a run survives the death of its process.
 
 A store is a folder, a run is a folder in it:
 
@@ -60,7 +60,7 @@ _DIGEST_DIGITS = 16
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `Run.load_checkpoint` gives: the step, the tensors (on the CPU), the JSON state, the file they come from."""
+    """What `Run.load_checkpoint` returns: the step, the tensors (on the CPU), the JSON state, and its file."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -71,8 +71,8 @@ class Checkpoint:
 class Run:
     """One run of the store: its settings, its metrics, its checkpoints and its result.
 
-    Made by `RunStore.run` (opens or creates) or `Run.open` (existing only). Reading needs nothing; whoever writes
-    metrics, checkpoints or the result holds `lock()` meanwhile.
+    Made by `RunStore.run` (opens or creates) or `Run.open` (existing only). Reading needs no lock; to write
+    metrics, checkpoints or the result, hold `lock()`.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -95,9 +95,9 @@ class Run:
     def require(self, config: Mapping[str, object]) -> None:
         """Raise LabError that lists what differs, unless the run was made with this config.
 
-        With a record of what decides its numbers (`run_key`) the records are compared, and a config that only calls
-        things otherwise (a preset of another name with the same values) becomes the run's. Without, all of the config
-        is, as JSON: a tuple equals a list, a path its text, 1 equals 1.0.
+        If `config` has a record of what decides the numbers (`uncork.lab.run.key`), the records are compared, and a
+        config that only uses other names (of a preset with the same values) replaces the stored one. Without a record
+        the whole configs are compared, as JSON: a tuple equals a list, a path its text, 1 equals 1.0.
         """
         given = plain(config)
         if RECORD not in given:
@@ -200,12 +200,12 @@ class Run:
         """Write a checkpoint, then remove the older ones of this name.
 
         Args:
-            step: what orders the checkpoints, >= 0. Those of a later step are removed too: training went back behind
-                them.
+            step: orders the checkpoints, >= 0. Those of a later step are removed too: training was resumed from an
+                earlier one.
             tensors: any dtypes that safetensors knows, any device; they may share storage (each is then stored in full)
                 and need not be contiguous.
             state: JSON: everything else that a resume needs.
-            keep: how many checkpoints of this name are left, the new one included, >= 1.
+            keep: how many checkpoints of this name remain, the new one included, >= 1.
             name: checkpoints of another name ("best") are kept apart.
 
         Raises LabError when the disk is full or the folder cannot be written; the checkpoints that were there stay.
@@ -235,7 +235,7 @@ class Run:
     def load_checkpoint(self, name: str = "last") -> Checkpoint | None:
         """The newest intact checkpoint of this name, or None when none was ever committed.
 
-        A damaged one is passed over with a warning in the log. Raises LabError that names the files when there are
+        Damaged ones are skipped with a warning in the log. Raises LabError that names the files when there are
         some and all are damaged.
         """
         damaged = []

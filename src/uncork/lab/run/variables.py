@@ -1,7 +1,7 @@
-"""Environment variables of the libraries below that would change the numbers without a word: refused by name.
+"""Refuses environment variables by which accelerate, torch or its libraries would silently change the numbers.
 
-What accelerate can be told is passed to it explicitly (`training.train`), so most of its variables have no effect. One
-that asks for something else than what is done is refused all the same: whoever set it expects it to be heard.
+accelerate gets its options explicitly (`uncork.lab.train.trainer`), so most of its variables have no effect. One that
+asks for something that the training does not do is refused all the same, since its user expects an effect.
 """
 
 import os
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from uncork.lab.errors import LabError
 
 _OFF = frozenset({"", "0", "no", "n", "none", "false", "f", "off"})
-# accelerate's variables that no number depends on: where it computes, what it logs, and how a compiler would be set
-# that is not switched on. `accelerate launch` sets several of them.
+# accelerate's variables that no number depends on: for devices, for logs, and for a compiler that is not switched on.
+# `accelerate launch` sets several of them.
 _HARMLESS = frozenset({
     "ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL",
     "ACCELERATE_ENABLE_RICH", "ACCELERATE_DISABLE_RICH", "ACCELERATE_CONFIG_FILE", "ACCELERATE_DYNAMO_MODE",
@@ -19,7 +19,7 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 # Values that ask for what is done anyway.
 _AS_IT_IS = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": frozenset({"1", "auto"})}
-# Products of float32 numbers with fewer digits. Values that leave them as they are, and what the others do.
+# Variables that reduce the precision of float32 products, and the values at which they do not.
 _FEWER_DIGITS = {
     "NVIDIA_TF32_OVERRIDE": _OFF,
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": _OFF,
@@ -29,7 +29,7 @@ _FEWER_DIGITS = {
 
 
 def refuse_variables(precision: str = "no", environment: Mapping[str, str] = os.environ) -> None:
-    """Raise LabError, in one line, for a variable that changes numbers or asks for what is not done.
+    """Raise LabError, in one line, for a variable that changes numbers, or asks for what the training does not do.
 
     Args:
         precision: of the training, "no" or "bf16". environment: the variables.
@@ -50,8 +50,8 @@ something that this training does not do: unset it
             )
         if name == "ACCELERATE_MIXED_PRECISION" and given not in ("", precision):
             raise LabError(f"the environment variable {name}={value} and --precision {precision} differ: unset it")
-        heard = name.startswith("ACCELERATE_") and name not in _HARMLESS | {"ACCELERATE_MIXED_PRECISION"}
-        if heard and given not in _OFF | _AS_IT_IS.get(name, frozenset()):
+        matters = name.startswith("ACCELERATE_") and name not in _HARMLESS | {"ACCELERATE_MIXED_PRECISION"}
+        if matters and given not in _OFF | _AS_IT_IS.get(name, frozenset()):
             raise LabError(
                 f"the environment variable {name}={value} asks accelerate for something that this training does not "
                 "do: unset it"

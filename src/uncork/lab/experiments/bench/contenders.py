@@ -1,4 +1,4 @@
-"""Who is measured: one forward and backward each, on the same tensors.
+"""The contenders of the benchmark: one forward and backward pass each, on the same tensors.
 
 Legend: N tokens, D features, V vocabulary, K components.
 """
@@ -21,7 +21,7 @@ from uncork.lab.experiments.bench.naive import naive_mixture_loss, naive_plif
 from uncork.lab.experiments.bench.settings import Setup, Shape
 
 SCORE_DEVIATION = 3.0
-"""Standard deviation of the scores, about that of a trained language model's."""
+"""Standard deviation of the scores, about that of a trained language model."""
 NAIVE_PIECES = 1000
 
 
@@ -30,7 +30,7 @@ class Unavailable(Exception):
 
 
 class Inputs:
-    """The tensors of one setup: input (N, D), linear_weight (V, D), target (N,), and a mixture's where asked."""
+    """The tensors of one setup: input (N, D), linear_weight (V, D), target (N,); `mixture` adds those of a mixture."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -85,7 +85,7 @@ def training_step(loss: Callable[[], Tensor], leaves: dict[str, Tensor], functio
 
 
 def build_step(name: str, inputs: Inputs) -> Step:
-    """The contender of that name. Raises LabError for a name that is none, Unavailable where it cannot run here."""
+    """The step of the contender `name`. Raises LabError for an unknown name, Unavailable if it cannot run here."""
     for pattern, build in _BUILDERS:
         match = re.fullmatch(pattern, name)
         if match:
@@ -105,7 +105,7 @@ def check_name(name: str) -> None:
         raise LabError(f"only: {name!r} is no contender; `uncork bench --help` lists them")
 
 
-# Blocks of K N V numbers that a contender holds at once, where they are many.
+# How many tensors of K N V numbers a contender holds at its peak; those that hold few are not listed.
 _BLOCKS = {"eager": 3, "compile": 3, "naive-sigsoftmax": 5, "naive-plif": 13, "naive-mos": 6}
 
 
@@ -123,7 +123,7 @@ def _linear_leaves(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _products(inputs: Inputs, forward: str | None) -> Step:
-    """G: the scores S = X W^T and the gradients S W and S^T X, nothing between them and nothing allocated."""
+    """G, the matrix products alone: S = X W^T and, unless `forward`, S W and S^T X. All results are preallocated."""
     x, w = inputs.input.detach(), inputs.linear_weight.detach()
     scores = x.new_empty(len(x), len(w))
     grad_input, grad_weight = torch.empty_like(x), torch.empty_like(w)
@@ -151,7 +151,7 @@ def _compile(inputs: Inputs) -> Step:
     step = training_step(lambda: loss(inputs.input, inputs.linear_weight, inputs.target), _linear_leaves(inputs))
     try:
         step.run()
-    except Exception as error:  # whatever the compiler, or its absence, comes up with
+    except Exception as error:  # any error of the compiler, or that there is none
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise Unavailable(f"torch.compile does not work here: {reason}") from error
     return step
@@ -195,9 +195,9 @@ def _naive_mixture(inputs: Inputs, components: str) -> Step:
 
 
 def _function(name: str) -> LogitFunction | None:
-    """The logit function of one of our contenders; a learnable one starts at random, where none of it is the identity.
+    """The logit function of one of our contenders; a learnable one starts at random, so that it is not the identity.
 
-    A function of float32 parameters serves inputs of half precision too.
+    Its parameters are float32, for inputs of half precision too.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -233,8 +233,8 @@ def _our_mixture(inputs: Inputs, components: str) -> Step:
 _STARTS: dict[str, dict[str, Any]] = {
     "temperature": {"factor": 0.9}, "monotone": {"init": "random"}, "plif-frozen": {"num_pieces": 1000},
 }  # fmt: skip
-"""By head, what makes its function another than the identity."""
-# The heads of one softmax; PLIF is named with its number of pieces.
+"""By head, options with which its function is not the identity."""
+# Heads without a mixture. PLIF is left out, since its contenders are named with their number of pieces.
 _HEADS = tuple(name for name in HEAD_NAMES if name != "plif" and not HeadSpec(name).is_mixture)
 _NUMBER = r"([1-9]\d*)"
 _OURS = rf"({'|'.join(_HEADS)}|plif-{_NUMBER[1:-1]})(-forward)?"

@@ -12,25 +12,25 @@ from uncork.lab.experiments.bench.contenders import Inputs, Step, build_step
 from uncork.lab.experiments.bench.naive import plain_loss
 from uncork.lab.experiments.bench.settings import Setup, Shape
 
-# Odd sizes, above a block of words and a block of rows of the native tile.
+# Odd sizes, larger than the native tile's blocks of rows and of words.
 GATE_TOKENS, GATE_VOCAB = 65, 2311
 TIMES_TORCH = 4.0
-"""How many times torch's own error of the same dtype is allowed."""
+"""Allowed error, as a multiple of the error of plain torch in the same dtype."""
 FLOOR = 32.0
-"""What is allowed anyway, in units of the rounding of the precision that is computed in."""
+"""Error allowed in addition, in machine epsilons of the dtype that the loss is computed in."""
 
 TRUTH = 1e-12
-"""How near the truth of float64 itself is known."""
+"""Relative error of the float64 reference itself."""
 
 
 def check(name: str, setup: Setup) -> float:
-    """Largest relative error of a contender's loss and gradients, in units of what is allowed: at most 1.
+    """The largest ratio of error to allowed error among a contender's loss and gradients; at most 1.
 
-    The error of a tensor is the norm of its difference to float64's, over the norm of that. Allowed are TIMES_TORCH
-    times the error of plain torch in the setup's dtype, plus FLOOR roundings.
+    The error of a tensor is the norm of its difference from the float64 reference, over the norm of the reference.
+    Allowed are TIMES_TORCH times the error of plain torch in the setup's dtype, plus FLOOR machine epsilons.
 
     Raises:
-        LabError: it is more.
+        LabError: an error is larger than allowed, or the contender refuses the setup.
     """
     setup = cut(setup)
     inputs = Inputs(setup)
@@ -42,7 +42,7 @@ def check(name: str, setup: Setup) -> float:
     except (TypeError, ValueError) as error:
         raise LabError(f"{name}: {error}") from error
     got = {"loss": loss} | {f"gradient of {n}": t.grad for n, t in step.leaves.items() if t.grad is not None}
-    computed = torch.promote_types(inputs.dtype, torch.float32)  # half precision is raised
+    computed = torch.promote_types(inputs.dtype, torch.float32)  # half-precision inputs are computed in float32
     truth = _plain(step, inputs.target, torch.float64, computed)
     own = _plain(step, inputs.target, inputs.dtype, computed)
     floor = max(FLOOR * torch.finfo(computed).eps, TRUTH)
@@ -68,10 +68,11 @@ def cut(setup: Setup) -> Setup:
 
 @torch.no_grad()
 def _make_exact(inputs: Inputs) -> None:
-    """Round the tensors so that every score is (2k + 1) / 256, the same number in every dtype from float32 up.
+    """Round the tensors so that every score is an odd multiple of 1 / 256, exact in every dtype from float32 up.
 
-    Else a score beside a knot falls into one piece in float32 and into the next in float64, and the slope there, right
-    on either side, counts as an error. PLIF's knots are no such numbers, but where the piece is found without rounding.
+    Otherwise rounding could put a score next to a knot into one piece in float32 and into the next in float64, and the
+    difference of the two slopes, both right, would count as an error. No knot of PLIF is an odd multiple of 1 / 256,
+    except with numbers of pieces for which the piece is found without rounding.
     """
     inputs.input.mul_(2).round_().div_(2)
     inputs.linear_weight.mul_(64).round_().div_(64)

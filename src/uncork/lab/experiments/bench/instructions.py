@@ -1,7 +1,7 @@
-"""Instructions of the native tile per element, counted by valgrind's callgrind: they do not drift as times do.
+"""Instructions of the native tile per score, counted by valgrind's callgrind: unlike times, counts do not drift.
 
-valgrind cannot run AVX-512, so the count is of another instruction set, AVX2 by default. Counted is what runs inside
-the tile's library, gradients included, without what it calls in the C library.
+valgrind cannot run AVX-512, so another instruction set is counted, AVX2 by default. Counted are the instructions inside
+the tile's library, forward and gradients, without those of the C library's functions that it calls.
 """
 
 import os
@@ -22,8 +22,8 @@ from uncork.loss import tile_native
 
 FUNCTIONS = ("softmax", "softcap", "sigsoftmax", "plif-16", "plif-1000", "plif-100000", "mos-4")
 SHAPE = Shape(256, 8, 8192)
-# callgrind writes out what it has counted whenever this C function is entered; nothing else here calls it. (It does not
-# see functions that ctypes calls.)
+# callgrind dumps and resets its counts whenever this C function is entered; nothing else here calls it. (A function
+# called through ctypes would go unnoticed.)
 _MARK = "getloadavg"
 
 
@@ -55,7 +55,7 @@ def count(instruction_set: str = "avx2", functions: tuple[str, ...] = FUNCTIONS)
             raise LabError(f"{said[-1] if said else 'valgrind failed'}")
         library = done.stdout.splitlines()[-1]
         rows = []
-        for number, name in enumerate(functions):  # a dump ends a warm-up, the next one the call that counts
+        for number, name in enumerate(functions):  # two dumps each: of the warm-up, and of the call that counts
             components = int(name.removeprefix("mos-")) if name.startswith("mos-") else 1
             elements = SHAPE.tokens * SHAPE.vocab_size * components
             inside = own_instructions(Path(f"{out}.{2 * number + 2}"), library)
@@ -83,7 +83,7 @@ def own_instructions(dump: Path, library: str) -> int:
 
 
 def main(functions: list[str]) -> None:
-    """What the process under valgrind does; prints the path of the tile's library."""
+    """Runs the steps, in the process under valgrind; prints the path of the tile's library."""
     torch.set_num_threads(1)
     inputs = Inputs(Setup(SHAPE, threads=1, impl="native"))
     for name in functions:

@@ -2,8 +2,9 @@
 
 extra = peak resident memory during the step - resident memory before it - the gradients that it leaves
 
-Before the step the inputs and parameters are there and touched, and the libraries are loaded and warm from a tiny step
-of the same kind. The eager softmax holds the most before its gradients are allocated: its `extra` is a little too low.
+Before the step, inputs and parameters are resident, and a tiny step of the same kind has loaded and warmed up the
+libraries. The eager softmax peaks before its gradients are allocated: subtracting them makes its `extra` a little too
+low.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ _TINY = Shape(8, 8, 32)
 
 
 def measurable() -> bool:
-    """Whether this system can say a process's peak and forget it: Linux."""
+    """Whether a process can read and reset its own peak memory here: only on Linux."""
     return STATUS.exists() and _RESET.exists()
 
 
@@ -31,7 +32,7 @@ def peak_of(step: Step) -> dict[str, int]:
     step.clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    _RESET.write_text("5", encoding="utf-8")  # the peak becomes what is resident now
+    _RESET.write_text("5", encoding="utf-8")  # sets the peak to what is resident now
     before = resident("VmRSS")
     step.run()
     peak = resident("VmHWM")
@@ -40,7 +41,7 @@ def peak_of(step: Step) -> dict[str, int]:
 
 
 def measure(setup: Setup, name: str, tell: Tell) -> dict[str, Any]:
-    """The job of a process that measures one contender: `extra` and `gradients`, and a note where it cannot run."""
+    """The job that measures one contender: `extra` and `gradients` in bytes, or None and a note if it cannot run."""
     try:
         build_step(name, Inputs(dataclasses.replace(setup, shape=_TINY))).run()
         return {**peak_of(build_step(name, Inputs(setup))), "note": ""}

@@ -1,4 +1,4 @@
-"""The same losses in plain torch: as people write them, and as a definition that any dtype can be computed from."""
+"""The losses in plain torch: `naive_*` as people write them, `plain*` as definitions for any dtype."""
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def plain(function: LogitFunction | None, scores: Tensor, knots_dtype: torch.dty
     """f(scores) up to a constant, by torch's own elementwise operations and autograd.
 
     Args:
-        knots_dtype: PLIF is the function over its knots as they are rounded to this dtype.
+        knots_dtype: the dtype to which PLIF's knots are rounded before use.
     """
     match function:
         case None:
@@ -76,7 +76,7 @@ def plain(function: LogitFunction | None, scores: Tensor, knots_dtype: torch.dty
 def plain_loss(
     function: LogitFunction | None, leaves: dict[str, Tensor], target: Tensor, knots_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The mean cross-entropy that the fused losses stand for.
+    """The mean cross-entropy that the fused losses compute.
 
     Args:
         leaves: "linear_weight" and "input", or "latent" and "prior_logits" of a mixture.

@@ -1,4 +1,4 @@
-"""A whole benchmark: the gate, then processes that time and processes that measure memory."""
+"""A whole benchmark: the check of correctness, then processes that measure time and processes that measure memory."""
 
 import itertools
 import os
@@ -29,19 +29,19 @@ from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import say
 
 CHUNKS = (64, 128, 256, 512, 1024)
-"""Chunk sizes among which torch-best is sought."""
+"""Chunk sizes among which torch-best takes the quickest."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which contenders are timed, and of which the memory is measured, at which shape."""
+    """The contenders whose time is measured at each shape, and those whose memory is."""
 
     times: dict[Shape, tuple[str, ...]]
     memory: dict[Shape, tuple[str, ...]]
 
 
 def plan_of(settings: Bench) -> Plan:
-    """The same contenders at every shape. Raises LabError for what does not fit."""
+    """The plan that measures the same contenders at every shape. Raises LabError for a bad flag."""
     for name in ("rounds", "processes", "threads"):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -57,24 +57,26 @@ def plan_of(settings: Bench) -> Plan:
 
 
 def run(settings: Bench, plan: Plan, command: str) -> dict[str, pd.DataFrame]:
-    """The tables "times", "memory", "table" and "instructions"; written to settings.out_dir too, where it is given.
+    """Runs the plan; returns the tables "times", "memory", "table" and, if counted, "instructions".
+
+    They are also written to settings.out_dir, if that is given.
 
     Args:
-        plan: what is measured, `plan_of(settings)` or another.
-        command: what provenance.json says made it.
+        plan: `plan_of(settings)` or another.
+        command: the command line, for provenance.json.
 
     Raises:
         LabError: a contender's numbers are wrong, or a process fails.
     """
     threads = settings.threads or cores()
     if settings.out_dir is not None:
-        settings.out_dir.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before, not after
+        settings.out_dir.mkdir(parents=True, exist_ok=True)  # fails before anything is measured, not after
     load = _warn_if_busy()
     setups = {shape: _setup(settings, shape, threads) for shape in {**plan.times, **plan.memory}}
     _check(plan, setups, threads)
     chunks = {shape: _best_chunk(setups[shape]) for shape, names in _all(plan).items() if "torch-best" in names}
     times = pd.DataFrame(_times(settings, plan, setups, chunks))
-    with ThreadPoolExecutor(1) as beside:  # neither count minds what else is running
+    with ThreadPoolExecutor(1) as beside:  # bytes and instructions do not depend on what else is running
         counted = beside.submit(_instructions) if settings.instructions else None
         used = memory_frame(_memory(settings, plan, setups, chunks))
     tables = {"times": times, "memory": used, "table": display_table(times, used)}
@@ -100,7 +102,7 @@ def _all(plan: Plan) -> dict[Shape, tuple[str, ...]]:
 
 
 def _warn_if_busy() -> float | None:
-    """The load average of the last minute; says so where others are at work."""
+    """The load average of the last minute; prints a warning if the machine is busy."""
     if not hasattr(os, "getloadavg"):
         return None
     load = os.getloadavg()[0]
@@ -110,7 +112,7 @@ def _warn_if_busy() -> float | None:
 
 
 def _check(plan: Plan, setups: dict[Shape, Setup], threads: int) -> None:
-    """Every contender of ours against float64, once for all shapes that the gate cuts to the same one."""
+    """Checks each contender of ours against float64, once for all shapes that `gate.cut` makes equal."""
     pairs = ((name, gate.cut(setups[shape])) for shape, names in _all(plan).items() for name in names)
     ours = dict.fromkeys(pair for pair in pairs if is_ours(pair[0]))
     with with_threads(threads):
@@ -119,7 +121,7 @@ def _check(plan: Plan, setups: dict[Shape, Setup], threads: int) -> None:
 
 
 def _best_chunk(setup: Setup) -> int:
-    """The chunk size with which F.linear_cross_entropy is quickest at a shape."""
+    """The chunk size among CHUNKS with which F.linear_cross_entropy is quickest."""
     sizes = [size for size in CHUNKS if size <= setup.shape.tokens] or [setup.shape.tokens]
     if len(sizes) == 1:
         return sizes[0]
@@ -137,7 +139,14 @@ def _best_chunk(setup: Setup) -> int:
 def _measured(
     work: Mapping[str, Callable[[Tell], dict[str, Any]]], threads: int, said: Callable[[dict[str, Any]], str]
 ) -> list[dict[str, Any]]:
-    """What each leaves, by its title, in a process of its own and one after the other; `said` tells it in words."""
+    """Runs one job after the other, each in a process of its own; returns their outcomes.
+
+    Args:
+        work: the jobs by their titles. said: turns an outcome into the text to print about it.
+
+    Raises:
+        LabError: a job failed.
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def keep(title: str, outcome: dict[str, Any]) -> str:
@@ -151,7 +160,7 @@ def _measured(
 
 
 def _times(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int]) -> list[dict[str, Any]]:
-    # The outer loop is that of the processes, so that a shape's lie apart in time.
+    # The outer loop is over processes, so that the processes of one shape lie apart in time.
     turns = list(itertools.product(range(settings.processes), plan.times.items()))
     work = {}
     for process, (shape, names) in turns:

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure: the flags of `uncork bench`, shapes, and what a process is told."""
+"""What a benchmark measures: the flags of `uncork bench`, shapes, and the setup of a process."""
 
 import dataclasses
 from pathlib import Path
@@ -58,26 +58,26 @@ class Bench:
 
     Before anything is timed, our losses and gradients are checked against plain torch in float64. Then all contenders
     take turns within one process, in another order every round, and each is compared with G (the three matrix products
-    alone) and with eager (F.cross_entropy(x @ W.T)) of the same round: drift of the machine meets all of them alike.
-    Leave the machine alone meanwhile.
+    alone) and with eager (F.cross_entropy(x @ W.T)) of the same round, so that drift of the machine affects all of them
+    alike. Run nothing else meanwhile.
     """
 
     shapes: tuple[str, ...] = ("2048,400,10000",)
     """N,D,V: tokens, features, words. The larger V / D, the more the function counts beside the matrix products."""
     only: tuple[str, ...] = ()
-    """Contenders; none: all. G G-forward eager compile torch-auto torch-best torch-256 (chunk) naive-sigsoftmax
+    """Contenders. None: all. G G-forward eager compile torch-auto torch-best torch-256 (chunk) naive-sigsoftmax
     naive-plif naive-mos-4 softmax temperature softcap sigsoftmax gss monotone plif-1000 (pieces) plif-frozen mos-4
-    (components); -forward after one of ours: without gradients. G and eager always take part."""
+    (components); one of ours followed by -forward is measured without gradients. G and eager always take part."""
     rounds: int = 5
-    """Rounds a process, after one to warm up. Whoever takes more than 4 G takes part in every third."""
+    """Rounds in each process, after one to warm up. A contender slower than 4 G takes part in every third round."""
     processes: int = 2
-    """Fresh processes to repeat it in: their spread says which differences are noise (here up to 15 %)."""
+    """Fresh processes that repeat the rounds: their spread shows what is noise (here up to 15 %)."""
     max_seconds: float = 20.0
-    """A contender whose one call takes longer is left out, and the table says so."""
+    """A contender that takes longer for a single call is left out, and the table says so."""
     memory: bool = True
     """Also measure each contender's peak memory, in a process of its own (Linux)."""
     instructions: bool = False
-    """Also count the native tile's instructions with valgrind, which do not drift: two minutes more."""
+    """Also count the native tile's instructions with valgrind: two minutes more; unlike times, counts do not drift."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of input and weight."""
     threads: int | None = None

@@ -1,4 +1,4 @@
-"""From seconds to tables: quantiles of the ratios, one row a contender, and where the numbers come from."""
+"""Measured seconds and bytes as tables: quantiles of times and of their ratios, one row a contender."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def time_rows(shape: Shape, outcomes: Sequence[dict[str, Any]]) -> list[dict[str
     """Rows of times.csv for one shape, in long form: milliseconds and the ratios, with all quantiles.
 
     Args:
-        outcomes: one a process, as `timing.task` returns them: times {label: {round: seconds}} and notes.
+        outcomes: one a process, as `timing.time_contenders` returns them: times {label: {round: seconds}} and notes.
 
     process_low and process_high are the least and the largest of the processes' medians.
     """
@@ -119,5 +119,5 @@ def _short(shape: Any) -> str:
 
 
 def memory_frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """The rows of memory.csv, which may be none."""
+    """The table memory.csv of these rows, of which there may be none."""
     return pd.DataFrame(rows, columns=["contender", *SHAPE_COLUMNS, "extra_mib", "gradients_mib", "note"])

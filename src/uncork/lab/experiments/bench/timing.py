@@ -9,14 +9,14 @@ from uncork.lab.experiments.bench.settings import PRODUCTS, Setup
 from uncork.lab.run.pool import Tell
 
 SLOW = 4.0
-"""Who needs more than this many times the products takes part in every third round."""
+"""A contender that takes more than this many times as long as G takes part in every third round only."""
 SLOW_EVERY = 3
 QUICK = 0.5
 """Seconds below which a contender warms up twice."""
 
 
 def seconds(step: Step) -> float:
-    """One run, its gradients new."""
+    """Seconds of one run, which allocates its gradients anew."""
     step.clear()
     start = time.perf_counter()
     step.run()
@@ -24,7 +24,7 @@ def seconds(step: Step) -> float:
 
 
 def _warm_up(step: Step) -> float:
-    """The time of a second call where the first is quick: that one may have loaded a library."""
+    """Seconds of a first call; if it is quick, of a second one, since the first may have loaded a library."""
     first = seconds(step)
     return seconds(step) if first < QUICK else first
 
@@ -32,13 +32,13 @@ def _warm_up(step: Step) -> float:
 def interleave(
     steps: dict[str, Step], rounds: int, *, unit: str | None = None, max_seconds: float = float("inf"), seed: int = 0
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
-    """Seconds of each step in each round, and notes on who was not in all of them.
+    """Seconds of each step, by round, and notes on the steps that were not in all rounds.
 
     Args:
-        rounds: after one that warms up and is not counted.
-        unit: the step whose warm-up, times SLOW, is slow; None: everyone is in every round.
-        max_seconds: who takes longer to warm up is left out.
-        seed: of the orders.
+        rounds: number of rounds after the warm-up, which is not counted.
+        unit: a step whose warm-up takes more than SLOW times as long as this one's is slow. None: no step is slow.
+        max_seconds: a step whose warm-up takes longer is left out.
+        seed: of the random orders.
     """
     order, shuffle = list(steps), random.Random(seed)
     warm, notes = {name: _warm_up(steps[name]) for name in order}, dict[str, str]()
@@ -60,7 +60,7 @@ def interleave(
 def time_contenders(
     setup: Setup, contenders: dict[str, str], rounds: int, max_seconds: float, seed: int, tell: Tell
 ) -> dict[str, Any]:
-    """The job of a process that times: `times` and `notes` as of `interleave`; contenders: label -> name."""
+    """The job that measures time: `times` and `notes` as `interleave` returns them. contenders: names by label."""
     inputs = Inputs(setup)
     steps, missing = dict[str, Step](), dict[str, str]()
     for label, name in contenders.items():

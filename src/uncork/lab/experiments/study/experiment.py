@@ -1,4 +1,4 @@
-"""One part of a study from flags to files."""
+"""Runs one part of a study, from the flags of the command to its tables and figures."""
 
 import shlex
 from pathlib import Path
@@ -21,11 +21,12 @@ from uncork.lab.run.rows import Rows, RowStore, outdated
 from uncork.lab.terminal import say
 
 COSTS = "cost-study/cost.csv"
-"""Beside the parts: `python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study`."""
+"""The file in out_dir with what a training step costs; made by
+`python benchmarks/epoch_cost.py --models study --threads 1 --out results/lm/cost-study`."""
 
 
 def run(settings: Study) -> dict[str, Any]:
-    """Trains what the part still lacks, then writes its tables and figures to out_dir/part, over what was there.
+    """Trains the runs that the part still lacks, then replaces its tables and figures in out_dir/part.
 
     Raises:
         LabError: a bad flag, a part that needs another one first, runs that fail, a folder that cannot be written.
@@ -51,8 +52,8 @@ def run(settings: Study) -> dict[str, Any]:
         failed = run_cells(
             cells, store, data_dir=settings.data_dir, work_dir=settings.work_dir, workers=settings.workers or cores()
         )
-    # The tables are of the whole part, also where the flags have run some of it.
-    # Without what only says where, or which part of it.
+    # The tables cover the whole part even if the flags narrow what is run. The command that is recorded for them
+    # therefore has none of the flags that narrow it or name folders.
     given = [] if settings.plan == Study.plan else ["--plan", str(settings.plan)]
     command = shlex.join(["uncork", "study", *given, "--part", settings.part])
     told = report(plan, settings.part, store, settings.out_dir / settings.part, command)
@@ -61,7 +62,7 @@ def run(settings: Study) -> dict[str, Any]:
 
 
 def report(plan: Plan, name: str, store: RowStore, folder: Path, command: str) -> dict[str, Any]:
-    """Writes tables and figures of the runs that are kept; returns what the command's last line says."""
+    """Writes tables and figures of the kept runs; returns the fields of the command's final JSON line."""
     rows, part = store.rows(), plan.part(name)
     kept = plan.kept_cells(part, rows)
     for line in outdated((c.record for c in plan.tuned_cells(part, rows) if not is_kept(c, rows)), rows, asked):
@@ -85,7 +86,7 @@ def report(plan: Plan, name: str, store: RowStore, folder: Path, command: str) -
 
 
 def _costs(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What a step costs, by place and head; nothing where it was not measured."""
+    """What a training step costs, by (place, head); empty if it was not measured."""
     if not path.exists():
         return {}
     wanted = ["place", "head", "milliseconds", "tokens", "peak_mib"]

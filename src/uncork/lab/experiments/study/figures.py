@@ -1,4 +1,4 @@
-"""The study's pictures: perplexity over d, learned functions and when they moved, words by frequency."""
+"""The study's figures: perplexity over d, learned functions and their course in training, words by frequency."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def _heads(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def _against(base: str) -> str:
-    """The name of an axis of changes against a baseline."""
+    """The label of an axis that shows changes against a baseline."""
     return f"test perplexity against {shortened([base])[base]}"
 
 
@@ -89,7 +89,7 @@ def _relative(own: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[s
 
 
 def _mean(changes: Sequence[float]) -> float:
-    """Of changes in percent, as the tables take it: of log perplexity."""
+    """The mean of changes in percent, taken over log perplexity as in the tables."""
     return 100 * math.expm1(float(np.log1p(np.array(changes) / 100).mean()))
 
 
@@ -219,13 +219,13 @@ def _against_cost(cells: Sequence[Cell], rows: Rows, costs: Costs, name: str) ->
         ends.append((x, mean, label, color))
         values += found
     frame(axes, values)
-    axes.set_xlim(0, 1.04 * max(x for x, *_ in ends))  # autoscale's margin is one of costs that may all be alike
+    axes.set_xlim(0, 1.04 * max(x for x, *_ in ends))  # autoscaling would magnify tiny differences
     label_ends(figure, axes, ends)
     return figure
 
 
 def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """Perplexity against the baseline's of the same seeds by how often the word stands in training."""
+    """Change of perplexity against the baseline of the same seeds, by the words' frequency in training."""
     losses = {
         label: {seed: np.array([part["cross_entropy"] for part in row["analysis"]["deciles"]], dtype=float)
                 for seed, row in by_seed.items()}
@@ -246,9 +246,10 @@ def _deciles(cells: Sequence[Cell], rows: Rows) -> Figure | None:
 
 
 def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """f' over the scores, one line a seed, of every head that learned it; the scores' and the targets' bulk below.
+    """f' over the scores for every head that learns f, one line a seed; bars below span 5 to 95 % of the scores (thin)
+    and of the correct words' scores (thick).
 
-    Scores are taken after the head's fixed factor, and slopes are relative to it: the identity is 1 for every head.
+    Scores include the head's fixed factor and slopes are divided by it: the identity has slope 1 for every head.
     """
     heads = {
         label: [row for row in by_seed.values() if row["slopes"]] for label, by_seed in _by_head(cells, rows).items()
@@ -280,15 +281,15 @@ def _slopes(cells: Sequence[Cell], rows: Rows) -> Figure | None:
 
 
 def _factor(row: Mapping[str, Any]) -> float:
-    """The fixed factor on the scores, or that which the learned one started from."""
+    """The fixed factor on the scores, or the starting value of a learned one."""
     options = row["config"].get("head_options", {})
     return float(options.get("scale", 1)) * float(options.get("factor", 1))
 
 
 def _moving(cells: Sequence[Cell], rows: Rows) -> Figure | None:
-    """f' at a few scores over the epochs of training, one line a seed: when PLIF moves. Scores as in `_slopes`.
+    """f' at a few scores over the epochs, one line a seed: shows when PLIF changes. Scores are those of `_slopes`.
 
-    Of several PLIFs the first, whose label the axis says.
+    Of several PLIFs only the first is drawn; the axis has its label.
     """
     learned = [cell for cell in cells if cell.config.head == "plif" and rows[cell.key]["slopes"]]
     own = [rows[cell.key] for cell in learned if cell.label == learned[0].label]

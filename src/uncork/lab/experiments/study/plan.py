@@ -20,25 +20,25 @@ from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
 
 Place = tuple[str, int]
-"""The name of a text, and d."""
+"""The name of a text, and d, the features of the output layer."""
 
 
 class _Read(pydantic.BaseModel):
-    """What is read from the file: nothing that is not known, and nothing that changes later."""
+    """Base class of what is read from the file: unknown fields are refused, and instances cannot be changed."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 class Part(_Read):
-    """Every text, d, head and seed.
+    """A grid of runs: every text, d, head and seed.
 
     Attributes:
-        heads: how they are called in tables, and what each is: a head as the command line writes it, "{d}" where it
-            needs the d of the place; a list where they are called what they are.
-        grid: more heads, called what they are: every combination of `head` and the options beside it, each a list.
-        tuned: heads that take the best of their trials at each place.
-        settings: fields of TrainConfig.
-        test: whether the test split is read.
+        heads: by their labels in tables, heads as the command line writes them, with "{d}" for the d of the place. The
+            file may have a list of heads instead, which are then their own labels.
+        grid: more heads, which are their own labels: every combination of `head` and its options, each given as a list.
+        tuned: labels of the heads that take the best of their trials at each place.
+        settings: fields of TrainConfig that all runs of this part have.
+        test: whether numbers of the test split are kept.
     """
 
     about: str
@@ -64,7 +64,7 @@ class Part(_Read):
 
     @property
     def written(self) -> dict[str, str]:
-        """Each head but the tuned ones, by what it is called: those of `heads`, then those of `grid`."""
+        """The heads that are not tuned, by label: those of `heads`, then those of `grid`."""
         options = {name: [_written(value) for value in values] for name, values in self.grid.items() if name != "head"}
         heads = [
             f"{head}:{','.join(f'{name}={value}' for name, value in zip(options, values, strict=True))}".rstrip(":")
@@ -75,21 +75,21 @@ class Part(_Read):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What its heads are called."""
+        """The labels of its heads, the tuned ones first."""
         return (*self.tuned, *self.written)
 
     @property
     def own_model(self) -> bool:
-        """Whether it has another body than the rest of the study, whose costs are not its own."""
+        """Whether its model is not that of the rest of the study, whose measured costs then do not apply."""
         return not self.settings.keys().isdisjoint(("preset", "model_options"))
 
     @property
     def size(self) -> int:
-        """How many runs there are."""
+        """The number of its runs."""
         return len(self.seeds) * len(self.texts) * len(self.in_features) * len(self.labels)
 
     def narrowed(self, **given: Sequence[Any] | int | None) -> Self:
-        """The part with what the flags give in place of its own; of `seeds` as many.
+        """The part restricted to the given heads, texts and in_features, and to the first `seeds` of its seeds.
 
         Raises:
             LabError: a value that the part does not have.
@@ -118,10 +118,11 @@ class Plan(_Read):
     """A study.
 
     Attributes:
-        base: fields of TrainConfig that all runs have. texts: by name, the fields that say which text it is, and the
-            digest (sha256) of what they come to.
-        tuned_by: the part whose runs choose among the trials. trials: of each head.
-        controls: what a head, by its name or by what a part calls it, is tested against.
+        base: fields of TrainConfig that all runs have. texts: by name, the fields of TrainConfig that select a text,
+            and the digest (sha256) of that text.
+        tuned_by: the part whose validation losses choose among the trials.
+        trials: by label, the heads with settings, as the command line writes them, among which a tuned head chooses.
+        controls: by label or name of a head, the labels of the heads that it is tested against.
     """
 
     base: dict[str, Any]
@@ -133,7 +134,7 @@ class Plan(_Read):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The plan in a file. Raises LabError that names the file, and the field that is wrong."""
+        """Reads a plan from a file. Raises LabError that names the file and the field that is wrong."""
         with os_errors(path, "cannot be read"):
             data = path.read_bytes()
         try:
@@ -141,7 +142,7 @@ class Plan(_Read):
         except ValueError as error:  # pydantic's errors too
             wrong = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
             said = str(error)
-            if wrong is not None:  # a check of the whole plan says itself where
+            if wrong is not None:  # errors of the whole plan have no loc: their message names the field
                 said = ": ".join([*([".".join(map(str, wrong["loc"]))] if wrong["loc"] else []), wrong["msg"]])
                 said = said.removeprefix("Value error, ")
             raise LabError(f"{path}: is no plan of a study: {said}") from error
@@ -175,10 +176,10 @@ class Plan(_Read):
         return self.parts[name]
 
     def cells(self, part: Part, rows: Rows) -> list[Cell]:
-        """All runs of a part, seed by seed, so that what is done at any moment compares all heads.
+        """The cells of a part, ordered by seed, so that a partly finished part covers all heads.
 
         Args:
-            rows: what is kept; the tuned settings are chosen from it.
+            rows: the kept rows, by which the trials of tuned heads are chosen.
 
         Raises:
             LabError: a tuned head whose trials have not been run.
@@ -189,7 +190,7 @@ class Plan(_Read):
         ]
 
     def tuned_cells(self, part: Part, rows: Rows) -> list[Cell]:
-        """Those of `cells` at places where all heads are tuned."""
+        """Those of `cells` at places where the trials of all tuned heads have been run."""
         found = []
         for text, d in itertools.product(part.texts, part.in_features):
             with suppress(LabError):
@@ -197,7 +198,7 @@ class Plan(_Read):
         return found
 
     def kept_cells(self, part: Part, rows: Rows) -> list[Cell]:
-        """Those of `cells` that have a row, whatever else has not been run or tuned yet."""
+        """Those of `cells` that have a row; others may not have been run or tuned yet."""
         return [cell for cell in self.tuned_cells(part, rows) if is_kept(cell, rows)]
 
     def _cell(self, part: Part, rows: Rows, seed: int, place: Place, label: str) -> Cell:
@@ -222,7 +223,7 @@ class Plan(_Read):
         return min(losses, key=losses.__getitem__)
 
     def _validation(self, rows: Rows, trial: str, place: Place) -> float:
-        """The mean over the seeds of the part that tunes."""
+        """The validation cross-entropy of a trial at a place, mean over the seeds of the part `tuned_by`."""
         part = self.parts[self.tuned_by]
         losses = []
         for seed in part.seeds:

@@ -1,4 +1,4 @@
-"""Runs cells of the study on several workers, and keeps each one's row as it ends."""
+"""Runs cells of the study on several workers, and keeps the row of each as soon as it ends."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from uncork.lab.terminal import say
 from uncork.lab.train.config import TrainConfig
 
 CONTEXTS = 500
-"""Held-out contexts whose log-probabilities the rank is taken of."""
+"""Number of held-out contexts in the log-probability matrix whose rank is computed."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Cell:
     """One run of the study.
 
     Attributes:
-        place: what is compared within one table, as "ptb d=16".
-        label: what its head is called there.
+        place: a text and a d, as "ptb d=16"; heads are compared within a place.
+        label: the name of its head in tables.
         config: the settings of the run.
         test: whether numbers of the test split are kept.
-        text: the digest of the text that it is on (`uncork.lab.train.config.text_record`); a run on another is refused.
+        text: the digest of its text (`uncork.lab.train.config.text_record`); a run on any other text is refused.
     """
 
     place: str
@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def record(self) -> dict[str, Any]:
-        """All that decides its numbers."""
+        """Everything that decides its numbers; see `uncork.lab.run.key`."""
         return self.config.record({"sha256": self.text})
 
     @cached_property
@@ -50,25 +50,25 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder while it trains."""
+        """The name of its folder while it trains."""
         words = "".join(c if c.isalnum() else "-" for c in f"{self.place}-{self.label}")
         return f"{words}-{self.config.seed}-{self.key}"
 
     @property
     def title(self) -> str:
-        """What it is called while it trains."""
+        """The text that stands for it in progress lines."""
         return f"{self.place} {self.label} seed {self.config.seed}"
 
     @property
     def d(self) -> int:
-        """The d of its place; a head may take more features than that to make them from."""
+        """The d of its place; `config.in_features` is larger for a head that makes its d features from more."""
         return int(self.place.rpartition("d=")[2])
 
 
 def run_cells(
     cells: Sequence[Cell], store: RowStore, *, data_dir: Path | None, work_dir: Path, workers: int
 ) -> dict[str, str]:
-    """Trains what is not kept yet; returns the message of each run that failed. Ctrl-C leaves checkpoints behind."""
+    """Trains the cells without a row; returns the error messages of failed ones. Ctrl-C leaves checkpoints."""
     kept, texts = store.rows(), Texts(data_dir)
     cells = [cell for cell in {cell.key: cell for cell in cells}.values() if not is_kept(cell, kept)]
     if not cells:
@@ -83,7 +83,7 @@ def run_cells(
         cell = by_name[run.name]
         row = row_of(run, cell.config, keep_test=cell.test)
         store.add(row)
-        shutil.rmtree(run.path, ignore_errors=True)  # its checkpoints, above all
+        shutil.rmtree(run.path, ignore_errors=True)  # checkpoints take much space
         split, result = "test" if cell.test else "valid", row["result"]
         perplexity = f"{split} perplexity {result[split]['perplexity']:.2f}"
         return f"{perplexity}, {result['stopped']} after {result['epochs']:.1f} epochs"
@@ -92,7 +92,7 @@ def run_cells(
 
 
 def _require_texts(cells: Sequence[Cell], texts: Texts) -> None:
-    """Raise LabError where the text behind a corpus is not the one that the study is of."""
+    """Raise LabError if the text found for a cell does not have the digest that the plan gives."""
     for cell in cells:
         found = texts.of(cell.config)["sha256"]
         if found != cell.text:
@@ -103,7 +103,7 @@ def _require_texts(cells: Sequence[Cell], texts: Texts) -> None:
 
 
 def is_kept(cell: Cell, kept: Mapping[str, Mapping[str, object]]) -> bool:
-    """Whether its row is there with all that the cell wants: one of `tune` has no test numbers, and runs again."""
+    """Whether the cell has a complete row; one without test numbers is incomplete for a cell that keeps them."""
     row = kept.get(cell.key)
     return row is not None and (not cell.test or "analysis" in row)
 

@@ -15,7 +15,7 @@ _POINTS = 5  # of the 201 points of a function, every fifth is kept
 
 
 def asked(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config of a row asks for, as this version says it; of a head that is gone, as it was kept."""
+    """The settings that a row's config asks for, in this version's form; unchanged if this version cannot read them."""
     try:
         return TrainConfig.from_dict(dict(config)).asked()
     except LabError:

@@ -16,11 +16,11 @@ from uncork.lab.report.tables import NO_NUMBER, heads_of, perplexity, probabilit
 from uncork.lab.run.rows import Rows
 
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
-"""By place and head, what benchmarks/epoch_cost.py measures of the study's own model; empty where it has not."""
+"""By (place, head), what benchmarks/epoch_cost.py measured of the study's model; empty if it was not run."""
 
 
 def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
-    """One row a kept run: place, corpus and what `runs_table` holds, and how it was trained."""
+    """One row a kept run: place, corpus, the columns of `runs_table`, and settings of the training."""
     found = []
     for cell in cells:
         kept = rows.get(cell.key)
@@ -53,7 +53,7 @@ def _settings(cell: Cell) -> str:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a place and head: what `uncork.lab.report.tables.summarise` says, within the place."""
+    """One row a place and head: the columns of `uncork.lab.report.tables.summarise`, computed within the place."""
     parts = []
     for place, own in runs.groupby("place", sort=False):
         told = summarise(own)
@@ -87,8 +87,8 @@ def control_tests(runs: pd.DataFrame, controls: Mapping[str, Sequence[str]]) -> 
     Args:
         controls: by the head's label or name, the labels of what it is tested against.
 
-    Columns: place, learned, control, pairs, change (mean over seeds of the perplexity's change, in percent), lower (in
-    how many seeds), p_value, p_holm (within the place).
+    Columns: place, learned, control, pairs, change_percent (mean over seeds of the perplexity's change), lower (in how
+    many seeds), p_value, p_holm (within the place).
     """
     found = []
     for place, own in runs.groupby("place", sort=False):
@@ -145,7 +145,7 @@ def published_columns(frame: pd.DataFrame, runs: pd.DataFrame, costs: Costs) -> 
 
 
 def measured_as(label: str, name: str) -> str:
-    """The head whose cost is that of this label: a PLIF of unit slope is a PLIF.
+    """The head under which this label's cost was measured: variants of equal cost were measured once.
 
     >>> measured_as("softmax (scale 1)", "softmax"), measured_as("gss (learned)", "gss")
     ('softmax', 'gss (learned)')
@@ -154,7 +154,7 @@ def measured_as(label: str, name: str) -> str:
 
 
 def display_tests(tests: pd.DataFrame) -> pd.DataFrame:
-    """The tests as they are read: one row a pair of heads, one column a place."""
+    """The tests as text: one row a pair of heads, one column a place."""
     pairs = list(dict.fromkeys(zip(tests["learned"], tests["control"], strict=True)))
     columns = {"test perplexity of": [f"{learned} against {control}" for learned, control in pairs]}
     for place, own in tests.groupby("place", sort=False):
@@ -172,7 +172,7 @@ def _verdict(test: Any) -> str:
 def display_table(frame: pd.DataFrame, split: str = "test") -> pd.DataFrame:
     """One row a head, one column a place: perplexity ± its deviation, and the change against softmax with its p.
 
-    Seeds are named where they are fewer than five.
+    The lowest perplexity of a place is bold. p is missing where fewer than five seeds allow no test.
     """
     heads = list(dict.fromkeys(frame["head"]))
     columns: dict[str, list[str]] = {"head": heads}

@@ -1,1 +1,1 @@
-"""The synthetic experiment: categorical distributions whose contexts are free vectors, so that only the head limits."""
+"""The synthetic experiment: heads fitted to given distributions over free context vectors, so that only heads limit."""

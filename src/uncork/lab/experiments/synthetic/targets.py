@@ -24,11 +24,11 @@ from uncork.lab.errors import LabError
 
 Array = NDArray[np.float64]
 
-SCORE_SPREAD = 3.0  # standard deviation of scores: rows of 4 nats or so among 2,000 words
+SCORE_SPREAD = 3.0  # standard deviation of scores: a row over 2,000 words then has an entropy of about 4 nats
 
 MIXTURES = tuple(name for name in HEAD_NAMES if HeadSpec(name).is_mixture)
 
-# What `planted` gives `build_head`; a head built with the same options can represent its targets. The kinks of PLIF
+# What `planted` passes to `build_head`; a head built with the same options can represent its targets. The kinks of PLIF
 # lie on the knots of the default one too (100 pieces of bound 20), which can therefore represent them as well.
 _FUNCTION_OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"cap": 6.0},
@@ -40,9 +40,9 @@ _MIXTURE_OPTIONS: dict[str, Any] = {"num_components": 4, "latent_activation": No
 PLANTED_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     name: (_MIXTURE_OPTIONS if name in MIXTURES else {}) | _FUNCTION_OPTIONS.get(name, {})
     for name in HEAD_NAMES
-    if name != "plif-frozen"  # its slopes are its own draw: no other head of that name has them
+    if name != "plif-frozen"  # its slopes are random and do not train: no other head of that name has the same ones
 }
-# Mean and standard deviation of their parameters; that of the weights is divided by sqrt(D).
+# Mean and standard deviation of a planted head's parameters; the deviation of weights is divided by sqrt(D).
 _PLANTED_LAWS = {
     "weight": (0.0, SCORE_SPREAD),
     "latent.weight": (0.0, 1.0),
@@ -89,7 +89,7 @@ def dirichlet(num_contexts: int, num_words: int, concentration: float, seed: int
     drawn: log G = log G' + log(U) / b with G' of law Gamma(b + 1) and U uniform, then softmax.
 
     Args:
-        num_contexts: N. num_words: M. concentration: b > 0; the smaller, the fewer words share a row.
+        num_contexts: N. num_words: M. concentration: b > 0; the smaller, the fewer words have most of a row's mass.
         seed: a whole number of at least 0.
 
     >>> targets = dirichlet(1000, 100, 0.01, seed=0)
@@ -105,7 +105,7 @@ def dirichlet(num_contexts: int, num_words: int, concentration: float, seed: int
     b = _positive("concentration", concentration)
     generator = _generator("dirichlet", *shape, b, _whole("seed", seed, 0))
     lifted = np.log(generator.standard_gamma(b + 1, shape) / (b + 1))
-    # b log G: its largest is taken off before the division by b, which may overflow for all others.
+    # b log G. The row's maximum is subtracted before the division by b, which may overflow to -inf for the others.
     scaled = b * lifted - generator.standard_exponential(shape)
     with np.errstate(over="ignore"):
         log_prob = (scaled - scaled.max(1, keepdims=True)) / b
@@ -115,8 +115,8 @@ def dirichlet(num_contexts: int, num_words: int, concentration: float, seed: int
 def sharpened(targets: Targets, power: float) -> Targets:
     """P^power, each row divided by its sum: the same likeliest words, nearer to certainty.
 
-    A head fitted to them is asked for the order of the words more than for their probabilities, so how often its
-    likeliest word is right shows what its *loss* leaves out, beside what its features do.
+    The likeliest word makes up more of the loss here than with P. If a head then finds it more often, its errors on P
+    are due to the loss, which weighs all words, and not only to too few features.
 
     Args:
         targets: P. power: above 0, as a float.
@@ -184,7 +184,7 @@ def planted(head_name: str, num_contexts: int, num_words: int, in_features: int,
 
 
 def planted_head(head_name: str, num_contexts: int, num_words: int, in_features: int, seed: int) -> tuple[Head, Tensor]:
-    """The head and the input (N, D) float64 that `planted` evaluates: the optimum, known.
+    """The head and the input (N, D) float64 that `planted` evaluates: a fit with the least possible loss.
 
     All parameters are random, float64, without a bias. Learnable functions are far from straight lines: the slopes of
     a PLIF are sorted, so that it is convex, and the monotone network's rise from about 0.2 to 1.8. Softmax,
@@ -223,17 +223,17 @@ def several_modes(
     Words are random points w of the unit sphere in R^D. A row is the equal mixture of K linear softmaxes, each around
     a word c: P(x) = 1/K sum_k softmax_x(s_k <c_k, w_x>). The sharpness s_k gives c_k the share `peak` of its mode (a
     few percent less from mode to mode, so that the argmax is unique), and a few words around it most of the rest.
-    c_1 is any word; each next one is any word of the half that lies farthest from those before.
+    c_1 is a random word, each further one a random word of the half that lies farthest from those before.
 
     A mixture of K softmaxes is exact: with h_k = s_k c_k and equal weights it is the formula above. In a MixtureHead,
     h_k = W_k g + b_k and the prior is W_pi g: take g = (h_1, ..., h_K) of K D features, W_k the k-th block of the
     identity, b_k = 0, W_pi = 0, latent_features = D and latent_activation=None (`several_modes_head`).
 
-    An increasing f is no help with few features: the likeliest words of softmax(f(W h)) are those of W h, cut off from
-    the others by a half-space {w: <h, w> >= t}, whatever f. In two features at most 3 M / 2 of all pairs of words can
-    be the two likeliest (2-sets of M points in the plane: Erdős, Lovász, Simmons, Straus 1973); the rows here ask for
-    about M^2 / 4. With 2 K features or more any K words can be cut off (cyclic polytopes), by long vectors: the claim
-    is about fewer.
+    An increasing f does not help with few features: the likeliest words of softmax(f(W h)) are those of W h, cut off
+    from the others by a half-space {w: <h, w> >= t}, whatever f. In two features at most 3 M / 2 of all pairs of words
+    can be the two likeliest (2-sets of M points in the plane: Erdős, Lovász, Simmons, Straus 1973); the rows here ask
+    for about M^2 / 4. With 2 K features or more any K words can be cut off (cyclic polytopes), by long vectors: the
+    claim is about fewer.
 
     Args:
         num_contexts: N. num_words: M. num_modes: K, 1 <= K <= M. seed: a whole number of at least 0.
@@ -372,7 +372,7 @@ def sotu_targets(
 
 
 def _targets(weights: Array, note: str) -> Targets:
-    """The rows over their sums."""
+    """The targets of these weights (N, M): each row is divided by its sum."""
     return Targets(torch.from_numpy(weights / weights.sum(1, keepdims=True)), note)
 
 
@@ -383,7 +383,7 @@ def _product(left: Array, right: Array) -> Array:
 
 
 def _generator(*arguments: str | int | float) -> np.random.Generator:
-    """A generator of its own for every tuple of arguments."""
+    """A random generator that is seeded with all the arguments."""
     digest = hashlib.sha256(repr(arguments).encode()).digest()
     sequence = np.random.SeedSequence(int.from_bytes(digest, "big"))
     return np.random.Generator(np.random.PCG64(sequence))  # named: numpy's default may change
@@ -394,7 +394,7 @@ def _sizes(num_contexts: int, num_words: int) -> tuple[int, int]:
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None, limit: str = "") -> int:
-    """The value, a whole number within bounds; a LabError that names it otherwise. `limit` says what `most` is."""
+    """The value, if it is a whole number from `least` to `most`, else a LabError. limit: what `most` is, in words."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         above = "" if most is None else f" and at most {most} ({limit})"
