@@ -250,6 +250,7 @@ def test_compiled(name, reduction, make_problem):
 
     upstream = torch.randn_like(loss())
     wanted = torch.autograd.grad(problem.loss("reference", reduction=reduction), problem.operands(), upstream)
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=not by_autograd)
+    one_graph = not by_autograd and not torch.__version__.startswith("2.6.")  # which cannot trace dataclasses.replace
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=one_graph)
     for _ in range(2):
         torch.testing.assert_close(torch.autograd.grad(compiled(), problem.operands(), upstream), wanted)
