@@ -28,6 +28,7 @@ TRANSFORMER: dict[str, Any] = {
     "preset": "transformer-laptop",
     "model_options": {"width": 8, "depth": 1, "num_heads": 2, "max_length": 32, "dropout": 0.1},
 }
+LOOKUP: dict[str, Any] = {"preset": "lookup", "model_options": {"order": 2, "rows": 30}}
 
 
 def _text(lines, generator):
@@ -72,13 +73,13 @@ def tiny_corpus(tiny_folder, tiny_cache):
 
 @pytest.fixture
 def tiny_config(tiny_folder):
-    """Make a TrainConfig for the tiny corpus: `tiny_config("transformer", head="plif")`."""
+    """Make a TrainConfig for the tiny corpus: `tiny_config("transformer", head="plif")`; or of a lookup table."""
 
     def make(backbone="lstm", **fields):
-        base = LSTM if backbone == "lstm" else TRANSFORMER
+        base = {"lstm": LSTM, "transformer": TRANSFORMER, "lookup": LOOKUP}[backbone]
         options = {**base["model_options"], **fields.pop("model_options", {})}
-        settings = {"corpus": str(tiny_folder), "in_features": 4, "epochs": 2, "batch_size": 8, "bptt": 10,
-                    "log_every": 3, **fields}  # fmt: skip
+        settings = {"corpus": str(tiny_folder), "in_features": 4, "epochs": 2, "bptt": 10,
+                    "batch_size": 1 if base is LOOKUP else 8, "log_every": 3, **fields}  # fmt: skip
         return TrainConfig.of(preset=base["preset"], model_options=options, **settings)
 
     return make

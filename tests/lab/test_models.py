@@ -15,6 +15,7 @@ from uncork.lab.models import (
     AWDLSTM,
     AWDLSTMConfig,
     LanguageModel,
+    LookupConfig,
     TransformerConfig,
     build_model,
 )
@@ -25,10 +26,13 @@ CONFIGS: list[Any] = [
     AWDLSTMConfig(embedding_size=6, hidden_sizes=(7,), out_features=4),
     TransformerConfig(width=8, depth=2, num_heads=2, max_length=32),
     TransformerConfig(width=8, depth=1, num_heads=1, max_length=32, out_features=4),
+    LookupConfig(out_features=5),
+    LookupConfig(order=2, rows=200, out_features=5),
 ]
 TIED_CONFIGS: list[Any] = [
     AWDLSTMConfig(embedding_size=5, hidden_sizes=(7, 5), tie_weights=True),
     TransformerConfig(width=8, depth=1, num_heads=2, max_length=32, tie_weights=True),
+    LookupConfig(out_features=5, tie_weights=True),
 ]
 
 
@@ -105,7 +109,8 @@ def test_later_tokens_do_not_change_earlier_logits(config):
     changed[:, 5] = (changed[:, 5] + 1) % V
     before, after = model(tokens).logits, model(changed).logits
     torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-13)
-    assert ((before - after)[:, 5:].abs().amax(-1) > 1e-9).all()
+    reach = config.order if isinstance(config, LookupConfig) else 3  # logits that depend on the changed token
+    assert ((before - after)[:, 5 : 5 + reach].abs().amax(-1) > 1e-9).all()
 
 
 @pytest.mark.parametrize("config", TIED_CONFIGS)
@@ -214,11 +219,15 @@ def test_config_round_trip_through_json(config):
         ({"kind": "transformer", "mlp_size": 0}, "mlp_size"),
         ({"kind": "transformer", "out_features": 1.5}, "out_features"),
         ({"kind": "transformer", "dropout": 1}, "dropout"),
+        ({"kind": "lookup", "order": 3}, "order must be 1 or 2, got 3"),
+        ({"kind": "lookup", "order": 2}, "rows must be an integer of at least 1 where order is 2, got None"),
+        ({"kind": "lookup", "rows": 0}, "rows must be an integer of at least 1 .*, got 0"),
     ],
 )
 def test_bad_configs(values, message):
+    kinds = {"awd-lstm": AWDLSTMConfig, "transformer": TransformerConfig, "lookup": LookupConfig}
     with pytest.raises(LabError, match=message):
-        (AWDLSTMConfig if values["kind"] == "awd-lstm" else TransformerConfig)(**values)
+        kinds[values["kind"]](**values)
 
 
 def test_config_of_another_kind():

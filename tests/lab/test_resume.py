@@ -69,6 +69,7 @@ CASES = {
         },
     ),
     "transformer adam mos": ("transformer", {"head": "mos", "epochs": 1.5, "weight_decay": 0.1}),
+    "lookup adam plif": ("lookup", {"head": "plif", "epochs": 24, "eval_every": 5}),
     "transformer adam monotone, bf16": ("transformer", {"head": "monotone", "precision": "bf16", "epochs": 1}),
 }
 

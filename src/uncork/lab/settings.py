@@ -33,15 +33,15 @@ class TrainingFlags:
     """Train on the first so many tokens only, for a quick trial. None: on all."""
     preset: str = "lstm-laptop"
     """Backbone and training: lstm-small, lstm-laptop, lstm-gpu, transformer-small, transformer-laptop, transformer-gpu,
-    awd-lstm-ptb, awd-lstm-wt2."""
+    lookup, awd-lstm-ptb, awd-lstm-wt2."""
     in_features: int | None = None
     """d, the features that the output layer receives: the width of the bottleneck. None: the preset's."""
     epochs: float | None = None
     """Passes over the training text; 0.5 is half of one. None: the preset's."""
     lr: float | None = None
     """Learning rate. None: the preset's. A head can have its own: plif:lr=0.002."""
-    function_lr_scale: float = 1.0
-    """Factor on the learning rate for the logit functions' parameters."""
+    function_lr_scale: float | None = None
+    """Factor on the learning rate for the logit functions' parameters. None: the preset's."""
     bias_prior: bool | None = None
     """Start the output layer's bias at the log unigram of the training text. None: as the preset says."""
     output_lr_scale: float | None = None

@@ -88,6 +88,10 @@ class TokenStreams:
             start += length
         return segments
 
+    def size(self, length: int) -> int:
+        """Targets of a batch of so many steps, in this process."""
+        return self.num_streams * length
+
     def batch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Tokens and their successors, each (B, T) int64, of T = `length` steps from `start` on."""
         if start < 0 or length < 1 or start + length > self.length:

@@ -1,4 +1,4 @@
-"""Language models of the laboratory: a backbone (AWD-LSTM or transformer) under any head."""
+"""Language models of the laboratory: a backbone (AWD-LSTM, transformer or lookup table) under any head."""
 
 from typing import TypeAlias
 
@@ -7,9 +7,10 @@ from torch import nn
 from uncork.lab.errors import LabError
 from uncork.lab.models.awd_lstm import AWDLSTM, AWDLSTMConfig
 from uncork.lab.models.language_model import Backbone, BackboneOutput, LanguageModel, ModelOutput
+from uncork.lab.models.lookup import Lookup, LookupConfig
 from uncork.lab.models.transformer import Transformer, TransformerConfig
 
-ModelConfig: TypeAlias = AWDLSTMConfig | TransformerConfig
+ModelConfig: TypeAlias = AWDLSTMConfig | TransformerConfig | LookupConfig
 
 __all__ = [
     "AWDLSTM",
@@ -17,6 +18,8 @@ __all__ = [
     "Backbone",
     "BackboneOutput",
     "LanguageModel",
+    "Lookup",
+    "LookupConfig",
     "ModelConfig",
     "ModelOutput",
     "Transformer",

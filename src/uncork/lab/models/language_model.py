@@ -102,11 +102,18 @@ class LanguageModel(nn.Module):
         self.head.weight = embedding
 
     def forward(self, tokens: Tensor, target: Tensor | None = None, state: tuple[Tensor, ...] = ()) -> ModelOutput:
-        """Loss of target (B, T), or the logits (B, T, V) when there is none, after tokens (B, T) int64."""
+        """Loss of a target, or the logits (B, T, V) when there is none, after tokens (B, T) int64.
+
+        Args:
+            target: (B, T) int64, the successor of each token; or (B, V) floating, the probabilities of the words after
+                the last token of each row, which need not sum to 1 (`F.cross_entropy`).
+        """
         features, state, penalty = self.backbone(tokens, state)
         if target is None:
             return ModelOutput(loss=None, cross_entropy=None, logits=self._loss_head(features), state=state)
-        if target.shape != tokens.shape:
+        if target.is_floating_point():
+            features = features[:, -1]
+        elif target.shape != tokens.shape:
             raise ValueError(f"target must have the shape of tokens {tuple(tokens.shape)}, got {tuple(target.shape)}")
         cross_entropy = self._loss_head.loss(features, target)
         return ModelOutput(cross_entropy + penalty, cross_entropy.detach(), logits=None, state=state)

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 import uncork
 from uncork.lab.data.corpora import Corpus, load_corpus
 from uncork.lab.errors import LabError
-from uncork.lab.models import ModelConfig, TransformerConfig
+from uncork.lab.models import LookupConfig, ModelConfig, TransformerConfig
 from uncork.lab.run.key import RECORD
 from uncork.lab.train.presets import get_preset
 from uncork.lab.validated import NonNegative, Positive, Seed, Share, Size, Switch, Validated, expects, require
@@ -147,6 +147,11 @@ class TrainConfig(Training, Text):
                 raise LabError(
                     f"bptt must be at most the transformer's max_length = {self.model.max_length}, got {self.bptt}"
                 )
+        if isinstance(self.model, LookupConfig) and (self.batch_size != 1 or self.variable_bptt):
+            raise LabError(
+                "a lookup table takes every step on the whole text: batch_size must be 1 and variable_bptt off, got "
+                f"{self.batch_size} and {'on' if self.variable_bptt else 'off'}"
+            )
         return self
 
     @classmethod

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from uncork.lab.errors import LabError
-from uncork.lab.models import AWDLSTMConfig, TransformerConfig
+from uncork.lab.models import AWDLSTMConfig, LookupConfig, TransformerConfig
 
 
 class Preset(NamedTuple):
@@ -116,6 +116,19 @@ PRESETS: dict[str, Preset] = {
         warmup=0.05,
         output_lr_scale=16.0,
         **_OWN,
+    ),
+    "lookup": _preset(
+        "A free vector of 8 features for each word, trained on all counts of the text at once: the output layer alone.",
+        model=LookupConfig(),
+        lr=0.1,
+        batch_size=1,
+        bptt=64,
+        epochs=300.0,
+        eval_every=10,
+        clip=0.0,
+        warmup=0.05,
+        function_lr_scale=0.3,
+        bias_prior=True,
     ),
     "transformer-gpu": _preset(
         "Eight transformer blocks of width 512 with 64 features before the head; for a GPU.",

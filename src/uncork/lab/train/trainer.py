@@ -14,13 +14,14 @@ from uncork.diagnose.output_layer import learned_slopes
 from uncork.lab.data.batching import TokenStreams
 from uncork.lab.data.corpora import Corpus
 from uncork.lab.errors import LabError
-from uncork.lab.models import LanguageModel
+from uncork.lab.models import LanguageModel, Lookup
 from uncork.lab.run.interrupts import InterruptGuard
 from uncork.lab.run.progress import Progress
 from uncork.lab.run.store import Checkpoint, Run
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train import checkpoints as ckpt
 from uncork.lab.train.config import TrainConfig, text_record
+from uncork.lab.train.counted import CountedText
 from uncork.lab.train.evaluation import Evaluation, evaluate, unknown_share
 from uncork.lab.train.optimisation import (
     averaging_triggered,
@@ -131,14 +132,9 @@ class Trainer:
         self.board: Any = None  # TensorBoard's SummaryWriter, where wanted
         self.main: bool = accelerator.is_main_process
         self.device: torch.device = accelerator.device
-        self.streams = TokenStreams(
-            corpus.splits["train"],
-            self.config.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
         self.unknown = {split: unknown_share(corpus.splits[split], corpus.tokenizer) for split in ("valid", "test")}
         self.model = ckpt.build_untrained(config, corpus)
+        self.streams = self._streams()
         self.description = ckpt.describe(config, self.model, corpus)
         self.description["processes"] = accelerator.num_processes
         self.wrapped = accelerator.prepare(self.model)
@@ -222,7 +218,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.accelerator.backward(output.loss)
         norms = clip_gradients(self.optimizer, self.config.clip, self.config.function_clip)
-        reading = torch.stack([output.cross_entropy.double() * tokens.numel(), *(norm.double() for norm in norms)])
+        size = self.streams.size(length)
+        reading = torch.stack([output.cross_entropy.double() * size, *(norm.double() for norm in norms)])
         if self.device.type == "cpu":
             self._require_finite(reading)
             self.last_loss = output.cross_entropy.item()
@@ -232,8 +229,8 @@ class Trainer:
         self.hidden = tuple(part.detach() for part in output.state)
         self.totals += reading
         state.step += 1
-        state.tokens += tokens.numel() * self.accelerator.num_processes
-        state.row_tokens += tokens.numel()
+        state.tokens += size * self.accelerator.num_processes
+        state.row_tokens += size
         state.row_steps += 1
         state.segment += 1
         if state.segment == len(self.segments):
@@ -370,6 +367,15 @@ class Trainer:
         mine = slice(rank * self.streams.num_streams, (rank + 1) * self.streams.num_streams)
         self.hidden = tuple(part[mine].to(self.device) for part in ckpt.numbered("hidden", tensors))
         ckpt.load_rng(tensors, self.device, rank)
+
+    def _streams(self) -> TokenStreams | CountedText:
+        """The training text in batches: streams of tokens, or for a lookup table the whole text at once."""
+        tokens, rank, size = self.corpus.splits["train"], self.accelerator.process_index, self.accelerator.num_processes
+        if not isinstance(self.model.backbone, Lookup):
+            return TokenStreams(tokens, self.config.batch_size, rank=rank, world_size=size)
+        if size > 1:
+            raise LabError(f"a lookup table is trained in one process, on the whole text at once; there are {size}")
+        return CountedText(tokens, self.model.backbone)
 
     def _segments(self, epoch: int) -> list[tuple[int, int]]:
         config = self.config
