@@ -316,7 +316,7 @@ def test_a_rank_that_misleads_has_no_column_and_no_figure(tmp_path, store):
 def test_one_run(tmp_path, store, head):
     page = write(tmp_path, [make_run(store, head, 0, perplexity=50.0)])
     assert "50.00" in page.text
-    assert "Of a head with one seed nobody knows how far another seed would move it" in page.text
+    assert "With one seed it is unknown how far another seed would move a head's result" in page.text
     expected = (
         "no other head has finished"
         if head == "softmax"

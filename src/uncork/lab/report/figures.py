@@ -205,7 +205,7 @@ def _perplexities(comparison: _Comparison) -> list[Picture]:
     said = "; ".join(f"{group.label} {float(np.mean(group.perplexities)):.1f}" for group in reversed(rows))
     caption = (
         f"Test perplexity, lower is better. A dot is a seed, the stroke their mean (the number at the right){across}. "
-        "A gap smaller than the scatter of the dots is one only where it holds seed by seed, as the table tells."
+        "A gap smaller than the scatter of the dots counts only if it holds seed by seed, which the table shows."
         + comparison.among(group.label for group in rows)
     )
     return [Picture("perplexity", "result", figure, caption, f"Mean test perplexity: {said}.")]
@@ -240,7 +240,7 @@ def _curves(comparison: _Comparison) -> list[Picture]:
     by_tokens = {label: (curve.tokens, curve.losses) for label, curve in curves.items()}
     caption = (
         "Validation perplexity while training (logarithmic scale, the first part cut off), mean over seeds, shaded "
-        "from the lowest seed to the highest. Look whether the lines still fall where training ends."
+        "from the lowest seed to the highest. Lines that still fall at the end mean that training was too short."
         + comparison.among(curves)
     )
     result = [

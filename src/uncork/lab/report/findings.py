@@ -192,7 +192,7 @@ def _seed_caveats(summary: pd.DataFrame) -> list[str]:
     low, high = int(done["seeds"].min()), int(done["seeds"].max())
     if low == 1:
         notes.append(
-            "Of a head with one seed nobody knows how far another seed would move it: a small difference means nothing."
+            "With one seed it is unknown how far another seed would move a head's result: small differences mean nothing."
         )
     if low != high:
         notes.append(
@@ -222,8 +222,8 @@ def _control_caveats(summary: pd.DataFrame) -> list[str]:
         shown = [f"{row['head']} {row['parameters'] / size - 1:+.0%}" for _, row in larger.iterrows()]
         if shown:
             notes.append(
-                f"More parameters than the softmax's model: {', '.join(shown)}. A gain of theirs needs a softmax of "
-                "the same size beside it."
+                f"More parameters than the softmax's model: {', '.join(shown)}. Their gains are to be compared "
+                "with those of a softmax of the same size."
             )
     return notes
 

@@ -22,12 +22,12 @@ __all__ = ["write_report"]
 
 _KEY = {
     "test perplexity": "per word of the corpus, as the valid one: mean over seeds ± sample standard deviation",
-    "vs softmax (lower in)": "difference of test perplexity, mean over the seeds that both have; in how many lower",
+    "vs softmax (lower in)": "difference of test perplexity, mean over the seeds that both have; in brackets, in how many it is lower",
     "p (Holm)": "paired t-test over seeds on log-perplexity (the cross-entropy), from 5 seeds on, Holm-corrected",
     "of the head": "parameters of the output layer alone",
     "tokens/s": "median training speed; rough where runs share a machine",
     "peak MiB": "largest memory of the process; rough where runs share a machine",
-    "rank": "numerical rank of log Q (held-out contexts × words), computed in float64; it counts any size",
+    "rank": "numerical rank of log Q (held-out contexts × words), computed in float64; singular values above rounding count, however small",
     "ε-rank": "the rank of log Q (held-out contexts × words) by size: as many singular values hold all but ε = 1e-4 of "
     "the sum of squares",
     "energy beyond linear": "share of the squared singular values beyond what a linear softmax can have",
@@ -117,7 +117,7 @@ def _best(summary: pd.DataFrame) -> int | None:
 
 
 def _caption(summary: pd.DataFrame) -> str:
-    caption = "One row an output layer; what does not stand in its brackets is equal for all."
+    caption = "One row an output layer; settings that are not in its brackets are the same for all."
     if _best(summary) is not None:
         caption += " The lowest mean test perplexity is shaded."
     for base in summary[summary["baseline"]]["head"] if len(summary) else ():
