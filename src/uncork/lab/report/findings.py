@@ -192,7 +192,7 @@ def _seed_caveats(summary: pd.DataFrame) -> list[str]:
     low, high = int(done["seeds"].min()), int(done["seeds"].max())
     if low == 1:
         notes.append(
-            "With one seed it is unknown how far another seed would move a head's result: small differences mean nothing."
+            "With one seed it is unknown how far another seed would move a head's result: ignore small differences."
         )
     if low != high:
         notes.append(
