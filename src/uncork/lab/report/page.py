@@ -22,12 +22,12 @@ __all__ = ["write_report"]
 
 _KEY = {
     "test perplexity": "per word of the corpus, as the valid one: mean over seeds ± sample standard deviation",
-    "vs softmax (lower in)": "difference of test perplexity, mean over shared seeds; in brackets, in how many it is lower",
+    "vs softmax (lower in)": "difference of test perplexity, mean over shared seeds; in brackets, how often lower",
     "p (Holm)": "paired t-test over seeds on log-perplexity (the cross-entropy), from 5 seeds on, Holm-corrected",
     "of the head": "parameters of the output layer alone",
     "tokens/s": "median training speed; rough where runs share a machine",
     "peak MiB": "largest memory of the process; rough where runs share a machine",
-    "rank": "numerical rank of log Q (held-out contexts × words), in float64, where the smallest singular value above rounding counts",
+    "rank": "numerical rank of log Q (held-out contexts × words) in float64: all singular values above rounding count",
     "ε-rank": "the rank of log Q (held-out contexts × words) by size: as many singular values hold all but ε = 1e-4 of "
     "the sum of squares",
     "energy beyond linear": "share of the squared singular values beyond what a linear softmax can have",
