@@ -7,8 +7,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from uncork.lab.data.batching import TokenStreams
 from uncork.lab.errors import LabError
-from uncork.lab.models.lookup import Lookup
+from uncork.lab.models import LanguageModel, Lookup
 
 
 class CountedText:
@@ -66,3 +67,21 @@ class CountedText:
     def batch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Contexts (C, order) int64, and what each is to predict: (C, V), in the unit of `F.cross_entropy`'s mean."""
         return self._context, self._target
+
+
+def training_batches(
+    tokens: Tensor, model: LanguageModel, batch_size: int, *, rank: int, world_size: int
+) -> TokenStreams | CountedText:
+    """The batches of a training text: streams of tokens, or for a lookup table the whole text at once.
+
+    Args:
+        tokens, batch_size, rank, world_size: as for `TokenStreams`.
+
+    Raises:
+        LabError: the text is too short or too large; several processes, with a lookup table.
+    """
+    if not isinstance(model.backbone, Lookup):
+        return TokenStreams(tokens, batch_size, rank=rank, world_size=world_size)
+    if world_size > 1:
+        raise LabError(f"a lookup table is trained in one process, on the whole text at once; there are {world_size}")
+    return CountedText(tokens, model.backbone)

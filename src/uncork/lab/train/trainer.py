@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from uncork.diagnose.output_layer import learned_slopes
-from uncork.lab.data.batching import TokenStreams
 from uncork.lab.data.corpora import Corpus
 from uncork.lab.errors import LabError
-from uncork.lab.models import LanguageModel, Lookup
+from uncork.lab.models import LanguageModel
 from uncork.lab.run.interrupts import InterruptGuard
 from uncork.lab.run.progress import Progress
 from uncork.lab.run.store import Checkpoint, Run
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train import checkpoints as ckpt
 from uncork.lab.train.config import TrainConfig, text_record
-from uncork.lab.train.counted import CountedText
+from uncork.lab.train.counted import training_batches
 from uncork.lab.train.evaluation import Evaluation, evaluate, unknown_share
 from uncork.lab.train.optimisation import (
     averaging_triggered,
@@ -134,7 +133,13 @@ class Trainer:
         self.device: torch.device = accelerator.device
         self.unknown = {split: unknown_share(corpus.splits[split], corpus.tokenizer) for split in ("valid", "test")}
         self.model = ckpt.build_untrained(config, corpus)
-        self.streams = self._streams()
+        self.streams = training_batches(
+            corpus.splits["train"],
+            self.model,
+            config.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
         self.description = ckpt.describe(config, self.model, corpus)
         self.description["processes"] = accelerator.num_processes
         self.wrapped = accelerator.prepare(self.model)
@@ -367,15 +372,6 @@ class Trainer:
         mine = slice(rank * self.streams.num_streams, (rank + 1) * self.streams.num_streams)
         self.hidden = tuple(part[mine].to(self.device) for part in ckpt.numbered("hidden", tensors))
         ckpt.load_rng(tensors, self.device, rank)
-
-    def _streams(self) -> TokenStreams | CountedText:
-        """The training text in batches: streams of tokens, or for a lookup table the whole text at once."""
-        tokens, rank, size = self.corpus.splits["train"], self.accelerator.process_index, self.accelerator.num_processes
-        if not isinstance(self.model.backbone, Lookup):
-            return TokenStreams(tokens, self.config.batch_size, rank=rank, world_size=size)
-        if size > 1:
-            raise LabError(f"a lookup table is trained in one process, on the whole text at once; there are {size}")
-        return CountedText(tokens, self.model.backbone)
 
     def _segments(self, epoch: int) -> list[tuple[int, int]]:
         config = self.config

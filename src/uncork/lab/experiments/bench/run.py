@@ -75,10 +75,10 @@ def run(settings: Bench, plan: Plan, command: str) -> dict[str, pd.DataFrame]:
     setups = {shape: _setup(settings, shape, threads) for shape in {**plan.times, **plan.memory}}
     _check(plan, setups, threads)
     chunks = {shape: _best_chunk(setups[shape]) for shape, names in _all(plan).items() if "torch-best" in names}
-    times = pd.DataFrame(_times(settings, plan, setups, chunks))
+    times = pd.DataFrame(_times(settings, plan, setups, chunks, threads))
     with ThreadPoolExecutor(1) as beside:  # bytes and instructions do not depend on what else is running
         counted = beside.submit(_instructions) if settings.instructions else None
-        used = memory_frame(_memory(settings, plan, setups, chunks))
+        used = memory_frame(_memory(plan, setups, chunks, threads))
     tables = {"times": times, "memory": used, "table": display_table(times, used)}
     if counted is not None:
         tables["instructions"] = counted.result()
@@ -159,7 +159,9 @@ def _measured(
     return [found[title] for title in work]
 
 
-def _times(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int]) -> list[dict[str, Any]]:
+def _times(
+    settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int], threads: int
+) -> list[dict[str, Any]]:
     # The outer loop is over processes, so that the processes of one shape lie apart in time.
     turns = list(itertools.product(range(settings.processes), plan.times.items()))
     work = {}
@@ -169,7 +171,7 @@ def _times(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict
         work[title] = partial(
             time_contenders, setups[shape], contenders, settings.rounds, settings.max_seconds, process
         )
-    outcomes = _measured(work, settings.threads or cores(), lambda _: "timed")
+    outcomes = _measured(work, threads, lambda _: "timed")
     return [
         row
         for shape in plan.times
@@ -181,7 +183,7 @@ def _resolved(name: str, chunk: int | None) -> str:
     return f"torch-{chunk}" if name == "torch-best" else name
 
 
-def _memory(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int]) -> list[dict[str, Any]]:
+def _memory(plan: Plan, setups: dict[Shape, Setup], chunks: dict[Shape, int], threads: int) -> list[dict[str, Any]]:
     wanted = [(shape, name) for shape, names in plan.memory.items() for name in names]
     if not wanted:
         return []
@@ -196,7 +198,7 @@ def _memory(settings: Bench, plan: Plan, setups: dict[Shape, Setup], chunks: dic
         f"memory of {name} at ({shape})": partial(memory.measure, setups[shape], _resolved(name, chunks.get(shape)))
         for shape, name in wanted
     }
-    outcomes = _measured(work, settings.threads or cores(), lambda o: o["note"] or f"{mib(o['extra']):.1f} MiB")
+    outcomes = _measured(work, threads, lambda o: o["note"] or f"{mib(o['extra']):.1f} MiB")
     return [
         {
             "contender": name,
