@@ -77,6 +77,15 @@ def test_large_numbers_of_words_have_rows_of_the_table():
     assert rows.max() < 1000
 
 
+def test_both_words_choose_the_row_whatever_the_sizes():
+    words = torch.arange(64)
+    for rows in (64, 60):
+        table = LookupConfig(order=2, rows=rows).build(64)
+        found = table.rows(torch.cartesian_prod(words, words)).view(64, 64)
+        assert all(len(line.unique()) > 20 for line in (*found, *found.T))
+        assert torch.bincount(found.flatten(), minlength=rows).min() > 32  # 64 or 68 in the mean
+
+
 def test_the_state_carries_the_last_word():
     model, text = make_model(TABLES[2]), make_text(24).view(2, 12)
     whole, _ = model.features(text)

@@ -14,6 +14,7 @@ from uncork.lab.models.language_model import Backbone, BackboneConfig, BackboneO
 from uncork.lab.validated import Size, require
 
 _START = 0.1  # standard deviation of the vectors at their start, so that the scores begin near the bias
+_MULTIPLIERS = (2_654_435_761, 2_246_822_519)  # odd, and far from multiples of one another
 
 
 class LookupConfig(BackboneConfig):
@@ -68,12 +69,14 @@ class Lookup(Backbone):
 
     def rows(self, context: Tensor) -> Tensor:
         """The rows (...) of the table that contexts (..., order) int64 have."""
-        number = context[..., -1]
-        if self.config.order == 2:
-            number = number + self.vocab_size * context[..., 0]
+        last = context[..., -1]
         if self.config.rows is None:
-            return number
-        return (number * 2_654_435_761).remainder(2**32).remainder(self.config.rows)  # Knuth's multiplicative hash
+            return last
+        # A multiplicative hash, of which the high bits are taken: the low ones see the words' low bits alone.
+        mixed = last * _MULTIPLIERS[0]
+        if self.config.order == 2:
+            mixed = mixed + context[..., 0] * _MULTIPLIERS[1]
+        return (mixed.remainder(2**32) * self.config.rows) >> 32
 
     def forward(self, tokens: Tensor, state: tuple[Tensor, ...] = ()) -> BackboneOutput:
         require_tokens(tokens)
