@@ -50,13 +50,14 @@ def test_the_loss_of_the_counts_is_that_of_the_tokens(config, head):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_an_evaluation_is_of_the_same_tokens():
-    model, text = make_model(TABLES[0]), make_text()
-    found = evaluate(model, text, batch_size=7, bptt=5)
-    context, target = CountedText(text, model.backbone).batch(0, 1)
-    assert found.cross_entropy == pytest.approx(
-        model(context, target.double()).cross_entropy.item(), rel=1e-6
-    )  # counts in float32
+@pytest.mark.parametrize("head", ["plif", "mos"])
+@pytest.mark.parametrize("config", TABLES)
+def test_an_evaluation_by_counts_is_that_by_tokens(config, head):
+    model, text = make_model(config, head).float(), make_text()
+    by_counts = evaluate(model, text, batch_size=1, bptt=5)
+    by_tokens = evaluate(model, text, batch_size=1, bptt=5, keep_nll=True)
+    assert by_counts.cross_entropy == pytest.approx(by_tokens.cross_entropy, rel=1e-6)
+    assert by_counts.tokens == by_tokens.tokens == len(by_tokens.nll)
 
 
 def test_contexts_that_share_a_row_are_one():

@@ -6,6 +6,7 @@ Shapes in comments: N targets of the text, C contexts, V vocabulary.
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from uncork.lab.data.batching import TokenStreams
 from uncork.lab.errors import LabError
@@ -67,6 +68,22 @@ class CountedText:
     def batch(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Contexts (C, order) int64, and what each is to predict: (C, V), in the unit of `F.cross_entropy`'s mean."""
         return self._context, self._target
+
+
+def counted_cross_entropy(model: LanguageModel, tokens: Tensor) -> float | None:
+    """Mean nats of each token of a text but the first, by its counts; None for a model that is no lookup table.
+
+    Before the text stands the word 0, as before a stream. The model is used in the mode it is in.
+
+    Raises:
+        LabError: as `CountedText`.
+    """
+    if not isinstance(model.backbone, Lookup):
+        return None
+    table = model.backbone
+    text = CountedText(F.pad(tokens, (table.config.order - 1, 0)), table)
+    context, target = (part.to(table.embedding.weight.device) for part in text.batch(0, 1))
+    return model(context, target).cross_entropy.item()
 
 
 def training_batches(

@@ -22,6 +22,7 @@ from uncork.lab.models import LanguageModel
 from uncork.lab.run.files import os_errors
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train.checkpoints import Trained, load_trained
+from uncork.lab.train.counted import counted_cross_entropy
 
 MOST_UNKNOWN = 0.5
 """A text with a larger share of unknown words is refused: its perplexity would be that of guessing <unk>."""
@@ -100,7 +101,8 @@ def evaluate(
     """Predict each token of a text but the first from what stands before it, each exactly once, in evaluation mode.
 
     An LSTM carries its state along each of the streams that the text is cut into. A transformer starts afresh every
-    `bptt` tokens, so the first tokens of each window have little to go by. Sums are in float64.
+    `bptt` tokens, so the first tokens of each window have little to go by. Sums are in float64. A lookup table is
+    evaluated on the text's counts, one row of scores a context, in float32; with `keep_nll` by its tokens.
 
     Args:
         model: on any device; it is left in the mode it was in.
@@ -114,6 +116,11 @@ def evaluate(
     Raises:
         LabError: the text has fewer than two tokens.
     """
+    if not keep_nll:
+        with evaluation_mode(model):
+            counted = counted_cross_entropy(model, tokens)
+        if counted is not None:
+            return Evaluation.of(counted, len(tokens), words=words, bytes=bytes, unknown=unknown)
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     kept: list[tuple[Tensor, Tensor]] = []
