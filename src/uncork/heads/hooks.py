@@ -83,6 +83,12 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
     return "" if function is None else function_changed_by(function)
 
 
+def on_module(module: nn.Module) -> str:
+    """Which hook a call of the module would run that may see or change its input or output, in words; empty if none."""
+    found = (hook for hook in (*_local(module), *_global()) if not _only_looks(hook[1]))
+    return next((_named(kind, hook) for kind, hook in found), "")
+
+
 def function_changed_by(function: nn.Module) -> str:
     """Which hook or replaced forward a call of the logit function would run, in words; empty if none.
 
