@@ -1,5 +1,9 @@
-"""Hugging Face transformers: any output layer and the fused loss on a causal language model, and proof that it is right."""
+"""Hugging Face transformers: the fused loss and any output layer on a causal language model, and a check of both."""
 
+from uncork.hf.attach import attach_head as attach_head
+from uncork.hf.attach import detach_head as detach_head
+from uncork.hf.attach import from_pretrained as from_pretrained
+from uncork.hf.attach import merge_head as merge_head
 from uncork.hf.fuse import fuse_loss as fuse_loss
 from uncork.hf.fuse import read_logit_function as read_logit_function
 from uncork.hf.fuse import unfuse_loss as unfuse_loss

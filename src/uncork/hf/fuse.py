@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from uncork.heads import Head, hooks
 from uncork.hf.lazy import LazyLogits
-from uncork.hf.record import NotRecordable, Record, RecordedLogits, Step, function_of
+from uncork.hf.record import Record, RecordedLogits, Step, function_of
 from uncork.logit_functions import LogitFunction
 from uncork.loss import TokenStatistics, linear_cross_entropy, token_statistics
 from uncork.loss.call import autocast_dtype
@@ -76,7 +76,8 @@ class Fusion:
         self.steps: tuple[Step, ...] = ()
         self.function: LogitFunction | None = None
         self.driver: Callable[[Tensor], Tensor] | None = None  # replaces the head's input, for `verify`
-        self.seen_steps: tuple[Step, ...] | None = None  # of the first loss
+        self.seen: tuple[tuple[Step, ...], bool] | None = None  # of the first loss: steps, whether words are cut off
+        self.plain: nn.Linear | None = None  # the model's own output layer, where the head replaces it
         self.inner: Any = None  # the forward, loss function and class of the head that were there before
         self.inner_loss: Any = None
         self.head_class: type = type(head)
@@ -104,9 +105,12 @@ class Fusion:
     ) -> Tensor:
         """transformers' ForCausalLMLoss, from recorded logits; of logits themselves it is that function's."""
         if not isinstance(logits, RecordedLogits):
-            return ForCausalLMLoss(logits, labels, cast(int, vocab_size), num_items_in_batch, ignore_index, shift_labels)
+            return ForCausalLMLoss(
+                logits, labels, cast(int, vocab_size), num_items_in_batch, ignore_index, shift_labels
+            )
         record = logits.record
-        self.seen_steps = record.steps if self.seen_steps is None else self.seen_steps
+        if self.seen is None:
+            self.seen = (record.steps, record.shape[-1] < record.size)
         if vocab_size is not None and vocab_size != record.shape[-1]:
             raise ValueError(f"vocab_size: expected the {record.shape[-1]} words of the logits, got {vocab_size}")
         target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
@@ -116,7 +120,9 @@ class Fusion:
         )
         if num_items_in_batch is None:
             return total
-        return total / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+        return total / (
+            num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        )
 
     def cross_entropy(self, record: Record, target: Tensor, **options: Any) -> Tensor:
         """Of the recorded logits, fused."""
@@ -127,9 +133,7 @@ class Fusion:
 
         def answer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             weight, bias = narrowed(record, weight), None if bias is None else narrowed(record, bias)
-            return linear_cross_entropy(
-                input, weight, target, linear_bias=bias, logit_function=function, **options
-            )
+            return linear_cross_entropy(input, weight, target, linear_bias=bias, logit_function=function, **options)
 
         return self.head(record.hidden, answer)
 
@@ -173,7 +177,7 @@ class Fusion:
         if record.steps != self.steps:
             raise RuntimeError(
                 f"the model's forward does {record.steps} to its logits, and did {self.steps} when the head was "
-                "attached: attach it again"
+                "attached: take that configuration back, or attach the head again"
             )
 
     def run(self, model: Any, args: Any, kwargs: Any) -> Any:
@@ -195,7 +199,9 @@ class Fusion:
             return value
         if not lazily:
             return self.logits(value.record)
-        return LazyLogits(value.record, self) if self.logits_as == "lazy" and not torch.compiler.is_compiling() else None
+        return (
+            LazyLogits(value.record, self) if self.logits_as == "lazy" and not torch.compiler.is_compiling() else None
+        )
 
 
 def narrowed(record: Record, rows: Tensor) -> Tensor:
@@ -212,8 +218,15 @@ def fusion_of(model: nn.Module) -> Fusion:
     """What `fuse_loss` or `attach_head` put there. Raises TypeError if nothing did."""
     found = vars(model).get(_KEY)
     if not isinstance(found, Fusion):
-        raise TypeError(f"model: expected one with a fused loss, got a plain {type(model).__name__}; call fuse_loss first")
+        raise TypeError(
+            f"model: expected one with a fused loss, got a plain {type(model).__name__}; call fuse_loss first"
+        )
     return found
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse_loss` or `attach_head` has been called on it."""
+    return _KEY in vars(model)
 
 
 def plain_head(model: Any) -> nn.Linear:
@@ -225,7 +238,7 @@ def plain_head(model: Any) -> nn.Linear:
     if not isinstance(model, PreTrainedModel):
         wrapped = " (of PEFT? give its get_base_model())" if hasattr(model, "get_base_model") else ""
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{wrapped}")
-    if _KEY in vars(model):
+    if is_fused(model):
         raise TypeError("model: expected one without a fused loss or an attached head, got one that has it already")
     head = model.get_output_embeddings()
     if head is None:
@@ -309,7 +322,7 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
             model(input_ids=ids, labels=ids)
     finally:
         model.train(training)
-    if fusion.seen_steps is None:
+    if fusion.seen is None:
         raise TypeError(
             f"{type(model).__name__} computes its loss by itself, without its loss_function: it cannot be fused"
         )
@@ -390,7 +403,7 @@ def read_logit_function(model: PreTrainedModel) -> LogitFunction | None:
     Raises:
         TypeError, NotRecordable: as `fuse_loss`.
     """
-    if _KEY in vars(model):
+    if is_fused(model):
         fusion = fusion_of(model)
         return fusion.function if fusion.own_head is None else cast(Any, fusion.own_head.logit_function)
     fuse_loss(model)

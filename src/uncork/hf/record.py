@@ -266,8 +266,20 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 # Operators are looked up on the class, where __getattr__ does not see them.
-for _name in (
-    ["add", "radd", "iadd", "sub", "rsub", "isub", "rtruediv", "pow", "rpow", "neg", "abs", "matmul", "rmatmul", "mod"]
-    + ["floordiv", "setitem", "lt", "le", "gt", "ge", "iter", "bool"]
-):
+for _name in [
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+    "rtruediv",
+    "pow",
+    "rpow",
+    "neg",
+    "abs",
+    "matmul",
+    "rmatmul",
+    "mod",
+] + ["floordiv", "setitem", "lt", "le", "gt", "ge", "iter", "bool"]:
     setattr(RecordedLogits, f"__{_name}__", _refusing(_name))
