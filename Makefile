@@ -19,7 +19,8 @@ FLOOR := 'torch==2.6.*'
 CONSTRAINTS := build/constraints-without-torch.txt
 
 # Of experiments/study.toml, in the order in which one builds on another.
-PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline
+PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
+	baseline-places baseline-transformer
 
 .PHONY: help demo study figures test coverage test-slow test-floor test-pythons sanitize check format docs clean
 
