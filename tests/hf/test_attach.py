@@ -227,7 +227,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     spec = copy.deepcopy(config["uncork_head"])
     spec["spec"]["logit_function"]["options"]["functions"].append(Scale(2.0, learnable=True).spec())
     rewrite(uncork_head=spec)
-    with pytest.raises(ValueError, match="its weights lack logit_function.functions.2.log_gain"):
+    with pytest.raises(ValueError, match=r"its weights lack logit_function\.functions\.2\.log_gain"):
         from_pretrained(tmp_path)
     with pytest.raises(OSError, match="nowhere"):
         from_pretrained(tmp_path / "nowhere")

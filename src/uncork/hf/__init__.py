@@ -4,6 +4,7 @@ from uncork.hf.attach import attach_head as attach_head
 from uncork.hf.attach import detach_head as detach_head
 from uncork.hf.attach import from_pretrained as from_pretrained
 from uncork.hf.attach import merge_head as merge_head
+from uncork.hf.callback import LogitFunctionCallback as LogitFunctionCallback
 from uncork.hf.fuse import fuse_loss as fuse_loss
 from uncork.hf.fuse import read_logit_function as read_logit_function
 from uncork.hf.fuse import unfuse_loss as unfuse_loss

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from uncork.heads import Head, hooks
+from uncork.hf import trl
 from uncork.hf.lazy import LazyLogits
 from uncork.hf.record import Record, RecordedLogits, Step, function_of
 from uncork.logit_functions import LogitFunction
 from uncork.loss import TokenStatistics, linear_cross_entropy, token_statistics
 from uncork.loss.call import autocast_dtype
 
+_SAMPLE = 64  # tokens
 _KEY = "_uncork"  # where a fused model and its head keep their Fusion
 
 
@@ -76,6 +78,7 @@ class Fusion:
         self.steps: tuple[Step, ...] = ()
         self.function: LogitFunction | None = None
         self.driver: Callable[[Tensor], Tensor] | None = None  # replaces the head's input, for `verify`
+        self.sample: Tensor | None = None  # of the last loss's hidden states, where a callback asks for it
         self.seen: tuple[tuple[Step, ...], bool] | None = None  # of the first loss: steps, whether words are cut off
         self.plain: nn.Linear | None = None  # the model's own output layer, where the head replaces it
         self.inner: Any = None  # the forward, loss function and class of the head that were there before
@@ -126,6 +129,8 @@ class Fusion:
 
     def cross_entropy(self, record: Record, target: Tensor, **options: Any) -> Tensor:
         """Of the recorded logits, fused."""
+        if self.sample is not None and not torch.compiler.is_compiling():
+            self.sample = record.hidden.detach().flatten(0, -2)[:_SAMPLE]
         if self.own_head is not None:
             self._require_whole(record)
             return self.own_head.loss(record.hidden, target, **options)
@@ -183,6 +188,19 @@ class Fusion:
     def run(self, model: Any, args: Any, kwargs: Any) -> Any:
         """The model's own forward."""
         return type(model).forward(model, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
+
+    def recorded(self, model: Any, args: Any, kwargs: Any) -> Any:
+        """The outputs of the model's own forward, with a stand-in for the logits."""
+        if model.get_output_embeddings() is not self.head:
+            raise RuntimeError(
+                "the model's output layer was replaced since its loss was fused (by resize_token_embeddings?): "
+                "take the fused loss or the head back, and put it on again"
+            )
+        self.recording = True
+        try:
+            return self.run(model, args, kwargs)
+        finally:
+            self.recording = False
 
     def finish(self, outputs: Any, *, lazily: bool) -> Any:
         """The model's outputs, in which no stand-in is left.
@@ -263,20 +281,12 @@ def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         mine: Fusion = getattr(self, _KEY)
+        if kwargs.pop(trl.ASKED, False):
+            return trl.fused_output(mine, self, args, kwargs)
         labels = kwargs.get("labels", args[position] if len(args) > position else None)
         if labels is None and not mine.owns_function:
             return mine.run(self, args, kwargs)
-        if self.get_output_embeddings() is not mine.head:
-            raise RuntimeError(
-                "the model's output layer was replaced since its loss was fused (by resize_token_embeddings?): "
-                "unfuse_loss and fuse_loss again"
-            )
-        mine.recording = True
-        try:
-            outputs = mine.run(self, args, kwargs)
-        finally:
-            mine.recording = False
-        return mine.finish(outputs, lazily=labels is not None)
+        return mine.finish(mine.recorded(self, args, kwargs), lazily=labels is not None)
 
     forward.fusing = True  # type: ignore[attr-defined]
     fusion.inner = vars(model).get("forward")
