@@ -138,7 +138,7 @@ def build(class_name: str, *, score_std: float = 15.0, **config: Any) -> PreTrai
     return model
 
 
-def batch(vocab_size: int = VOCAB, *, rows: int = 2, time: int = 7, seed: int = 0) -> dict[str, Tensor]:
+def batch(vocab_size: int = VOCAB - 6, *, rows: int = 2, time: int = 7, seed: int = 0) -> dict[str, Tensor]:
     """Tokens and labels (B, T), of which some are -100, as padding and a prompt leave them."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocab_size, (rows, time), generator=generator)

@@ -97,8 +97,7 @@ def examine(class_name: str, *, seconds: float = 30.0, **config: Any) -> Finding
             model = build(class_name, **config)
     except Exception as error:
         return finding("skipped", f"does not build small: {type(error).__name__}: {error}")
-    text = model.config.get_text_config(decoder=True)
-    inputs = batch(getattr(text, "vocab_size", 30))
+    inputs = batch()
     try:
         with _limit(seconds):
             own_loss, own_grads, own = gradients(model, inputs)
