@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -138,7 +139,8 @@ class Fusion:
 
         def answer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             weight, bias = narrowed(record, weight), None if bias is None else narrowed(record, bias)
-            return linear_cross_entropy(input, weight, target, linear_bias=bias, logit_function=function, **options)
+            rows = target.to(input.device)  # where offloading has moved the input
+            return linear_cross_entropy(input, weight, rows, linear_bias=bias, logit_function=function, **options)
 
         return self.head(record.hidden, answer)
 
@@ -251,7 +253,7 @@ def plain_head(model: Any) -> nn.Linear:
     """The model's output layer, checked to be an nn.Linear itself.
 
     Raises:
-        TypeError: the model is no transformers model, is fused already, or has another output layer.
+        TypeError: the model is no transformers model, is fused already, or has another output layer or a hook on it.
     """
     if not isinstance(model, PreTrainedModel):
         wrapped = " (of PEFT? give its get_base_model())" if hasattr(model, "get_base_model") else ""
@@ -267,6 +269,10 @@ def plain_head(model: Any) -> nn.Linear:
         raise TypeError(
             f"model's output layer: expected an nn.Linear itself, got {type(head).__module__}.{type(head).__qualname__}, "
             "whose output may be more than its weight and bias (an adapter: merge it first, or adapt the body alone)"
+        )
+    if hook := hooks.on_module(head):
+        raise TypeError(
+            f"model's output layer: expected that nothing sees or changes its input or its logits, got {hook}: remove it"
         )
     return cast(nn.Linear, head)
 
@@ -326,12 +332,25 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
     """Runs the model on two tokens with labels, so that what cannot be recorded is said now."""
     training = model.training
     model.eval()
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    embedding: Any = model.get_input_embeddings()
+    # Where accelerate keeps the weight elsewhere, its hook moves the input to where it will be.
+    device = "cpu" if hasattr(embedding, "_hf_hook") else embedding.weight.device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
             model(input_ids=ids, labels=ids)
+    except NotRecordable:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"{type(model).__name__}: could not run it on two tokens with labels, from which the function of its logits "
+            f"is read: {error}"
+        ) from error
     finally:
         model.train(training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # a forward without a backward leaves the outermost unsharded
+                module.reshard()
     if fusion.seen is None:
         raise TypeError(
             f"{type(model).__name__} computes its loss by itself, without its loss_function: it cannot be fused"
@@ -358,6 +377,7 @@ def fuse_loss(model: PreTrainedModel, *, logits: str = "lazy") -> PreTrainedMode
 
     Raises:
         TypeError: another kind of model, head or loss; the message says what was found.
+        RuntimeError: the model does not run on two tokens with labels.
         NotRecordable: the model's forward does to its logits what no increasing function of this library is; the
             message names the operation.
 

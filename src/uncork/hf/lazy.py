@@ -1,5 +1,8 @@
 """Logits of a fused model that are computed only if somebody reads them."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -7,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from uncork.hf.record import NotRecordable, Record, RecordedLogits
+from uncork.loss.call import autocast_dtype
 
 if TYPE_CHECKING:
     from uncork.hf.fuse import Fusion
@@ -29,6 +33,15 @@ _FREE_CALLS = {"size", "dim", "numel", "is_floating_point", "is_complex", "__len
 _SELECTING = {"__getitem__", "view", "reshape", "flatten", "split", "squeeze", "unsqueeze", "contiguous", "float", "to"}
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """How the model's forward ran: the version of the head's weight, whether with a graph, and under which autocast."""
+
+    version: int
+    graph: bool
+    autocast: torch.dtype | None
+
+
 class LazyLogits(Tensor):
     """The logits (..., V) of a fused model: a tensor that is computed from the hidden states when it is first read.
 
@@ -39,17 +52,17 @@ class LazyLogits(Tensor):
 
     record: Record
     fusion: "Fusion"
-    _made_at: int
+    _made: _Moment
     _computed: Tensor | None
 
     @staticmethod
-    def __new__(cls, record: Record, fusion: "Fusion", version: int | None = None) -> "LazyLogits":
-        made: LazyLogits = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, record: Record, fusion: "Fusion", made: _Moment | None = None) -> "LazyLogits":
+        logits: LazyLogits = torch.Tensor._make_wrapper_subclass(
             cls, record.shape, dtype=record.dtype, device=record.hidden.device
         )
-        made.record, made.fusion, made._computed = record, fusion, None
-        made._made_at = fusion.version() if version is None else version
-        return made
+        logits.record, logits.fusion, logits._computed = record, fusion, None
+        logits._made = made or _Moment(fusion.version(), torch.is_grad_enabled(), autocast_dtype(record.hidden.device))
+        return logits
 
     def computed(self) -> Tensor:
         """The logits, computed now if they have not been.
@@ -58,13 +71,21 @@ class LazyLogits(Tensor):
             RuntimeError: the head's weight has changed since the model's forward.
         """
         if self._computed is None:
-            if self.fusion.version() != self._made_at:
-                raise RuntimeError(
-                    "outputs.logits: expected to be read before the head's weight changes (by an optimiser's step), "
-                    "they are computed only when they are read; run the model again, or read them earlier"
-                )
-            self._computed = self.fusion.logits(self.record)
+            with self._as_made(), torch.set_grad_enabled(self._made.graph):
+                self._computed = self.fusion.logits(self.record)
         return self._computed
+
+    @contextlib.contextmanager
+    def _as_made(self) -> Iterator[None]:
+        """The autocast of the model's forward. Raises RuntimeError if its weight is not there any more."""
+        if self.fusion.version() != self._made.version:
+            raise RuntimeError(
+                "outputs.logits: expected to be read before the head's weight changes (by an optimiser's step), "
+                "they are computed only when they are read; run the model again, or read them earlier"
+            )
+        dtype = self._made.autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -83,7 +104,8 @@ class LazyLogits(Tensor):
                 except NotRecordable:
                     pass
             if name == "argmax" and _is_last(first.ndim, *args[1:], **kwargs):
-                return first.fusion.argmax(first.record)
+                with first._as_made():
+                    return first.fusion.argmax(first.record)
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @classmethod
@@ -92,15 +114,13 @@ class LazyLogits(Tensor):
 
     def _selected(self, name: str, args: Any, kwargs: Any) -> Any:
         logits = RecordedLogits(self.record)
-        found = (
-            logits.with_hidden(self.record.hidden.detach())
-            if name == "detach"
-            else getattr(logits, name)(*args, **kwargs)
-        )
+        if name == "detach":
+            return self._again(logits.with_hidden(self.record.hidden.detach()), replace(self._made, graph=False))
+        found = getattr(logits, name)(*args, **kwargs)
         return tuple(map(self._again, found)) if isinstance(found, tuple) else self._again(found)
 
-    def _again(self, logits: RecordedLogits) -> Self:
-        return type(self)(logits.record, self.fusion, self._made_at)  # type: ignore[return-value]
+    def _again(self, logits: RecordedLogits, made: _Moment | None = None) -> Self:
+        return type(self)(logits.record, self.fusion, made or self._made)  # type: ignore[return-value]
 
 
 def _property(getter: Any) -> str:
@@ -112,4 +132,4 @@ def _plain(value: Any) -> Any:
 
 
 def _is_last(ndim: int, dim: int | None = None, keepdim: bool = False) -> bool:
-    return dim is not None and dim % ndim == ndim - 1 and not keepdim
+    return dim in (-1, ndim - 1) and not keepdim

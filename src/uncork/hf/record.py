@@ -19,6 +19,9 @@ Step = tuple[str, float]
 class NotRecordable(RuntimeError):
     """A model does to its logits what no logit function of this library can express; the message names it."""
 
+    def __str__(self) -> str:
+        return f"the model's forward does to its logits what cannot be fused: {self.args[0]}"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -69,7 +72,7 @@ def function_of(steps: tuple[Step, ...]) -> LogitFunction | None:
         caps[-1] = (value if name == "mul" else None) if factors[-1] == 1.0 else None
         factors[-1] = factors[-1] * value if name == "mul" else factors[-1] / value
     if any(not 0 < factor < float("inf") for factor in factors):
-        raise NotRecordable(f"the logits are multiplied by {min(factors)!r}: only an increasing function can be fused")
+        raise NotRecordable(f"multiplication by {min(factors)!r}, which does not increase")
     # a tanh(b z) is a scale by ab, then a softcap at a.
     scale = factors[0]
     for factor, cap in zip(factors[1:], caps[1:], strict=True):
