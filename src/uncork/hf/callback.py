@@ -18,8 +18,8 @@ class LogitFunctionCallback(TrainerCallback):
     its last slope. They stand in `trainer.state.log_history`, and reach the trackers that are called after it.
 
     It also stops a training whose forward was replaced after the head was attached or the loss fused, as TRL's trainers
-    do: the function would be left out of the loss. `fuse_loss(trainer.model)` or `attach_head(trainer.model, ...)` after
-    the trainer is made is right.
+    do: the function would be left out of the loss. `fuse_loss(trainer.model)` or `attach_head(trainer.model, ...)` is
+    right after the trainer is made.
 
     Args:
         scores: where the slopes are taken, in scores.

@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from uncork.heads import Head, hooks
 from uncork.hf import trl
 from uncork.hf.lazy import LazyLogits
-from uncork.hf.record import Record, RecordedLogits, Step, function_of
+from uncork.hf.record import NotRecordable, Record, RecordedLogits, Step, function_of
 from uncork.logit_functions import LogitFunction
 from uncork.loss import TokenStatistics, linear_cross_entropy, token_statistics
 from uncork.loss.call import autocast_dtype
@@ -45,7 +45,7 @@ class Recording:
 
 
 class RecordingLinear(Recording, nn.Linear):
-    """An nn.Linear that can also be asked to compute something else from its input, weight and bias, under its hooks."""
+    """An nn.Linear that can be asked to compute something else from its input, weight and bias, under its hooks."""
 
     def forward(self, input: Tensor, answer: Callable[..., Any] | None = None) -> Any:
         return F.linear(input, self.weight, self.bias) if answer is None else answer(input, self.weight, self.bias)
@@ -267,8 +267,8 @@ def plain_head(model: Any) -> nn.Linear:
     kinds = [c for c in type(head).__mro__ if not c.__module__.startswith("torch.distributed.")]
     if kinds[0] is not nn.Linear and not (isinstance(head, nn.Linear) and kinds[0].__name__ == "FSDPLinear"):
         raise TypeError(
-            f"model's output layer: expected an nn.Linear itself, got {type(head).__module__}.{type(head).__qualname__}, "
-            "whose output may be more than its weight and bias (an adapter: merge it first, or adapt the body alone)"
+            f"model's output layer: expected an nn.Linear itself, got {type(head).__module__}."
+            f"{type(head).__qualname__}, whose output may be more than its weight and bias (an adapter: merge it first, or adapt the body alone)"
         )
     if hook := hooks.on_module(head):
         raise TypeError(
@@ -343,8 +343,8 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
         raise
     except Exception as error:
         raise RuntimeError(
-            f"{type(model).__name__}: could not run it on two tokens with labels, from which the function of its logits "
-            f"is read: {error}"
+            f"{type(model).__name__}: could not run it on two tokens with labels, from which the function of its "
+            f"logits is read: {error}"
         ) from error
     finally:
         model.train(training)
