@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tests.hf.small import batch, build, class_names
+from uncork import Compose, LogitFunction
 from uncork.hf import NotRecordable, fuse_loss, read_logit_function
 
 _RTOL = 2e-4
@@ -85,6 +86,12 @@ def difference(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, di
     return ""
 
 
+def described(function: LogitFunction | None) -> str:
+    """A logit function in a few words: "Scale(factor=0.5, learnable=False), Softcap(cap=20.0)"."""
+    parts = function.functions if isinstance(function, Compose) else [function]
+    return ", ".join("identity" if part is None else repr(part) for part in parts)
+
+
 def examine(class_name: str, *, seconds: float = 30.0, **config: Any) -> Finding:
     """Builds a class small, and compares it fused with itself."""
 
@@ -119,7 +126,7 @@ def examine(class_name: str, *, seconds: float = 30.0, **config: Any) -> Finding
                 wrong = "outputs.logits are not the model's own"
     except Exception as error:
         return finding("wrong", error)
-    return finding("wrong" if wrong else "recorded", wrong, str(read_logit_function(model) or "identity"))
+    return finding("wrong" if wrong else "recorded", wrong, described(read_logit_function(model)))
 
 
 def walk(names: list[str], *, progress: bool = False) -> list[Finding]:
