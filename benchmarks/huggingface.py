@@ -62,7 +62,7 @@ def build(place: str, contender: str, tokens: int) -> Step:
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
     ids = torch.randint(vocab_size, (1, tokens))
-    options = {"input_ids": ids, "labels": ids}
+    options: dict[str, Any] = {"input_ids": ids, "labels": ids}
     if contender == "fused":
         fuse_loss(model)
     elif contender == "plif":

@@ -201,9 +201,10 @@ def test_an_adapted_head_is_refused(kind):
     model, fused = pair(tie_word_embeddings=False)
     targets, options = (["lm_head"], {}) if kind == "lora" else (["q_proj"], {"modules_to_save": ["lm_head"]})
     lora = adapted(model, *targets, **options)
-    with pytest.raises(TypeError, match=r"output layer: expected an nn.Linear itself, got peft.*adapter: merge it first"):
+    with pytest.raises(
+        TypeError, match=r"output layer: expected an nn.Linear itself, got peft.*adapter: merge it first"
+    ):
         fuse_loss(lora.get_base_model())
     lora = adapted(fused, *targets, **options)
     with pytest.raises(RuntimeError, match="output layer was replaced since its loss was fused"):
         lora(**batch())
-

@@ -1,9 +1,10 @@
 """What a Trainer logs of a learned function on the logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from uncork.hf.fuse import Fusion, fusion_of, is_fused, require_outermost
@@ -59,7 +60,7 @@ def function_numbers(fusion: Fusion, scores: Sequence[float]) -> dict[str, float
     function: Any = fusion.function if head is None else head.logit_function
     if function is None:
         return {}
-    at = torch.tensor(scores, dtype=torch.float64, device=fusion.head.weight.device)
+    at = torch.tensor(scores, dtype=torch.float64, device=cast(Tensor, fusion.head.weight).device)
     with torch.no_grad():
         slopes = function.derivative(at).tolist()
     found = {f"function_slope/{score:g}": slope for score, slope in zip(scores, slopes, strict=True)}

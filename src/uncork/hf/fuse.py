@@ -54,7 +54,7 @@ class RecordingLinear(Recording, nn.Linear):
 def recording_class(module: nn.Module) -> type:
     """The class of a module with a recording call; it is called as the class that it stands for."""
     base = type(module)
-    return base if issubclass(base, Recording) else _recording_class(base)
+    return base if issubclass(base, Recording) else _recording_class(cast(Any, base))
 
 
 @functools.cache
@@ -110,7 +110,7 @@ class Fusion:
         """transformers' ForCausalLMLoss, from recorded logits; of logits themselves it is that function's."""
         if not isinstance(logits, RecordedLogits):
             return ForCausalLMLoss(
-                logits, labels, cast(int, vocab_size), num_items_in_batch, ignore_index, shift_labels
+                logits, labels, cast(int, vocab_size), cast(Any, num_items_in_batch), ignore_index, shift_labels
             )
         record = logits.record
         if self.seen is None:
@@ -268,11 +268,12 @@ def plain_head(model: Any) -> nn.Linear:
     if kinds[0] is not nn.Linear and not (isinstance(head, nn.Linear) and kinds[0].__name__ == "FSDPLinear"):
         raise TypeError(
             f"model's output layer: expected an nn.Linear itself, got {type(head).__module__}."
-            f"{type(head).__qualname__}, whose output may be more than its weight and bias (an adapter: merge it first, or adapt the body alone)"
+            f"{type(head).__qualname__}, whose output may be more than its weight and bias (an adapter: merge it "
+            "first, or adapt the body alone)"
         )
     if hook := hooks.on_module(head):
         raise TypeError(
-            f"model's output layer: expected that nothing sees or changes its input or its logits, got {hook}: remove it"
+            f"model's output layer: expected that nothing sees or changes its input or logits, got {hook}: remove it"
         )
     return cast(nn.Linear, head)
 

@@ -3,17 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from uncork.hf.record import NotRecordable, Record, RecordedLogits
+from uncork.hf.record import Fused, NotRecordable, Record, RecordedLogits
 from uncork.loss.call import autocast_dtype
-
-if TYPE_CHECKING:
-    from uncork.hf.fuse import Fusion
 
 # What is known without the logits, and what selects tokens of them.
 _FREE = {
@@ -45,18 +42,18 @@ class _Moment:
 class LazyLogits(Tensor):
     """The logits (..., V) of a fused model: a tensor that is computed from the hidden states when it is first read.
 
-    Shape, dtype and device cost nothing. `argmax(-1)` is computed in chunks, without the (N, V) matrix. Selecting tokens
-    (an index, reshape, split), a cast and detach give lazy logits. Everything else computes the logits as the model
-    itself would, with their graph, and keeps them. `requires_grad` is False until then.
+    Shape, dtype and device cost nothing. `argmax(-1)` is computed in chunks, without the (N, V) matrix. Selecting
+    tokens (an index, reshape, split), a cast and detach give lazy logits. Everything else computes the logits as the
+    model itself would, with their graph, and keeps them. `requires_grad` is False until then.
     """
 
     record: Record
-    fusion: "Fusion"
+    fusion: Fused
     _made: _Moment
     _computed: Tensor | None
 
     @staticmethod
-    def __new__(cls, record: Record, fusion: "Fusion", made: _Moment | None = None) -> "LazyLogits":
+    def __new__(cls, record: Record, fusion: Fused, made: _Moment | None = None) -> "LazyLogits":
         logits: LazyLogits = torch.Tensor._make_wrapper_subclass(
             cls, record.shape, dtype=record.dtype, device=record.hidden.device
         )
@@ -109,7 +106,9 @@ class LazyLogits(Tensor):
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
     def _selected(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -120,7 +119,7 @@ class LazyLogits(Tensor):
         return tuple(map(self._again, found)) if isinstance(found, tuple) else self._again(found)
 
     def _again(self, logits: RecordedLogits, made: _Moment | None = None) -> Self:
-        return type(self)(logits.record, self.fusion, made or self._made)  # type: ignore[return-value]
+        return type(self)(logits.record, self.fusion, made or self._made)
 
 
 def _property(getter: Any) -> str:

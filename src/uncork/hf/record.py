@@ -5,12 +5,13 @@ Shapes in comments: B batch, T time, D features, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uncork.logit_functions import Compose, LogitFunction, Scale, Softcap
+from uncork.loss import TokenStatistics
 
 Step = tuple[str, float]
 """An elementwise operation with its number: ("mul", 0.5), ("div", 30.0), ("tanh", 0.0)."""
@@ -47,6 +48,22 @@ class Record:
     def shape(self) -> torch.Size:
         """Of the logits."""
         return torch.Size((*self.hidden.shape[:-1], len(range(*self.words.indices(self.size)))))
+
+
+class Fused(Protocol):
+    """What computes from records: `uncork.hf.fuse.Fusion`."""
+
+    def logits(self, record: Record) -> Tensor: ...
+
+    def argmax(self, record: Record) -> Tensor: ...
+
+    def version(self) -> int: ...
+
+    def cross_entropy(self, record: Record, target: Tensor, **options: Any) -> Tensor: ...
+
+    def statistics(self, record: Record, target: Tensor | None) -> TokenStatistics: ...
+
+    def recorded(self, model: Any, args: Any, kwargs: Any) -> Any: ...
 
 
 def function_of(steps: tuple[Step, ...]) -> LogitFunction | None:
@@ -269,20 +286,7 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 # Operators are looked up on the class, where __getattr__ does not see them.
-for _name in [
-    "add",
-    "radd",
-    "iadd",
-    "sub",
-    "rsub",
-    "isub",
-    "rtruediv",
-    "pow",
-    "rpow",
-    "neg",
-    "abs",
-    "matmul",
-    "rmatmul",
-    "mod",
-] + ["floordiv", "setitem", "lt", "le", "gt", "ge", "iter", "bool"]:
+_OPERATORS = """add radd iadd sub rsub isub rtruediv pow rpow neg abs matmul rmatmul mod floordiv setitem lt le gt ge
+iter bool"""
+for _name in _OPERATORS.split():
     setattr(RecordedLogits, f"__{_name}__", _refusing(_name))

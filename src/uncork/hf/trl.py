@@ -1,19 +1,16 @@
 """What TRL's trainers ask of a model's fused head (`add_fused_lm_head`), answered with the model's own function."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from uncork.hf.record import RecordedLogits
-
-if TYPE_CHECKING:
-    from uncork.hf.fuse import Fusion
+from uncork.hf.record import Fused, RecordedLogits
 
 ASKED = "fused_lm_head"
 """The keyword with which TRL's trainers call a model."""
 
 
-def fused_output(fusion: "Fusion", model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def fused_output(fusion: Fused, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """TRL's FusedCausalLMOutput: log-probabilities, entropy and whether the target is likeliest, for each token.
 
     TRL computes them from W, b and the fields of the configuration that it knows. Here they are computed from the
