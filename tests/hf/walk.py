@@ -151,14 +151,28 @@ def dataclass_row(finding: Finding) -> tuple[str, str, str, str]:
     return finding.class_name, finding.outcome, finding.function, finding.reason
 
 
+def write_summary(path: Path, findings: list[Finding]) -> None:
+    """Writes how many classes have which function, or are left out for which reason, with some of their names."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        what = finding.function or finding.reason.partition(": ")[2].partition(" for validator")[0][:90]
+        groups.setdefault((finding.outcome, what), []).append(finding.class_name)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["outcome", "function, or reason", "classes", "for example"])
+        for (outcome, what), names in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
+            writer.writerow([outcome, what, len(names), ", ".join(names[:3])])
+
+
 def main(path: str) -> int:
-    """Writes the table; returns 1 if a class is wrong."""
+    """Writes the table of all classes, and beside it summary.csv; returns 1 if a class is wrong."""
     findings = walk(class_names(), progress=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["class", "outcome", "function", "reason"])
         writer.writerows(dataclass_row(finding) for finding in findings)
+    write_summary(Path(path).parent / "summary.csv", findings)
     outcomes = Counter(finding.outcome for finding in findings)
     print(dict(outcomes))
     return int(outcomes["wrong"] > 0)
