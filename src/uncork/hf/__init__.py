@@ -1,5 +1,10 @@
 """Hugging Face transformers: the fused loss and any output layer on a causal language model, and a check of both."""
 
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"uncork.hf needs transformers ({error}): pip install 'uncork[hf]'") from None
+
 from uncork.hf.attach import attach_head as attach_head
 from uncork.hf.attach import detach_head as detach_head
 from uncork.hf.attach import from_pretrained as from_pretrained
