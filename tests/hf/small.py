@@ -77,7 +77,7 @@ _BY_HAND: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Lfm3Config": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"head_dim": 16},
-    "MuseSparkVisionConfig": {"num_hidden_layers": 4},
+    "MuseSparkAudioConfig": {"num_hidden_layers": 4},
     "Qwen3NextConfig": _LINEAR_THEN_FULL,
     "Qwen3_5MoeTextConfig": _LINEAR_THEN_FULL,
     "Qwen3_5TextConfig": _LINEAR_THEN_FULL,

@@ -40,6 +40,7 @@ FAMILIES = [
         Compose(Scale(0.25), Softcap(11.0)),
     ),
     ("MuseGlimmerForConditionalGeneration", {"output_multiplier": 1.0, CAP: 11.0}, Softcap(11.0)),
+    ("MuseSparkForConditionalGeneration", {"output_multiplier": 0.25, CAP: 11.0}, Compose(Scale(0.25), Softcap(11.0))),
     ("CohereForCausalLM", {MULTIPLY: 0.3}, Scale(0.3)),
     ("Cohere2ForCausalLM", {MULTIPLY: 0.3}, Scale(0.3)),
     ("Cohere2MoeForCausalLM", {MULTIPLY: 0.3}, Scale(0.3)),

@@ -336,7 +336,7 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
     embedding: Any = model.get_input_embeddings()
     # Where accelerate keeps the weight elsewhere, its hook moves the input to where it will be.
     device = "cpu" if hasattr(embedding, "_hf_hook") else embedding.weight.device
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    ids = torch.arange(2, device=device)[None]
     try:
         with torch.no_grad():
             model(input_ids=ids, labels=ids)

@@ -13,20 +13,13 @@ from uncork.hf.record import Fused, NotRecordable, Record, RecordedLogits
 from uncork.loss.call import autocast_dtype
 
 # What is known without the logits, and what selects tokens of them.
-_FREE = {
-    "shape",
-    "dtype",
-    "device",
-    "layout",
-    "ndim",
-    "is_cuda",
-    "is_cpu",
-    "is_meta",
-    "is_leaf",
-    "requires_grad",
-    "names",
-}
-_FREE_CALLS = {"size", "dim", "numel", "is_floating_point", "is_complex", "__len__", "element_size", "get_device"}
+_FREE = frozenset(
+    ["shape", "dtype", "device", "layout", "ndim", "names", "is_leaf", "requires_grad", "is_cuda", "is_cpu", "is_meta",
+     "is_nested", "is_sparse", "is_quantized", "is_xpu", "is_mps", "is_xla", "itemsize", "nbytes"]
+)  # fmt: skip
+_FREE_CALLS = frozenset(
+    ["size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "__len__", "element_size", "get_device"]
+)
 _SELECTING = {"__getitem__", "view", "reshape", "flatten", "split", "squeeze", "unsqueeze", "contiguous", "float", "to"}
 
 
