@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,12 @@ def fused_calls(monkeypatch) -> list[int]:
     """Notes each fused loss of recorded logits."""
     calls: list[int] = []
     own = uncork.hf.fuse.linear_cross_entropy
-    monkeypatch.setattr("uncork.hf.fuse.linear_cross_entropy", lambda *a, **k: (calls.append(1), own(*a, **k))[1])
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr("uncork.hf.fuse.linear_cross_entropy", noting)
     return calls
 
 
@@ -257,7 +263,7 @@ def test_what_cannot_be_fused_is_said():
             fuse_loss(bad)
     with pytest.raises(TypeError, match="expected one with a fused loss, got a plain Gemma2ForCausalLM"):
         unfuse_loss(model)
-    with pytest.raises(ValueError, match='logits: expected "lazy" or "none", got .lazzy.'):
+    with pytest.raises(ValueError, match=r'logits: expected "lazy" or "none", got .lazzy.'):
         fuse_loss(model, logits="lazzy")
     model.set_output_embeddings(Other(16, VOCAB))
     with pytest.raises(TypeError, match=r"expected an nn.Linear itself, got .*Other"):
@@ -268,7 +274,7 @@ def test_what_cannot_be_fused_is_said():
 def test_a_model_that_does_not_run_on_token_ids_is_said():
     model = MODELS["plain"]()
     handle = model.model.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM: could not run it on two tokens with labels.*division"):
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM: could not run it on two tokens with labels.*division"):
         fuse_loss(model)
     handle.remove()
     assert "forward" not in vars(model)
@@ -338,7 +344,7 @@ def test_a_head_that_has_a_hook_already_is_refused(kind):
     model = MODELS["softcap"]()
     handle = HOOKS[kind](model.lm_head)
     try:
-        with pytest.raises(TypeError, match="output layer: expected that nothing sees or changes.*-?hook"):
+        with pytest.raises(TypeError, match=r"output layer: expected that nothing sees or changes.*-?hook"):
             fuse_loss(model)
     finally:
         handle.remove()
@@ -377,7 +383,12 @@ def test_no_matrix_of_all_logits_is_kept(name, extra):
     fused = fuse_loss(build(name, vocab_size=vocab_size, **extra))
     tokens = inputs["labels"].numel()
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = fused(**inputs)
         shown = len(kept)
         assert max(kept) < tokens * vocab_size // 2
