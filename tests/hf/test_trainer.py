@@ -97,7 +97,7 @@ def test_the_trainer_knows_the_models_arguments(tmp_path):
     for each in (found, own):
         each.get_train_dataloader()
     assert found._signature_columns == own._signature_columns
-    assert {"input_ids", "labels", "attention_mask"} <= set(found._signature_columns)
+    assert {"input_ids", "labels", "attention_mask"} <= set(found._signature_columns or ())
     assert found.model_accepts_loss_kwargs is own.model_accepts_loss_kwargs is True
     assert found.label_names == own.label_names == ["labels"]
 
