@@ -276,3 +276,9 @@ def test_parameters_may_be_bfloat16_but_f_is_not():
     logits.sum().backward()
     assert x.grad.dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in function.parameters())
+
+
+@pytest.mark.parametrize("cap", [2.0, 3.0, 30.0, 1e-4])
+def test_softcap_is_the_plain_formula_to_the_bit(cap):
+    scores = torch.cat([torch.randn(10_000) * 10, torch.tensor([0.0, 1e4, -1e4, torch.inf])])
+    assert torch.equal(functional.softcap(scores, cap), cap * torch.tanh(scores / cap))

@@ -84,11 +84,16 @@ print(sorted(name for name in sys.modules if name.startswith("uncork.lab") or na
 
 def test_it_works_where_nothing_but_torch_is_installed(bare):
     project = tomllib.loads((SOURCES.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lab = [re.split(r"[^\w-]", name)[0] for name in project["optional-dependencies"]["lab"]]
-    assert {"numpy", "accelerate", "pydantic"} <= {*lab}
+    extras = project["optional-dependencies"]
+    lab = [re.split(r"[^\w-]", name)[0] for name in extras["lab"] + extras["hf"]]
+    assert {"numpy", "accelerate", "pydantic", "transformers"} <= {*lab}
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({lab!r}))"
     out = python(f"{blocked}\n{USE}\nprint(head.implementation())", bare, "-W", "ignore:.*NumPy:UserWarning")
     assert out.splitlines()[-1] == "torch"
+    code = "try:\n    import uncork.hf\nexcept ModuleNotFoundError as error:\n    print(error)"
+    out = python(f"{blocked}\n{code}", bare, "-W", "ignore:.*NumPy:UserWarning")
+    assert out.splitlines()[-1].startswith("uncork.hf needs transformers (")
+    assert out.splitlines()[-1].endswith("pip install 'uncork[hf]'")
 
 
 @pytest.mark.parametrize("system", ["win32", "darwin"])
@@ -108,7 +113,7 @@ def test_it_works_elsewhere_than_on_linux(bare, system):
 
 # From the lowest floor to the highest: what a room imports stands below it, never on its own floor.
 FLOORS = [
-    {"functional"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose"}, {"uncork"},
+    {"functional"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose", "hf"}, {"uncork"},
     {"lab", "lab.errors", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"}, {"lab.data", "lab.models"},
     {"lab.train"}, {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
 ]  # fmt: skip

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-# Hooks of these modules leave the output as it is: they shard, synchronise, or count.
+# Hooks of these modules leave the output as it is: they shard, move, synchronise, or count.
 _ONLY_LOOK = (
+    "accelerate.hooks",
     "torch.distributed.fsdp",
     "torch.distributed._composable",
     "torch.distributed._tools",
@@ -81,6 +82,17 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
         if (kind.removeprefix("global ") in _AFTER or function is not None) and not _only_looks(hook):
             return f"{_named(kind, hook)} sees the logits"
     return "" if function is None else function_changed_by(function)
+
+
+def on_module(module: nn.Module) -> str:
+    """Which hook or replaced forward of a module may see or change its input or output, in words; empty if none."""
+    for name in ("forward", "_old_forward"):  # accelerate's hooks replace a forward and keep the one that they found
+        forward = vars(module).get(name)
+        own = getattr(forward, "__func__", None) is type(module).forward
+        if forward is not None and not own and not _only_looks(forward):
+            return _named("replaced forward", forward)
+    found = (hook for hook in (*_local(module), *_global()) if not _only_looks(hook[1]))
+    return next((_named(kind, hook) for kind, hook in found), "")
 
 
 def function_changed_by(function: nn.Module) -> str:

@@ -232,14 +232,24 @@ class HeadSpec:
         """Every option, with the value that the head is built with."""
         return {**self.defaults, **self.options}
 
+    @property
+    def layer(self) -> Callable[..., Head]:
+        """What builds the head from D, V, its logit function and its other options."""
+        return _KINDS[self.name].layer
+
+    def build_function(self) -> LogitFunction | None:
+        """Its logit function with the factor `scale` before it, at its start; None for the identity."""
+        make, options = _KINDS[self.name].function, self.resolved
+        function = make(**{name: options[name] for name in _defaults(make)}) if make else None
+        if positive("scale", options["scale"]) == 1:
+            return function
+        scale = Scale(options["scale"])
+        return scale if function is None else Compose(scale, function)
+
     def build(self, in_features: int, vocab_size: int, *, bias_init: Tensor | None = None) -> Head:
         """The head, at its start; see `build_head`."""
-        kind, options = _KINDS[self.name], self.resolved
-        scale = options.pop("scale")
-        function = kind.function(**{k: options.pop(k) for k in _defaults(kind.function)}) if kind.function else None
-        if positive("scale", scale) != 1:
-            function = Scale(scale) if function is None else Compose(Scale(scale), function)
-        head = kind.layer(in_features, vocab_size, logit_function=function, **options)
+        options = {name: value for name, value in self.resolved.items() if name in _defaults(self.layer)}
+        head = self.layer(in_features, vocab_size, logit_function=self.build_function(), **options)
         if bias_init is not None:
             start_at_unigram(head, bias_init)
         return head

@@ -1,0 +1,320 @@
+"""Heads of this library on transformers models: their start, their loss, saving, loading, merging."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from uncork import HEAD_NAMES, Scale, Softcap
+from uncork.hf import (
+    attach_head,
+    detach_head,
+    from_pretrained,
+    fuse_loss,
+    merge_head,
+    read_logit_function,
+    unfuse_loss,
+)
+
+V = 50
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+}
+EXACT = ["softmax", "temperature", "plif", "monotone"]
+MIXED = ["mos", "mop", "moc"]
+CHANGING = ["softcap", "sigsoftmax", "gss", "plif-frozen", "moss"]
+
+
+def make_model(kind, seed=0):
+    torch.manual_seed(seed)
+    model = KINDS[kind]().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def greedy(model, ids):
+    return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+
+def shake(model):
+    """Every parameter somewhere else, as after training."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def test_every_head_is_tested():
+    assert {*EXACT, *MIXED, *CHANGING} == set(HEAD_NAMES)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_logits_start_as_they_were_to_the_bit(model, ids, name):
+    before, tokens = model(ids).logits, greedy(model, ids)
+    attach_head(model, name)
+    assert torch.equal(model(ids).logits, before)
+    assert torch.equal(greedy(model, ids), tokens)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mixture_starts_at_the_trained_head(model, ids, name):
+    before, tokens = model(ids).logits.log_softmax(-1), greedy(model, ids)
+    attach_head(model, name, num_components=3)
+    after = model(ids).logits.log_softmax(-1)
+    assert 0 < (after - before).abs().max() < 0.01 * before.abs().max()
+    assert torch.equal(greedy(model, ids), tokens)
+
+
+def test_noise_tells_components_apart(ids):
+    model = make_model("llama")
+    before = model(ids).logits.log_softmax(-1)
+    attach_head(model, "mos", noise=0.0)
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+    # The same components stay the same; with noise their gradients differ.
+    for noise in (0.0, 1e-2):
+        model = attach_head(make_model("llama"), "mos", noise=noise)
+        model(ids, labels=ids).loss.backward()
+        grads = model.lm_head.latent.weight.grad.unflatten(0, (4, -1))
+        assert torch.allclose(grads[0], grads[1], rtol=1e-3) == (noise == 0)
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_other_heads_change_the_logits(ids, name):
+    model = make_model("llama")
+    before = model(ids).logits.log_softmax(-1)
+    assert not torch.allclose(attach_head(model, name)(ids).logits.log_softmax(-1), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_the_loss_and_all_gradients_are_those_of_the_logits(model, ids, name):
+    shake(attach_head(model, name))
+    labels = ids.clone()
+    labels[0, :3] = -100
+
+    def grads_of(loss):
+        model.zero_grad()
+        loss.backward()
+        return {key: p.grad for key, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+    fused = model(ids, labels=labels)
+    by_loss = grads_of(fused.loss)
+    logits = model(ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(fused.loss, expected)
+    by_logits = grads_of(expected)
+    assert by_loss.keys() == by_logits.keys()
+    for key, grad in by_logits.items():
+        torch.testing.assert_close(by_loss[key], grad, atol=2e-5, rtol=1e-3)
+
+
+def test_the_order_is_the_head_after_the_model(ids):
+    model, plain = make_model("gemma2"), make_model("gemma2")
+    scores = F.linear(plain.model(ids).last_hidden_state, plain.lm_head.weight)
+    attach_head(model, "sigsoftmax")
+    capped = Softcap(3.0)(scores)
+    torch.testing.assert_close(model(ids).logits, capped + F.logsigmoid(capped))
+    detach_head(model)
+    attach_head(model, "sigsoftmax", compose="instead")
+    torch.testing.assert_close(model(ids).logits, scores + F.logsigmoid(scores))
+    detach_head(model)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_read_logit_function_gives_the_whole(ids):
+    model = attach_head(make_model("gemma2"), "temperature")
+    assert [type(part) for part in read_logit_function(model).functions] == [Softcap, Scale]
+
+
+def test_tied_weights_stay_tied(ids):
+    model = attach_head(make_model("tied"), "plif")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    detach_head(model)
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["softmax", "temperature", "plif", "mos", "mop"])
+def test_save_and_load(model, ids, name, tmp_path):
+    shake(attach_head(model, name))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert torch.equal(greedy(loaded, ids), greedy(model, ids))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_save_and_load_in_shards(ids, tmp_path):
+    model = shake(attach_head(make_model("llama"), "mop"))
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+
+
+def test_plain_transformers_says_what_it_loses(ids, tmp_path, caplog):
+    model = shake(attach_head(make_model("gemma2"), "plif"))
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    plain, info = loaded
+    assert "lm_head.logit_function.functions.1.raw_slopes" in info["unexpected_keys"]
+    assert "uncork.hf.from_pretrained" in json.loads((tmp_path / "config.json").read_text())["uncork_head"]["about"]
+    detach_head(model)
+    assert torch.equal(plain.eval()(ids).logits, model(ids).logits)
+
+
+def test_a_plain_folder_loads_as_it_is(ids, tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path).eval()
+    assert type(loaded.lm_head) is nn.Linear
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_detached_model_is_saved_plain(ids, tmp_path):
+    model = detach_head(attach_head(make_model("llama"), "plif"))
+    model.save_pretrained(tmp_path)
+    assert "uncork_head" not in json.loads((tmp_path / "config.json").read_text())
+    assert type(from_pretrained(tmp_path).lm_head) is nn.Linear
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    model = attach_head(make_model("gemma2"), "plif")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def rewrite(**values):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **values}))
+
+    rewrite(final_logit_softcapping=None)
+    with pytest.raises(RuntimeError, match=r"does \(\) to its logits, and did .*tanh.* when the head was attached"):
+        from_pretrained(tmp_path)
+    spec = copy.deepcopy(config["uncork_head"])
+    spec["spec"]["logit_function"]["options"]["functions"].append(Scale(2.0, learnable=True).spec())
+    rewrite(uncork_head=spec)
+    with pytest.raises(ValueError, match=r"its weights lack logit_function\.functions\.2\.log_gain"):
+        from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        from_pretrained(tmp_path / "nowhere")
+
+
+def test_half_precision_keeps_the_function_wide(ids, tmp_path):
+    model = attach_head(make_model("llama").bfloat16(), "plif")
+    assert {p.dtype for p in model.lm_head.logit_function.parameters()} == {torch.float32}
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.lm_head.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in loaded.lm_head.logit_function.parameters()} == {torch.float32}
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_a_fused_model_takes_a_head(ids):
+    model = fuse_loss(make_model("llama"))
+    expected = model(ids, labels=ids).loss
+    attach_head(model, "plif")
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+    detach_head(model)
+    with pytest.raises(TypeError, match="fused loss"):
+        unfuse_loss(model)
+
+
+def test_merge_of_a_scale_and_of_a_softcap(ids):
+    model = shake(attach_head(make_model("llama"), "temperature"))
+    before = model(ids).logits
+    assert merge_head(model) is model
+    assert type(model) is LlamaForCausalLM
+    assert type(model.lm_head) is nn.Linear
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+
+    uncapped = make_model("gemma2")
+    uncapped.config.final_logit_softcapping = None
+    before = attach_head(uncapped, "softcap", cap=2.0)(ids).logits
+    merge_head(uncapped)
+    assert uncapped.config.final_logit_softcapping == 2.0
+    torch.testing.assert_close(uncapped(ids).logits, before)
+
+    unchanged = attach_head(make_model("cohere"), "softmax")
+    before = unchanged(ids).logits
+    assert torch.equal(merge_head(unchanged)(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        ("tied", "temperature", "would change the embeddings too, since the weights are tied"),
+        ("llama", "softcap", "LlamaForCausalLM has no final_logit_softcapping"),
+        ("llama", "plif", "which a plain model can have, got PLIF"),
+        ("gemma2", "temperature", "got Softcap, then Scale"),
+        ("llama", "mos", "got a mixture"),
+    ],
+)
+def test_what_cannot_be_merged_stays_as_it_is(kind, name, reason, ids):
+    model = shake(attach_head(make_model(kind), name))
+    before, config = model(ids).logits, copy.deepcopy(model.config.to_dict())
+    with pytest.raises(ValueError, match=reason):
+        merge_head(model)
+    assert torch.equal(model(ids).logits, before)
+    assert model.config.to_dict() == config
+    detach_head(model)
+
+
+def test_wrong_input():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="name: expected one of softmax"):
+        attach_head(model, "spline")
+    with pytest.raises(TypeError, match="plif has no option cap"):
+        attach_head(model, "plif", cap=3.0)
+    with pytest.raises(TypeError, match="bias: given by the model's own output layer"):
+        attach_head(model, "plif", bias=True)
+    with pytest.raises(ValueError, match="compose: expected one of after, instead, got 'before'"):
+        attach_head(model, "plif", compose="before")
+    with pytest.raises(TypeError, match="expected a transformers PreTrainedModel, got Linear"):
+        attach_head(nn.Linear(2, 2), "plif")
+    for take in (detach_head, merge_head):
+        with pytest.raises(TypeError, match="attach_head first"):
+            take(model)
+    assert type(model.lm_head) is nn.Linear
+    attach_head(model, "plif")
+    with pytest.raises(TypeError, match="detach_head first"):
+        attach_head(model, "plif")
+    with pytest.raises(TypeError, match="use detach_head"):
+        unfuse_loss(model)

@@ -1,0 +1,220 @@
+"""outputs.logits of a fused model: a tensor that is computed when it is read."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.hf.small import VOCAB, batch, build
+from uncork.hf import LazyLogits, fuse_loss
+
+CLASSES = {"softcap": "Gemma2ForCausalLM", "bias": "PhiForCausalLM", "slice": "InklingForCausalLM"}
+
+
+def pair(name: str = "softcap", **options):
+    """A model, and the same fused."""
+    model = build(CLASSES[name])
+    return model, fuse_loss(copy.deepcopy(model), **options)
+
+
+_unchanged = functools.cache(pair)
+
+
+def lazy(name: str = "softcap"):
+    """Logits that are lazy, and the model's own."""
+    model, fused = _unchanged(name)
+    logits = fused(**batch()).logits
+    assert type(logits) is LazyLogits
+    return logits, model(**batch()).logits
+
+
+def computed(logits) -> bool:
+    return logits._computed is not None
+
+
+READINGS = {
+    "add": lambda z: z + 1,
+    "right": lambda z: 2 * z,
+    "softmax": lambda z: F.softmax(z, dim=-1),
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "max": lambda z: z.max(-1).values,
+    "topk": lambda z: z.topk(3).indices,
+    "argmax of all": lambda z: z.argmax(),
+    "argmax of tokens": lambda z: z.argmax(1),
+    "argmax, kept": lambda z: z.argmax(-1, keepdim=True),
+    "word": lambda z: z[..., 4],
+    "some words": lambda z: z[..., [2, 9]],
+    "gather": lambda z: z.gather(-1, batch()["input_ids"][..., None]),
+    "stack": lambda z: torch.stack([z, z]),
+    "cat": lambda z: torch.cat((z, torch.zeros_like(z)), 1),
+    "transpose": lambda z: z.transpose(0, 1),
+    "numpy": lambda z: torch.from_numpy(z.detach().numpy()),
+    "cpu": lambda z: z.cpu(),
+    "tolist": lambda z: torch.tensor(z.detach().tolist()),
+    "cross entropy": lambda z: F.cross_entropy(z.flatten(0, 1), batch()["input_ids"].flatten()),
+    "copy": lambda z: copy.deepcopy(z.detach()),
+    "pickle": lambda z: pickle.loads(pickle.dumps(z.detach())),
+    "new": lambda z: z.new_zeros(3) + z.sum(),
+    "where": lambda z: torch.where(z > 0, z, 0.0),
+    "iteration": lambda z: torch.stack([row.exp() for row in z]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("reading", READINGS)
+def test_what_is_read_is_what_the_model_computes(reading, name):
+    logits, own = lazy(name)
+    found, wanted = READINGS[reading](logits), READINGS[reading](own)
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert found.requires_grad == wanted.requires_grad
+
+
+SELECTIONS = {
+    "shifted": lambda z: z[..., :-1, :],
+    "last": lambda z: z[:, -1],
+    "row": lambda z: z[0],
+    "mask": lambda z: z[batch()["labels"] != -100],
+    "flat": lambda z: z.view(-1, z.shape[-1]),
+    "reshape": lambda z: z.reshape(7, 2, -1),
+    "flatten": lambda z: z.flatten(0, 1),
+    "split": lambda z: z.split(3, dim=1)[1],
+    "words": lambda z: z[..., 2:9],
+    "float": lambda z: z.float(),
+    "double": lambda z: z.to(torch.float64),
+    "detach": lambda z: z.detach(),
+    "contiguous": lambda z: z.contiguous(),
+    "unsqueeze": lambda z: z.unsqueeze(0).squeeze(0),
+    "all": lambda z: z[..., :-1, :].contiguous().float().view(-1, z.size(-1)).detach(),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_selection_of_tokens_stays_lazy(selection, name, monkeypatch):
+    logits, own = lazy(name)
+    selected, wanted = SELECTIONS[selection](logits), SELECTIONS[selection](own)
+    assert type(selected) is LazyLogits
+    assert not computed(logits)
+    assert not computed(selected)
+    assert (selected.shape, selected.dtype, selected.ndim) == (wanted.shape, wanted.dtype, wanted.ndim)
+    assert (len(selected), selected.size(-1), selected.device) == (len(wanted), wanted.size(-1), wanted.device)
+    assert torch.equal(selected.argmax(-1), wanted.argmax(-1))
+    assert torch.equal(torch.argmax(selected, dim=wanted.ndim - 1), wanted.argmax(-1))
+    assert not computed(selected)
+    torch.testing.assert_close(selected + 0, wanted + 0, rtol=1e-5, atol=1e-5)
+    assert (selected + 0).requires_grad == wanted.requires_grad
+    assert computed(selected)
+
+
+def test_they_carry_the_graph_of_the_model_even_if_they_were_read_without_one_first():
+    model, fused = pair()
+    logits, own = fused(**batch()).logits, model(**batch()).logits
+    with torch.no_grad():
+        assert not (logits + 0).requires_grad
+    for each, z in ((model, own), (fused, logits)):
+        each.zero_grad()
+        (z.softmax(-1) ** 2).sum().backward()
+    for p, q in zip(fused.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_and_a_term_of_the_logits_train_together():
+    model, fused = pair()
+    for each in (model, fused):
+        outputs = each(**batch())
+        (outputs.loss + 1e-2 * outputs.logits.logsumexp(-1).square().mean()).backward()
+    for p, q in zip(fused.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_graph_there_is_none():
+    model, fused = pair()
+    with torch.no_grad():
+        logits = fused(**batch()).logits
+    assert not (logits + 0).requires_grad
+    copied, own = copy.deepcopy(fused(**batch()).logits.detach()), model(**batch()).logits
+    assert torch.equal(copied + 0, own)
+    buffer = io.BytesIO()
+    torch.save(logits, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), own)
+
+
+def test_they_are_those_of_the_autocast_of_the_forward():
+    model, fused = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, own = fused(**batch()).logits, model(**batch()).logits
+    assert logits.dtype == own.dtype == torch.bfloat16
+    best = logits.argmax(-1)
+    assert torch.equal(own.gather(-1, best[..., None]).squeeze(-1), own.max(-1).values)
+    assert torch.equal(logits + 0, own)
+    logits, own = fused(**batch()).logits, model(**batch()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits.argmax(-1), own.argmax(-1))
+        assert torch.equal(logits + 0, own)
+
+
+def test_a_step_of_the_optimiser_between_is_said():
+    _, fused = pair()
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
+    outputs = fused(**batch())
+    early = fused(**batch()).logits
+    value = early + 0
+    outputs.loss.backward()
+    optimizer.step()
+    for reading in (lambda z: z + 0, lambda z: z.argmax(-1), lambda z: z[0].exp(), lambda z: z.detach().numpy()):
+        with pytest.raises(RuntimeError, match=r"outputs.logits: expected to be read before the head's weight changes"):
+            reading(outputs.logits)
+    assert torch.equal(early + 0, value)
+    assert outputs.logits.shape == (2, 7, VOCAB)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that an operation within makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))])
+        return made
+
+
+def test_the_likeliest_words_are_found_without_the_matrix():
+    fused = fuse_loss(build("Gemma2ForCausalLM", vocab_size=4000, max_position_embeddings=128))
+    inputs = batch(rows=20, time=60)
+    logits = fused(**inputs).logits
+    with _Largest() as made:
+        best = logits.argmax(-1)
+    assert made.numel < logits.numel() // 2
+    assert torch.equal(best, fused(inputs["input_ids"]).logits.argmax(-1))
+    with _Largest() as made:
+        logits.exp()
+    assert made.numel == logits.numel()
+
+
+def test_none_are_shown_if_none_are_wanted():
+    model, fused = pair(logits="none")
+    outputs = fused(**batch())
+    assert outputs.logits is None
+    assert "logits" not in outputs
+    torch.testing.assert_close(outputs.loss, model(**batch()).loss)
+    assert fused(**batch(), return_dict=False)[0] == outputs.loss
+    assert fused(batch()["input_ids"]).logits.shape == (2, 7, VOCAB)
+
+
+def test_they_show_their_shape_alone():
+    logits, _ = lazy()
+    assert repr(logits) == str(logits) == f"LazyLogits(shape=(2, 7, {VOCAB}), dtype=torch.float32, device=cpu)"
+    assert isinstance(logits, torch.Tensor)
+    assert logits.is_floating_point()
+    assert logits.numel() == 14 * VOCAB
+    assert [logits.is_nested, logits.is_sparse, logits.is_cuda] == [False] * 3  # accelerate asks
+    assert not computed(logits)
