@@ -49,7 +49,7 @@ class Paths(LlamaForCausalLM):
         hidden = body.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else body.last_hidden_state
         if labels is None:
             logits = (self.generated if logits_to_keep else self.plain)(self.lm_head(hidden))
-            return CausalLMOutputWithPast(logits=logits, past_key_values=kwargs.get("past_key_values"))
+            return CausalLMOutputWithPast(logits=logits)
         logits = (self.labelled if self.training else self.evaluated)(self.lm_head(hidden))
         loss = self.loss_function(
             logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch

@@ -3,7 +3,7 @@
 Shapes in comments: N tokens, D features, V vocabulary, U of them left by the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -94,9 +94,9 @@ def _other_parts(function: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _chain(
-    before: list[Callable[[Tensor], Tensor]],
-    after: list[Callable[[Tensor], Tensor]],
-    between: list[Callable[[Tensor], Tensor]],
+    before: Sequence[Callable[[Tensor], Tensor]],
+    after: Sequence[Callable[[Tensor], Tensor]],
+    between: Sequence[Callable[[Tensor], Tensor]],
     z: Tensor,
 ) -> Tensor:
     for apply in (*before, *between, *after):

@@ -188,7 +188,7 @@ def check_generation(drive: Drive, problem: Problem, generator: torch.Generator)
     )  # fmt: skip
     try:
         with torch.no_grad(), drive.at_head(steps):
-            made: Any = model.generate(**drive.inputs, generation_config=options)
+            made: Any = cast(Any, model).generate(**drive.inputs, generation_config=options)
         logits = torch.stack([step.double().cpu() for step in made.logits]).flatten(0, 1)
         scores = torch.stack([step.double().cpu() for step in made.scores]).flatten(0, 1)
     except Exception as error:

@@ -5,7 +5,7 @@ Shapes in comments: B batch, T time, D features, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def untouched(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterato
     wanted = [(parameter, parameter.requires_grad) for parameter in parameters]
     generation = vars(model).get("generation_config")
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[cast(int, device.index) for device in devices]):
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)

@@ -59,7 +59,7 @@ def read(model: PreTrainedModel, head: nn.Module, fusion: Fusion | None, inputs:
     owns = fusion is not None and fusion.owns_function
     replay = tuple((kind, step) for kind, step in record.replay if not (owns and kind == "step"))
     function = head.logit_function if isinstance(head, Head) else function_of(record.steps)
-    return Reading(cast("nn.Module | None", function), record.words, () if owns else record.steps, replay)
+    return Reading(function, record.words, () if owns else record.steps, replay)
 
 
 def _values(outputs: Any) -> tuple[Any, ...]:

@@ -111,9 +111,8 @@ def _inputs(model: PreTrainedModel, inputs: Mapping[str, Any] | None, generator:
     if "labels" not in parameters:
         raise TypeError(f"model: expected a forward with labels, got {type(model).__name__}.forward")
     if inputs is None:
-        device = model.get_input_embeddings().weight.device
-        words = len(model.get_input_embeddings().weight)
-        ids = torch.randint(words, (_BATCH, _TIME), generator=generator).to(device)
+        embedding = cast(Tensor, model.get_input_embeddings().weight)
+        ids = torch.randint(len(embedding), (_BATCH, _TIME), generator=generator).to(embedding.device)
         inputs = {"input_ids": ids} | (
             {"attention_mask": torch.ones_like(ids)} if "attention_mask" in parameters else {}
         )
@@ -179,7 +178,8 @@ def _check_reload(drive: Drive, problem: Problem, before: Tensor | None, wanted:
                 again = from_pretrained(folder, dtype="auto", local_files_only=True)
             except ValueError:  # a configuration that the Auto classes do not know
                 again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
-        head, fusion = _head_of(again.to(problem.rows.device).eval())
+        cast(nn.Module, again).to(problem.rows.device)
+        head, fusion = _head_of(again.eval())
         with torch.no_grad():
             second = Drive(again, head, fusion, drive.inputs)
             driven, own = logits_of(second.forward(problem.rows)), logits_of(again(**drive.inputs))
