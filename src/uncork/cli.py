@@ -24,7 +24,7 @@ try:
     from uncork.lab.experiments.bench.settings import Bench
     from uncork.lab.experiments.study.settings import Study
     from uncork.lab.experiments.synthetic.settings import Synthetic
-    from uncork.lab.settings import Compare, Evaluate, Generate, Presets, Train, TrainingFlags
+    from uncork.lab.settings import Compare, Evaluate, Generate, Presets, Train, TrainingFlags, Verify
 except ModuleNotFoundError as error:
     complain(f"uncork: the command line {in_one_line(error)}")
     raise SystemExit(2) from None
@@ -253,6 +253,26 @@ def study(command: Study) -> dict[str, Any]:
     return experiment.run(command)
 
 
+def verify(command: Verify) -> dict[str, Any]:
+    """Prints the checks of a transformers model; returns them."""
+    try:
+        from uncork.hf.load import load_cached
+        from uncork.hf.proof.verify import verify as verified
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "safetensors"):
+            raise
+        raise LabError(f"verify needs transformers: pip install 'uncork[hf]' (no module named {error.name})") from None
+    if not 0 <= command.seed < 2**63:
+        raise LabError(f"seed: expected a whole number from 0 to 2^63 - 1, got {command.seed}")
+    model = load_cached(command.path, command.dtype)
+    try:
+        found = verified(model, reload=command.reload, seed=command.seed)
+    except (TypeError, ValueError, RuntimeError) as error:  # what `verify` says that it raises
+        raise LabError(f"{command.path}: {' '.join(str(error).split())}") from None
+    say(f"\n{found}\n")
+    return {"command": "verify", "path": command.path, **found.to_dict()}
+
+
 _ABOUT = (
     "Output layers that break the softmax bottleneck, compared on real text. `uncork --version` prints the versions."
 )
@@ -265,6 +285,7 @@ _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Synthetic: synthetic,
     Study: study,
     Presets: presets,
+    Verify: verify,
 }
 
 
@@ -280,8 +301,8 @@ def version() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parses, runs, and returns the exit code.
 
-    0; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that was
-    closed; 141 when the reader of the output's pipe has ended.
+    0; 1 for a model that is not verified; 2 for a mistake, a damaged file or a loss of nan; 130 for Ctrl-C, 143 for
+    SIGTERM, 129 for a terminal that was closed; 141 when the reader of the output's pipe has ended.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     ready_streams()
@@ -297,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
             _announce(command)
             outcome = _COMMANDS[type(command)](command)
             say(json.dumps(outcome, default=str))
-            return 2 if outcome.get("failed") else 0
+            return 2 if outcome.get("failed") else 1 if outcome.get("passed") is False else 0
     except NobodyReads:
         return 141
     except KeyboardInterrupt as error:

@@ -14,4 +14,8 @@ from uncork.hf.fuse import fuse_loss as fuse_loss
 from uncork.hf.fuse import read_logit_function as read_logit_function
 from uncork.hf.fuse import unfuse_loss as unfuse_loss
 from uncork.hf.lazy import LazyLogits as LazyLogits
+from uncork.hf.proof.drive import NotDriven as NotDriven
+from uncork.hf.proof.verification import Verification as Verification
+from uncork.hf.proof.verification import VerificationError as VerificationError
+from uncork.hf.proof.verify import verify as verify
 from uncork.hf.record import NotRecordable as NotRecordable

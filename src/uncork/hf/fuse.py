@@ -159,7 +159,11 @@ class Fusion:
 
     def logits(self, record: Record) -> Tensor:
         """The recorded logits, computed as the model would."""
-        logits: Tensor = self.head(record.hidden)
+        driver, self.driver = self.driver, None  # the record's hidden states have been through it
+        try:
+            logits: Tensor = self.head(record.hidden)
+        finally:
+            self.driver = driver
         for kind, replay in record.replay:
             if kind != "step" or not self.owns_function:
                 logits = replay(logits)

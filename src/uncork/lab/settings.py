@@ -1,4 +1,4 @@
-"""The flags of the commands that train and read runs, and the TrainConfig that results from them."""
+"""The flags of the commands that train and read runs, with the TrainConfig that results from them, and of `verify`."""
 
 import dataclasses
 import re
@@ -188,3 +188,21 @@ class Generate:
     """Sample among the likeliest that hold this share of the probability."""
     seed: int = 0
     """Random seed of the sampling."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Prove by value that a transformers model trains, evaluates and generates with one function of its logits.
+
+    Hidden states are driven into its output layer such that the scores reach from 0.1 to 1000, and what every path
+    makes of them is compared with float64. Ends with code 0 if all agree, 1 if not.
+    """
+
+    path: tyro.conf.Positional[str]
+    """A folder that a model was saved to, or the name of one in the hub's cache; nothing is downloaded."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """To load it in. auto: as it was saved."""
+    reload: bool = True
+    """Also save it to a temporary folder and load it again, which needs its size twice."""
+    seed: int = 0
+    """Random seed of the hidden states."""
