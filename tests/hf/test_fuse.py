@@ -394,3 +394,11 @@ def test_no_matrix_of_all_logits_is_kept(name, extra):
         assert max(kept) < tokens * vocab_size // 2
         outputs.logits.exp()
     assert max(kept[shown:]) >= tokens * (vocab_size - 6)
+
+
+@pytest.mark.parametrize("operation", ["mul_", "div_", "tanh_"])
+def test_an_operation_in_place_is_refused(operation):
+    """As a statement it would change the logits and leave the record as it was."""
+    record = uncork.hf.record.Record(torch.zeros(2, 3), slice(0, 5), (), 5, torch.float32)
+    with pytest.raises(NotRecordable, match=operation):
+        getattr(uncork.hf.record.RecordedLogits(record), operation)

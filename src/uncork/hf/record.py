@@ -153,9 +153,8 @@ class RecordedLogits:
     def tanh(self) -> "RecordedLogits":
         return self._step("tanh", 0.0, torch.tanh)
 
-    __mul__ = __rmul__ = __imul__ = multiply = mul_ = mul
-    __truediv__ = __itruediv__ = divide = true_divide = div_ = div
-    tanh_ = tanh
+    __mul__ = __rmul__ = __imul__ = multiply = mul
+    __truediv__ = __itruediv__ = divide = true_divide = div
 
     def _cast(self, dtype: torch.dtype) -> "RecordedLogits":
         if not dtype.is_floating_point:
