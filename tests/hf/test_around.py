@@ -145,6 +145,11 @@ def test_fully_sharded(units, first, monkeypatch):
         found, own = sharded(**batch()), model(**batch())
         assert torch.equal(found.logits.argmax(-1), own.logits.argmax(-1))
         torch.testing.assert_close(found.logits + 0, own.logits, rtol=1e-4, atol=1e-4)
+    if first == "fused" and units == "head":
+        with pytest.raises(RuntimeError, match=r"class of the model's output layer was changed since.*fully_shard"):
+            unfuse_loss(sharded)
+    else:
+        torch.testing.assert_close(unfuse_loss(sharded)(**batch()).loss, model(**batch()).loss)
 
 
 @pytest.mark.usefixtures("world")
@@ -201,9 +206,10 @@ def test_an_adapted_head_is_refused(kind):
     model, fused = pair(tie_word_embeddings=False)
     targets, options = (["lm_head"], {}) if kind == "lora" else (["q_proj"], {"modules_to_save": ["lm_head"]})
     lora = adapted(model, *targets, **options)
-    with pytest.raises(TypeError, match=r"output layer: expected an nn.Linear itself, got peft.*adapter: merge it first"):
+    with pytest.raises(
+        TypeError, match=r"output layer: expected an nn.Linear itself, got peft.*adapter: merge it first"
+    ):
         fuse_loss(lora.get_base_model())
     lora = adapted(fused, *targets, **options)
     with pytest.raises(RuntimeError, match="output layer was replaced since its loss was fused"):
         lora(**batch())
-

@@ -34,7 +34,11 @@ FAMILIES = [
     ("BeamForCausalLM", {CAP: None}, None),
     ("Inkling2ForCausalLM", {CAP: 11.0}, Softcap(11.0)),
     ("MistralLarge4ForConditionalGeneration", {CAP: 11.0}, Softcap(11.0)),
-    ("MuseGlimmerForConditionalGeneration", {"output_multiplier": 0.25, CAP: 11.0}, Compose(Scale(0.25), Softcap(11.0))),
+    (
+        "MuseGlimmerForConditionalGeneration",
+        {"output_multiplier": 0.25, CAP: 11.0},
+        Compose(Scale(0.25), Softcap(11.0)),
+    ),
     ("MuseGlimmerForConditionalGeneration", {"output_multiplier": 1.0, CAP: 11.0}, Softcap(11.0)),
     ("MuseSparkForConditionalGeneration", {"output_multiplier": 0.25, CAP: 11.0}, Compose(Scale(0.25), Softcap(11.0))),
     ("CohereForCausalLM", {MULTIPLY: 0.3}, Scale(0.3)),
@@ -62,7 +66,9 @@ CHANGED = [case for case in FAMILIES if case[2] is not None]
 OUT_OF_SCOPE = {
     "DoryForCausalLM": "expected an nn.Linear itself, got .*DoryLMHead",
     "T5GemmaForConditionalGeneration": "got ForMaskedLMLoss",
-    **dict.fromkeys(["BartForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "PegasusForCausalLM"], "cross_entropy"),
+    **dict.fromkeys(
+        ["BartForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "PegasusForCausalLM"], "cross_entropy"
+    ),
 }
 
 

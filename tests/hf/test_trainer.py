@@ -12,7 +12,7 @@ from tests.hf.test_fuse import fused_calls
 from uncork.hf import LazyLogits, fuse_loss
 
 pytest.importorskip("accelerate")
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -61,7 +61,12 @@ def history(each: Trainer) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("options", "calls"),
-    [({}, 6), ({"label_smoothing_factor": 0.1}, 0), ({"activation_checkpointing": True}, 6), ({"max_grad_norm": 0.5}, 6)],
+    [
+        ({}, 6),
+        ({"label_smoothing_factor": 0.1}, 0),
+        ({"activation_checkpointing": True}, 6),
+        ({"max_grad_norm": 0.5}, 6),
+    ],
     ids=["plain", "label smoothing", "checkpointing", "clipping"],
 )
 def test_training_goes_the_same_way(options, calls, tmp_path, monkeypatch):

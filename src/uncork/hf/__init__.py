@@ -1,4 +1,4 @@
-"""Hugging Face transformers: any output layer and the fused loss on a causal language model, and proof that it is right."""
+"""Hugging Face transformers: any output layer and the fused loss on a causal language model, and proof of it."""
 
 from uncork.hf.fuse import fuse_loss as fuse_loss
 from uncork.hf.fuse import read_logit_function as read_logit_function

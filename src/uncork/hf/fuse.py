@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -43,7 +42,7 @@ class Recording:
 
 
 class RecordingLinear(Recording, nn.Linear):
-    """An nn.Linear that can also be asked to compute something else from its input, weight and bias, under its hooks."""
+    """An nn.Linear that can also be asked for something else made of its input, weight and bias, under its hooks."""
 
     def forward(self, input: Tensor, answer: Callable[..., Any] | None = None) -> Any:
         return F.linear(input, self.weight, self.bias) if answer is None else answer(input, self.weight, self.bias)
@@ -105,7 +104,9 @@ class Fusion:
     ) -> Tensor:
         """transformers' ForCausalLMLoss, from recorded logits; of logits themselves it is that function's."""
         if not isinstance(logits, RecordedLogits):
-            return ForCausalLMLoss(logits, labels, cast(int, vocab_size), num_items_in_batch, ignore_index, shift_labels)
+            return ForCausalLMLoss(
+                logits, labels, cast(int, vocab_size), num_items_in_batch, ignore_index, shift_labels
+            )
         record = logits.record
         self.seen_steps = record.steps if self.seen_steps is None else self.seen_steps
         if vocab_size is not None and vocab_size != record.shape[-1]:
@@ -117,7 +118,9 @@ class Fusion:
         )
         if num_items_in_batch is None:
             return total
-        return total / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+        return total / (
+            num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        )
 
     def cross_entropy(self, record: Record, target: Tensor, **options: Any) -> Tensor:
         """Of the recorded logits, fused."""
@@ -195,7 +198,9 @@ class Fusion:
             return value
         if not lazily:
             return self.logits(value.record)
-        return LazyLogits(value.record, self) if self.logits_as == "lazy" and not torch.compiler.is_compiling() else None
+        return (
+            LazyLogits(value.record, self) if self.logits_as == "lazy" and not torch.compiler.is_compiling() else None
+        )
 
 
 def narrowed(record: Record, rows: Tensor) -> Tensor:
@@ -212,7 +217,9 @@ def fusion_of(model: nn.Module) -> Fusion:
     """What `fuse_loss` or `attach_head` put there. Raises TypeError if nothing did."""
     found = vars(model).get(_KEY)
     if not isinstance(found, Fusion):
-        raise TypeError(f"model: expected one with a fused loss, got a plain {type(model).__name__}; call fuse_loss first")
+        raise TypeError(
+            f"model: expected one with a fused loss, got a plain {type(model).__name__}; call fuse_loss first"
+        )
     return found
 
 
@@ -234,12 +241,14 @@ def plain_head(model: Any) -> nn.Linear:
     kinds = [c for c in type(head).__mro__ if not c.__module__.startswith("torch.distributed.")]
     if kinds[0] is not nn.Linear and not (isinstance(head, nn.Linear) and kinds[0].__name__ == "FSDPLinear"):
         raise TypeError(
-            f"model's output layer: expected an nn.Linear itself, got {type(head).__module__}.{type(head).__qualname__}, "
-            "whose output may be more than its weight and bias (an adapter: merge it first, or adapt the body alone)"
+            "model's output layer: expected an nn.Linear itself, got "
+            f"{type(head).__module__}.{type(head).__qualname__}, whose output may be more than its weight and "
+            "bias (an adapter: merge it first, or adapt the body alone)"
         )
     if hook := hooks.on_module(head):
         raise TypeError(
-            f"model's output layer: expected that nothing sees or changes its input or its logits, got {hook}: remove it"
+            f"model's output layer: expected that nothing sees or changes its input or its logits, got {hook}: "
+            "remove it first"
         )
     return cast(nn.Linear, head)
 
@@ -318,14 +327,14 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
         raise
     except Exception as error:
         raise RuntimeError(
-            f"{type(model).__name__}: could not run it on two tokens with labels, from which the function of its logits "
-            f"is read: {error}"
+            f"{type(model).__name__}: could not run it on two tokens with labels, from which the function of its "
+            f"logits is read: {error}"
         ) from error
     finally:
         model.train(training)
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # a forward without a backward leaves the outermost unsharded
-                module.reshard()
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()  # fully_shard leaves the outermost module whole after a forward without a backward
     if fusion.seen_steps is None:
         raise TypeError(
             f"{type(model).__name__} computes its loss by itself, without its loss_function: it cannot be fused"
@@ -382,7 +391,7 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: its loss is not fused.
-        RuntimeError: its forward was replaced by somebody else since.
+        RuntimeError: its forward or the class of its output layer was replaced by somebody else since.
     """
     fusion = fusion_of(model)
     if fusion.owns_function:
@@ -393,10 +402,16 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def require_outermost(model: PreTrainedModel) -> None:
-    """Raises RuntimeError if somebody has replaced the model's forward since it was fused."""
+    """Raises RuntimeError if somebody has replaced the model's forward or its head's class since it was fused."""
     forward = getattr(vars(model).get("forward"), "__func__", None)
     if not getattr(forward, "fusing", False):
         raise RuntimeError("model.forward was replaced since the loss was fused: take that back first")
+    fusion = fusion_of(model)
+    if type(fusion.head) not in (fusion.head_class, _recording_class(fusion.head_class)):
+        raise RuntimeError(
+            "the class of the model's output layer was changed since the loss was fused (by fully_shard, or a "
+            "parametrization): take that back first"
+        )
 
 
 def read_logit_function(model: PreTrainedModel) -> LogitFunction | None:

@@ -38,9 +38,10 @@ class _Moment:
 class LazyLogits(Tensor):
     """The logits (..., V) of a fused model: a tensor that is computed from the hidden states when it is first read.
 
-    Shape, dtype and device cost nothing. `argmax(-1)` is computed in chunks, without the (N, V) matrix. Selecting tokens
-    (an index, reshape, split), a cast and detach give lazy logits. Everything else computes the logits as the model
-    itself would, with their graph, and keeps them. `requires_grad` is False until then.
+    Shape, dtype and device cost nothing. `argmax(-1)` is computed in chunks, without the (N, V) matrix. Selecting
+    tokens (an index, reshape, split), a cast and detach give lazy logits. Everything else computes the logits as the
+    model's forward would have, with their graph and under its autocast, and keeps them. `requires_grad` is False until
+    then.
     """
 
     record: Record
@@ -54,9 +55,7 @@ class LazyLogits(Tensor):
             cls, record.shape, dtype=record.dtype, device=record.hidden.device
         )
         logits.record, logits.fusion, logits._computed = record, fusion, None
-        logits._made = made or _Moment(
-            fusion.version(), torch.is_grad_enabled(), autocast_dtype(record.hidden.device)
-        )
+        logits._made = made or _Moment(fusion.version(), torch.is_grad_enabled(), autocast_dtype(record.hidden.device))
         return logits
 
     def computed(self) -> Tensor:

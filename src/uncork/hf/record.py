@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uncork.logit_functions import Compose, LogitFunction, Scale, Softcap
 
@@ -270,7 +270,7 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 # Operators are looked up on the class, where __getattr__ does not see them.
 for _name in (
-    ["add", "radd", "iadd", "sub", "rsub", "isub", "rtruediv", "pow", "rpow", "neg", "abs", "matmul", "rmatmul", "mod"]
-    + ["floordiv", "setitem", "lt", "le", "gt", "ge", "iter", "bool"]
-):
+    "add", "radd", "iadd", "sub", "rsub", "isub", "rtruediv", "pow", "rpow", "neg", "abs", "matmul", "rmatmul", "mod",
+    "floordiv", "setitem", "lt", "le", "gt", "ge", "iter", "bool",
+):  # fmt: skip
     setattr(RecordedLogits, f"__{_name}__", _refusing(_name))
