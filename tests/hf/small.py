@@ -133,7 +133,7 @@ def build(class_name: str, *, score_std: float = 15.0, **config: Any) -> PreTrai
             the weight as it is. config: fields of its configuration; of its text part where it has one.
     """
     model_class: type[PreTrainedModel] = getattr(transformers, class_name)
-    config_class = model_class.config_class
+    config_class: Any = model_class.config_class
     sizes = sizes_of(config_class)
     for name, value in config.items():
         sizes.get("text_config", sizes)[name] = value

@@ -42,7 +42,12 @@ def fused_calls(monkeypatch) -> list[int]:
     """Notes each fused loss of recorded logits."""
     calls: list[int] = []
     own = uncork.hf.fuse.linear_cross_entropy
-    monkeypatch.setattr("uncork.hf.fuse.linear_cross_entropy", lambda *a, **k: (calls.append(1), own(*a, **k))[1])
+
+    def noted(*args, **options):
+        calls.append(1)
+        return own(*args, **options)
+
+    monkeypatch.setattr("uncork.hf.fuse.linear_cross_entropy", noted)
     return calls
 
 
@@ -295,6 +300,8 @@ def test_other_sizes_of_the_vocabulary(name):
     for each in (model, fused):
         torch.manual_seed(1)
         each.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    ids = batch()["input_ids"]
+    assert torch.equal(fused(ids).logits, model(ids).logits)
     if name == "softcap":
         with pytest.raises(RuntimeError, match=r"replaced since.*resize_token_embeddings.*unfuse_loss and fuse_loss"):
             fused(**batch())
@@ -382,7 +389,12 @@ def test_no_matrix_of_all_logits_is_kept(name, extra):
     fused = fuse_loss(build(name, vocab_size=vocab_size, **extra))
     tokens = inputs["labels"].numel()
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = fused(**inputs)
         shown = len(kept)
         assert max(kept) < tokens * vocab_size // 2

@@ -51,7 +51,7 @@ class RecordingLinear(Recording, nn.Linear):
 def recording_class(module: nn.Module) -> type:
     """The class of a module with a recording call; it is called as the class that it stands for."""
     base = type(module)
-    return base if issubclass(base, Recording) else _recording_class(base)
+    return base if issubclass(base, Recording) else _recording_class(cast(Any, base))
 
 
 @functools.cache
@@ -104,9 +104,8 @@ class Fusion:
     ) -> Tensor:
         """transformers' ForCausalLMLoss, from recorded logits; of logits themselves it is that function's."""
         if not isinstance(logits, RecordedLogits):
-            return ForCausalLMLoss(
-                logits, labels, cast(int, vocab_size), num_items_in_batch, ignore_index, shift_labels
-            )
+            count = cast(Any, num_items_in_batch)
+            return ForCausalLMLoss(logits, labels, cast(int, vocab_size), count, ignore_index, shift_labels)
         record = logits.record
         self.seen_steps = record.steps if self.seen_steps is None else self.seen_steps
         if vocab_size is not None and vocab_size != record.shape[-1]:

@@ -92,7 +92,7 @@ class LazyLogits(Tensor):
                 return function(*args, **kwargs)
         first = args[0] if args else None
         if isinstance(first, cls) and first._computed is None:
-            if name in _SELECTING or name == "detach":
+            if name == "detach" or (name in _SELECTING and not first._moved(args[1:], kwargs)):
                 try:
                     return first._selected(name, args[1:], kwargs)
                 except NotRecordable:
@@ -103,8 +103,13 @@ class LazyLogits(Tensor):
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    def _moved(self, args: Any, kwargs: Any) -> bool:
+        """Whether the arguments of `to` name another device."""
+        given = [value.device if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        return any(isinstance(value, str | torch.device) and torch.device(value) != self.device for value in given)
 
     def _selected(self, name: str, args: Any, kwargs: Any) -> Any:
         logits = RecordedLogits(self.record)
@@ -114,7 +119,7 @@ class LazyLogits(Tensor):
         return tuple(map(self._again, found)) if isinstance(found, tuple) else self._again(found)
 
     def _again(self, logits: RecordedLogits, made: _Moment | None = None) -> Self:
-        return type(self)(logits.record, self.fusion, made or self._made)  # type: ignore[return-value]
+        return type(self)(logits.record, self.fusion, made or self._made)
 
 
 def _property(getter: Any) -> str:
