@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from uncork.hf.record import NotRecordable, Record, RecordedLogits
-from uncork.loss.call import autocast_dtype
+from uncork.loss.call import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from uncork.hf.fuse import Fusion
@@ -78,7 +78,7 @@ class LazyLogits(Tensor):
                 "they are computed only when they are read; run the model again, or read them earlier"
             )
         dtype = self._made.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with without_autocast(self.device) if dtype is None else torch.autocast(self.device.type, dtype):
             yield
 
     def __repr__(self) -> str:  # type: ignore[override]
