@@ -162,8 +162,9 @@ class Fusion:
             return self.statistics(record, None).argmax
 
     def version(self) -> int:
-        """Changes whenever the head's weight is written."""
-        return cast(Tensor, self.head.weight)._version
+        """Changes whenever the head's weight is written; 0 for one made under inference_mode, which has no count."""
+        weight = cast(Tensor, self.head.weight)
+        return 0 if weight.is_inference() else weight._version
 
     def function_of(self, record: Record) -> LogitFunction | None:
         """The logit function that the model's forward applied."""
