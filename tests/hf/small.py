@@ -20,11 +20,11 @@ _NUMBERS: dict[int, str] = {
     16: """hidden_size d_model n_embd dim_model emb_dim embedding_dim embedding_size word_embed_proj_dim embed_dim
         lru_width attention_hidden_size backbone_hidden_size input_embedding_size output_embedding_size
         moe_latent_size index_head_dim hidden_size_per_layer_input ple_embed_dim head_dim_total chunk_size
-        mamba_chunk_size attention_chunk_size linear_chunk_size window_size attention_window_size
-        sliding_window sliding_window_size local_attention max_source_positions rel_extent laurel_rank
-        gated_norm_rank loop_gate_rank hc_lowrank ssm_state_size mamba_d_state state_size d_state
-        router_hidden_size pronunciation_embed_dim shape_embed_dim adapter_rank time_step_rank mamba_dt_rank
-        num_mel_bins hidden_size_global out_hidden_size""",
+        mamba_chunk_size attention_chunk_size linear_chunk_size window_size attention_window_size sliding_window
+        sliding_window_size local_attention max_source_positions rel_extent laurel_rank gated_norm_rank
+        loop_gate_rank hc_lowrank ssm_state_size mamba_d_state state_size d_state router_hidden_size
+        pronunciation_embed_dim shape_embed_dim adapter_rank time_step_rank mamba_dt_rank num_mel_bins
+        hidden_size_global out_hidden_size""",
     32: """intermediate_size ffn_dim n_inner d_inner dff dim_ff ffn_hidden_size moe_intermediate_size decoder_ffn_dim
         encoder_ffn_dim expert_ffn_hidden_size shared_intermediate_size shared_expert_intermediate_size
         moe_shared_expert_intermediate_size shared_experts_intermediate_size dense_intermediate_size
@@ -35,20 +35,19 @@ _NUMBERS: dict[int, str] = {
         encoder_attention_heads attention_heads num_decoder_attention_heads num_encoder_attention_heads
         num_key_value_heads num_kv_heads num_global_key_value_heads swa_num_attention_heads
         swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts
-        linear_num_key_heads linear_num_value_heads linear_num_heads index_n_heads index_topk
-        mamba_num_heads n_mamba_heads num_query_groups num_blocks layer_group_size
-        n_layers_per_attn_res_block o_groups hc_mult hc_count attn_layer_period expert_layer_period
-        altup_num_inputs heads_per_ngram depth""",
+        linear_num_key_heads linear_num_value_heads linear_num_heads index_n_heads index_topk mamba_num_heads
+        n_mamba_heads num_query_groups num_blocks layer_group_size n_layers_per_attn_res_block o_groups hc_mult
+        hc_count attn_layer_period expert_layer_period altup_num_inputs heads_per_ngram depth""",
     4: """num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num d_rel conv_kernel
-        conv_kernel_size linear_conv_kernel_dim mamba_n_heads short_conv_kernel_size mamba_d_conv
-        num_codebooks num_buckets""",
+        conv_kernel_size linear_conv_kernel_dim mamba_n_heads short_conv_kernel_size mamba_d_conv num_codebooks
+        num_buckets""",
     1: """attn_layer_offset expert_layer_offset n_group topk_group n_groups mamba_n_groups mamba_ngroups
         num_expert_group first_k_dense_replace n_shared_experts num_shared_experts moe_num_shared_experts
         num_dense_layers num_mem_blocks n_input_layers n_recurrent_layers n_output_layers""",
     8: """head_dim d_head dim_head linear_key_head_dim linear_value_head_dim linear_head_dim qk_nope_head_dim
         qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank o_lora_rank swa_head_dim global_head_dim
-        attention_head_dim attention_head_size mamba_head_dim mamba_d_head mamba_headdim kv_channels
-        rotary_dim indexer_head_dim""",
+        attention_head_dim attention_head_size mamba_head_dim mamba_d_head mamba_headdim kv_channels rotary_dim
+        indexer_head_dim""",
     64: """max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length max_target_positions
         seq_length""",
     0: "num_nextn_predict_layers num_mtp_layers num_kv_shared_layers",
@@ -137,8 +136,7 @@ def build(class_name: str, *, score_std: float = 15.0, **config: Any) -> PreTrai
     config_class: Any = model_class.config_class
     sizes = sizes_of(config_class)
     for name, value in config.items():
-        within = sizes.get("text_config", sizes)
-        within[name] = value
+        sizes.get("text_config", sizes)[name] = value
     torch.manual_seed(0)
     model = model_class._from_config(config_class(**sizes), attn_implementation="eager").float().eval()
     head = model.get_output_embeddings()

@@ -74,7 +74,7 @@ def test_offloaded_parts(way, first, tmp_path):
         accelerate.dispatch_model(fused, places | {"lm_head": "disk"}, main_device="cpu", offload_dir=str(tmp_path))
     assert fused.lm_head.weight.device.type == "meta"
     fused = fused if first == "fused" else fuse_loss(fused)
-    with torch.no_grad():
+    with torch.inference_mode(way == "disk"), torch.no_grad():
         found, own = fused(**batch()), model(**batch())
         torch.testing.assert_close(found.loss, own.loss)
         assert type(found.logits) is LazyLogits
@@ -145,6 +145,11 @@ def test_fully_sharded(units, first, monkeypatch):
         found, own = sharded(**batch()), model(**batch())
         assert torch.equal(found.logits.argmax(-1), own.logits.argmax(-1))
         torch.testing.assert_close(found.logits + 0, own.logits, rtol=1e-4, atol=1e-4)
+    if first == "fused" and units == "head":
+        with pytest.raises(RuntimeError, match=r"class of the model's output layer was changed since.*fully_shard"):
+            unfuse_loss(sharded)
+    else:
+        torch.testing.assert_close(unfuse_loss(sharded)(**batch()).loss, model(**batch()).loss)
 
 
 @pytest.mark.usefixtures("world")

@@ -139,6 +139,9 @@ def test_without_a_graph_there_is_none():
     with torch.no_grad():
         logits = fused(**batch()).logits
     assert not (logits + 0).requires_grad
+    with torch.inference_mode():
+        inferred = fused(**batch()).logits
+        assert torch.equal(inferred.argmax(-1), (inferred + 0).argmax(-1))
     copied, own = copy.deepcopy(fused(**batch()).logits.detach()), model(**batch()).logits
     assert torch.equal(copied + 0, own)
     buffer = io.BytesIO()
@@ -208,6 +211,12 @@ def test_none_are_shown_if_none_are_wanted():
     torch.testing.assert_close(outputs.loss, model(**batch()).loss)
     assert fused(**batch(), return_dict=False)[0] == outputs.loss
     assert fused(batch()["input_ids"]).logits.shape == (2, 7, VOCAB)
+
+
+def test_on_another_device_they_are_there():
+    logits, _ = lazy()
+    assert logits.to("meta").device.type == logits.to(torch.zeros(1, device="meta")).device.type == "meta"
+    assert type(logits.to("cpu")) is LazyLogits or computed(logits)
 
 
 def test_they_show_their_shape_alone():

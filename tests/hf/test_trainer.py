@@ -93,11 +93,13 @@ def test_training_in_bfloat16(tmp_path):
 
 def test_the_trainer_knows_the_models_arguments(tmp_path):
     model, fused = pair()
-    found, own = trainer(fused, tmp_path), trainer(model, tmp_path)
+    found, own = (trainer(each, tmp_path) for each in (fused, model))
+    columns: list[Any] = []
     for each in (found, own):
         each.get_train_dataloader()
-    assert found._signature_columns == own._signature_columns
-    assert {"input_ids", "labels", "attention_mask"} <= set(found._signature_columns or ())
+        columns.append(each._signature_columns)
+    assert columns[0] == columns[1]
+    assert {"input_ids", "labels", "attention_mask"} <= set(columns[0])
     assert found.model_accepts_loss_kwargs is own.model_accepts_loss_kwargs is True
     assert found.label_names == own.label_names == ["labels"]
 

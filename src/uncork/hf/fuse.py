@@ -175,8 +175,9 @@ class Fusion:
             return self.statistics(record, None).argmax
 
     def version(self) -> int:
-        """Changes whenever the head's weight is written."""
-        return cast(Tensor, self.head.weight)._version
+        """Changes whenever the head's weight is written; 0 for one made under inference_mode, which has no count."""
+        weight = cast(Tensor, self.head.weight)
+        return 0 if weight.is_inference() else weight._version
 
     def function_of(self, record: Record) -> LogitFunction | None:
         """The logit function that the model's forward applied."""
@@ -412,7 +413,7 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: its loss is not fused.
-        RuntimeError: its forward was replaced by somebody else since.
+        RuntimeError: its forward or the class of its output layer was replaced by somebody else since.
     """
     fusion = fusion_of(model)
     if fusion.owns_function:
@@ -423,10 +424,16 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def require_outermost(model: PreTrainedModel) -> None:
-    """Raises RuntimeError if somebody has replaced the model's forward since it was fused."""
+    """Raises RuntimeError if somebody has replaced the model's forward or its head's class since it was fused."""
     forward = getattr(vars(model).get("forward"), "__func__", None)
     if not getattr(forward, "fusing", False):
         raise RuntimeError("model.forward was replaced since the loss was fused: take that back first")
+    fusion = fusion_of(model)
+    if type(fusion.head) not in (fusion.head_class, _recording_class(fusion.head_class)):
+        raise RuntimeError(
+            "the class of the model's output layer was changed since the loss was fused (by fully_shard, or a "
+            "parametrization): take that back first"
+        )
 
 
 def read_logit_function(model: PreTrainedModel) -> LogitFunction | None:

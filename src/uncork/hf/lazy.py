@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from uncork.hf.record import Fused, NotRecordable, Record, RecordedLogits
-from uncork.loss.call import autocast_dtype
+from uncork.loss.call import autocast_dtype, without_autocast
 
 # What is known without the logits, and what selects tokens of them.
 _FREE = frozenset(
@@ -37,7 +37,8 @@ class LazyLogits(Tensor):
 
     Shape, dtype and device cost nothing. `argmax(-1)` is computed in chunks, without the (N, V) matrix. Selecting
     tokens (an index, reshape, split), a cast and detach give lazy logits. Everything else computes the logits as the
-    model itself would, with their graph, and keeps them. `requires_grad` is False until then.
+    model's forward would have, with their graph and under its autocast, and keeps them. `requires_grad` is False until
+    then.
     """
 
     record: Record
@@ -74,7 +75,7 @@ class LazyLogits(Tensor):
                 "they are computed only when they are read; run the model again, or read them earlier"
             )
         dtype = self._made.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with without_autocast(self.device) if dtype is None else torch.autocast(self.device.type, dtype):
             yield
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -88,7 +89,7 @@ class LazyLogits(Tensor):
                 return function(*args, **kwargs)
         first = args[0] if args else None
         if isinstance(first, cls) and first._computed is None:
-            if name in _SELECTING or name == "detach":
+            if name == "detach" or (name in _SELECTING and not first._moved(args[1:], kwargs)):
                 try:
                     return first._selected(name, args[1:], kwargs)
                 except NotRecordable:
@@ -99,10 +100,13 @@ class LazyLogits(Tensor):
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return function(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    def _moved(self, args: Any, kwargs: Any) -> bool:
+        """Whether the arguments of `to` name another device."""
+        given = [value.device if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        return any(isinstance(value, str | torch.device) and torch.device(value) != self.device for value in given)
 
     def _selected(self, name: str, args: Any, kwargs: Any) -> Any:
         logits = RecordedLogits(self.record)

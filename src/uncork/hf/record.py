@@ -109,10 +109,13 @@ class RecordedLogits:
 
     It knows multiplication and division by a number, tanh, casts, and what selects or reshapes whole tokens or selects
     a slice of the vocabulary. Any other operation raises NotRecordable with its name.
+
+    Args:
+        viewed: whether another one may share its memory, so that an operation in place would be seen there.
     """
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, record: Record, *, viewed: bool = False) -> None:
+        self.record, self._viewed = record, viewed
 
     shape = property(lambda self: self.record.shape)
     dtype = property(lambda self: self.record.dtype)
@@ -153,12 +156,31 @@ class RecordedLogits:
     def tanh(self) -> "RecordedLogits":
         return self._step("tanh", 0.0, torch.tanh)
 
-    __mul__ = __rmul__ = __imul__ = multiply = mul
-    __truediv__ = __itruediv__ = divide = true_divide = div
+    __mul__ = __rmul__ = multiply = mul
+    __truediv__ = divide = true_divide = div
+
+    def _in_place(self, made: "RecordedLogits") -> "RecordedLogits":
+        if self._viewed:
+            raise NotRecordable("an operation in place on logits that were sliced or reshaped")
+        self.record = made.record
+        return self
+
+    def mul_(self, other: Any) -> "RecordedLogits":
+        return self._in_place(self.mul(other))
+
+    def div_(self, other: Any) -> "RecordedLogits":
+        return self._in_place(self.div(other))
+
+    def tanh_(self) -> "RecordedLogits":
+        return self._in_place(self.tanh())
+
+    __imul__, __itruediv__ = mul_, div_
 
     def _cast(self, dtype: torch.dtype) -> "RecordedLogits":
         if not dtype.is_floating_point:
             raise NotRecordable(f"a cast to {dtype}")
+        if dtype == self.dtype:
+            return self
         return self._with(("cast", lambda logits: logits.to(dtype)), dtype=dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> "RecordedLogits":
@@ -166,9 +188,10 @@ class RecordedLogits:
         return self._cast(next((value for value in given if isinstance(value, torch.dtype)), self.dtype))
 
     def clone(self, **_: Any) -> "RecordedLogits":
-        return self
+        return RecordedLogits(self.record)
 
-    contiguous = clone
+    def contiguous(self, **_: Any) -> "RecordedLogits":
+        return self
 
     def with_hidden(self, hidden: Tensor) -> "RecordedLogits":
         """The same, of other hidden states."""
@@ -176,7 +199,13 @@ class RecordedLogits:
 
     def _rows(self, select: Callable[[Tensor], Tensor]) -> "RecordedLogits":
         """The same selection of tokens, made from the hidden states."""
-        return self._with(hidden=select(self.record.hidden))
+        return self._view(hidden=select(self.record.hidden))
+
+    def _view(self, *replay: tuple[str, Callable[[Tensor], Tensor]], **changes: Any) -> "RecordedLogits":
+        self._viewed = True
+        made = self._with(*replay, **changes)
+        made._viewed = True
+        return made
 
     def view(self, *shape: Any) -> "RecordedLogits":
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -198,7 +227,7 @@ class RecordedLogits:
     def split(self, size: Any, dim: int = 0) -> tuple["RecordedLogits", ...]:
         if dim % self.ndim == self.ndim - 1:
             raise NotRecordable("split of the vocabulary")
-        return tuple(self._with(hidden=part) for part in self.record.hidden.split(size, dim))
+        return tuple(self._view(hidden=part) for part in self.record.hidden.split(size, dim))
 
     def squeeze(self, dim: int) -> "RecordedLogits":
         if dim % self.ndim == self.ndim - 1:
@@ -223,7 +252,7 @@ class RecordedLogits:
         left = range(*record.words.indices(record.size))[last]
         if len(left) == self.shape[-1]:
             return self._rows(lambda hidden: hidden[index])
-        return self._with(
+        return self._view(
             ("words", lambda logits: logits[..., last]),
             hidden=record.hidden[(*parts[:-1], slice(None))],
             words=slice(left.start, max(left.start, left.stop)),
@@ -285,7 +314,8 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 # Operators are looked up on the class, where __getattr__ does not see them.
-_OPERATORS = """add radd iadd sub rsub isub rtruediv pow rpow neg abs matmul rmatmul mod floordiv setitem lt le gt ge
-iter bool"""
-for _name in _OPERATORS.split():
+for _name in (
+    "add", "radd", "iadd", "sub", "rsub", "isub", "rtruediv", "pow", "rpow", "neg", "abs", "matmul", "rmatmul", "mod",
+    "floordiv", "setitem", "lt", "le", "gt", "ge", "eq", "ne", "iter", "bool",
+):  # fmt: skip
     setattr(RecordedLogits, f"__{_name}__", _refusing(_name))

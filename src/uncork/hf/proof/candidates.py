@@ -128,7 +128,7 @@ def nearest(measured: Tensor, right: Tensor, wrong: Mapping[str, Tensor]) -> str
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Mean over tokens of |a - b| over |a| + |b|."""
+    """Mean over tokens of |a - b| over |a| + |b|, where that is no thousandth of its mean."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    size = (a.abs() + b.abs()).sum(-1).clamp(min=1e-300)
-    return float(((a - b).abs().sum(-1) / size).mean())
+    size = (a.abs() + b.abs()).sum(-1)
+    return float(((a - b).abs().sum(-1) / size.clamp(min=max(1e-3 * float(size.mean()), 1e-300))).mean())

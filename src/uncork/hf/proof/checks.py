@@ -38,7 +38,10 @@ def logits_of(outputs: Any) -> Tensor | None:
     found = getattr(outputs, "logits", None)
     if found is None and isinstance(outputs, tuple):
         found = next((value for value in outputs if isinstance(value, Tensor) and value.ndim > 1), None)
-    return None if found is None else cast(Tensor, found.detach().double()).cpu()
+    if found is None:
+        return None
+    with torch.no_grad():  # where they are computed only now
+        return cast(Tensor, found.detach().double()).cpu()
 
 
 def loss_of(outputs: Any) -> Tensor:
@@ -159,7 +162,7 @@ class Labelled:
         if "num_items_in_batch" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return left_out(*COUNT, "the forward takes no num_items_in_batch")
         problem, worst, measured, right = self.problem, Worst(), [], []
-        for tokens in problem.groups:
+        for tokens in problem.groups[:2]:
             try:
                 count = torch.tensor(_COUNT, device=problem.rows.device)
                 loss, _ = self._run(tokens, training=True, with_grads=False, num_items_in_batch=count)

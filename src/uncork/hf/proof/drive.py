@@ -135,7 +135,11 @@ class Drive:
         return self._factor
 
     def observed(self) -> tuple[Tensor, Any]:
-        """The output layer's input in the model's own forward without labels, and that forward's outputs."""
+        """The output layer's input (B, T, D) in the model's own forward without labels, and that forward's outputs.
+
+        Raises:
+            NotDriven: it is not called once a forward, with a hidden state for each token.
+        """
         seen: list[Tensor] = []
 
         def look(input: Tensor) -> Tensor:
@@ -146,7 +150,13 @@ class Drive:
             outputs = self.model(**self.inputs)
         if not seen:
             raise NotDriven("the forward without labels does not call its output layer")
-        return seen[0], outputs
+        shape = self.inputs["input_ids"].shape
+        if seen[0].shape[:-1].numel() != shape.numel():
+            raise NotDriven(
+                f"the output layer was given a tensor of shape {tuple(seen[0].shape)}, where one hidden state for each "
+                f"token of the input {tuple(shape)} was expected"
+            )
+        return seen[0].reshape(*shape, -1), outputs
 
 
 @contextmanager

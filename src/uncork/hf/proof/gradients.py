@@ -3,7 +3,7 @@
 Shapes in comments: N tokens, n of them at a time, D features, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from uncork.hf.proof.candidates import ROUNDED, nearest
 from uncork.hf.proof.problem import Problem
 from uncork.hf.proof.verification import Row, Worst
 
-_SINGLE = torch.finfo(torch.float32).eps
+_SINGLE, _SMALLEST = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -72,13 +72,12 @@ class Gradients:
         hidden, target = problem.hidden[tokens], problem.target[tokens]
         grad, of_function = reference.grad_scores(problem.scores[tokens], target, len(tokens))
         own = self._own(tokens)
-        slack = self._slack(tokens)
+        scores, norms = self._slack(tokens)
         right, size = reference.grad_hidden(hidden, grad)
         every = found["input"].detach().double().cpu().reshape(-1, hidden.shape[-1])
         measured = every if alone else every[tokens]
-        allowed = 4 * (own["input"] - right).norm(dim=-1) + 4 * self.eps * size.norm(dim=-1)
-        if slack is not None:
-            allowed += reference.grad_hidden(hidden, slack)[1].norm(dim=-1)
+        allowed = 4 * (own["input"].double().cpu() - right).norm(dim=-1) + 4 * self.eps * size.norm(dim=-1)
+        allowed += norms["input"] if scores is None else reference.grad_hidden(hidden, scores)[1].norm(dim=-1)
         self.of_input.add_errors((measured - right).norm(dim=-1), allowed)
         if not alone:  # tokens whose label is -100
             others = every.clone()
@@ -87,9 +86,10 @@ class Gradients:
         self.measured.append(measured)
         self.right.append(right)
         self.tokens.append(tokens)
-        self._add_parameters(hidden, grad, slack, of_function, own, found)
+        sums = self._sums(hidden, grad, scores, of_function, own, found)
+        self._add_parameters(sums, norms)
 
-    def _add_parameters(
+    def _sums(
         self,
         hidden: Tensor,
         grad: Tensor,
@@ -97,20 +97,24 @@ class Gradients:
         of_function: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
         found: Mapping[str, Tensor],
-    ) -> None:
+    ) -> dict[str, Sums]:
         reference, sums = self.problem.reference, dict[str, Sums]()
         moved = None if slack is None else reference.grad_parameters(hidden, slack)
         for name, part, right, size in reference.grad_parameters(hidden, grad):
             more = None if moved is None else next(moved)[3]
             if name in found:
-                g, mine = found[name][part].detach().double().cpu(), own[name][part]
+                g, mine = (whole[name][part].detach().cpu().double() for whole in (found, own))
                 sums.setdefault(name, Sums()).add(g, mine, right, size, more)
         for name, right in of_function.items():
             if name in found:
-                g = found[name].detach().double().cpu()
-                sums.setdefault(name, Sums()).add(g, own[name], right, 1e-3 / self.eps * right.abs(), None)
+                g, mine = (whole[name].detach().cpu().double() for whole in (found, own))
+                sums.setdefault(name, Sums()).add(g, mine, right, 1e-3 / self.eps * right.abs(), None)
+        return sums
+
+    def _add_parameters(self, sums: Mapping[str, Sums], norms: Mapping[str, Tensor]) -> None:
         for name, total in sums.items():
             allowed = 4 * total.own**0.5 + 4 * self.eps * total.size**0.5 + total.slack**0.5
+            allowed += float(norms[name]) if name in norms else 0.0
             worst = self.of_parameters.setdefault(name, Worst())
             worst.add_errors(torch.tensor([total.error**0.5]), torch.tensor([allowed]))
             # The factor by which it is off, and how well that explains it.
@@ -127,20 +131,45 @@ class Gradients:
             logits = reference.own_logits(leaf)
             loss = F.cross_entropy(logits.float(), problem.target[tokens].to(logits.device))
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        pairs = zip(leaves, found, strict=True)
-        return {n: (torch.zeros_like(leaves[n]) if g is None else g).double().cpu() for n, g in pairs}
+        return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)}
 
-    def _slack(self, tokens: Tensor) -> Tensor | None:
-        """How far the gradient to the scores (n, V) may be off since the logits may be; None for a head of its own."""
+    def _slack(self, tokens: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """How far gradients may be off since the logits may be, and with them the probabilities.
+
+        Returns:
+            a bound on the gradient to the scores (n, V), from which those on W, b and h follow; None for a head that
+            computes more than W h + b. And norms, by name, of the other gradients: of a few changes with random signs.
+        """
         problem, reference = self.problem, self.problem.reference
-        if not reference.plain:
-            return None
         p, tolerance = problem.logits[tokens].softmax(-1), problem.tolerance[tokens]
         off = p * (tolerance + (p * tolerance).sum(-1, keepdim=True)).clamp(max=1) / len(tokens)
+        functions = reference.function_parameters()
         leaf = problem.scores[tokens].requires_grad_()
         with torch.enable_grad():
-            (slack,) = torch.autograd.grad(reference.logits(leaf), leaf, grad_outputs=off)
-        return slack.abs()
+            logits = reference.logits(leaf)
+            (slack,) = torch.autograd.grad(logits, leaf, grad_outputs=off, retain_graph=True)
+            norms: dict[str, Tensor] = {}
+            for sign in self._signs(off):
+                found: dict[str, Tensor] = {}
+                if functions:
+                    grads = torch.autograd.grad(
+                        logits, list(functions.values()), grad_outputs=sign * off, retain_graph=True, allow_unused=True
+                    )
+                    found = {n: g for n, g in zip(functions, grads, strict=True) if g is not None}
+                if not reference.plain:
+                    (moved,) = torch.autograd.grad(logits, leaf, grad_outputs=sign * off, retain_graph=True)
+                    found |= reference.grads_of_copy(problem.hidden[tokens], moved)
+                for name, grad in found.items():
+                    size = 4 * (grad.norm(dim=-1) if name == "input" else grad.norm()).double().cpu() + _SMALLEST
+                    norms[name] = torch.maximum(norms[name], size) if name in norms else size
+        return (slack.abs() + _SMALLEST if reference.plain else None), norms
+
+    @staticmethod
+    def _signs(like: Tensor) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        yield torch.ones_like(like)
+        for _ in range(3):
+            yield torch.randint(2, like.shape, generator=generator).double() * 2 - 1
 
     def rows(self) -> list[Row]:
         """The checks; none if nothing was added."""
@@ -152,6 +181,7 @@ class Gradients:
         for name, worst in self.of_parameters.items():
             factors, rests = zip(*self.factors[name], strict=True)
             same = max(rests) < 0.03 and max(factors) - min(factors) < 0.03 * abs(factors[0])
+            same = same and abs(factors[0] - 1) > 0.01
             meaning = "training moves it by another gradient than the loss has"
             found = f"{factors[0]:.4g} times the right gradient" if same else ""
             rows.append(worst.row(f"{self.of}gradient to {name}", meaning, found))

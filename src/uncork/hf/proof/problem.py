@@ -28,7 +28,8 @@ class Problem:
         hidden: (N, D) the same in float64. scores: (N, V). logits: (N, U).
         tolerance: (N, U) of the logits. target: (N,), -100 where a sequence ends.
         entropy, entropy_tolerance: (N,) the cross-entropy of each token; 0 where the target is -100.
-        groups: tokens of neighbouring magnitudes, as indices. maps: what may be in the reference's place.
+        groups: tokens of neighbouring magnitudes, as indices, and the largest each by itself.
+        maps: what may be in the reference's place.
     """
 
     reference: Reference
@@ -69,9 +70,10 @@ class Problem:
         kept = target.clamp(min=0)
         entropy = cross_entropy(logits, kept).masked_fill(ends, 0)
         slack = loss_tolerance(logits, tolerance, kept).masked_fill(ends, 0)
-        groups = tuple(inner[size[inner].argsort()].chunk(GROUPS))
+        *groups, largest = inner[size[inner].argsort()].chunk(GROUPS)
+        groups += largest.split(1)  # where a function is saturated, a mean would hide what its rounding does
         return Problem(
-            reference, rows.view(like.shape), hidden, scores, logits, tolerance, target, entropy, slack, groups,
+            reference, rows.view(like.shape), hidden, scores, logits, tolerance, target, entropy, slack, tuple(groups),
             candidates(reference, others),
         )  # fmt: skip
 
@@ -80,7 +82,7 @@ class Problem:
         batch, time, _ = self.rows.shape
         kept = torch.full_like(self.target, IGNORED)
         kept[tokens] = self.target[tokens]
-        return F.pad(kept.view(batch, time)[:, :-1], (1, 0), value=0).to(self.rows.device)
+        return F.pad(kept.view(batch, time)[:, :-1], (1, 0), value=IGNORED).to(self.rows.device)
 
     def other_logits(self) -> dict[str, Tensor]:
         """The logits (N, U) of each wrong map."""
@@ -115,11 +117,11 @@ def largest_score(reference: Reference) -> float:
     largest, function = LARGEST, reference.function
     if function is None or getattr(function, "unbounded", True):
         return largest
-    ends = torch.tensor([1, -1]).double()
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
     with torch.no_grad():
         while largest < 1e5:
-            nearer, further = (reference.apply(ends * size).abs() for size in (largest, 2 * largest))
-            if not bool((further > 1.05 * nearer).any()):
+            here, further = reference.apply(signs * largest).abs(), reference.apply(signs * 2 * largest).abs()
+            if bool((further <= 1.05 * here).all()):
                 break
             largest *= 2
     return largest

@@ -105,7 +105,7 @@ class Reference:
         self.head, self.reading = head, reading
         ours = (nn.Linear.forward, RecordingLinear.forward)
         own_linear = isinstance(head, LinearHead) and type(head).forward is Head.forward
-        self.plain = (type(head).forward in ours or own_linear) and "forward" not in vars(head)
+        self.plain = type(head).forward in ours or own_linear
         self.within = isinstance(head, Head) and not self.plain  # the function stands within the head, as in a mixture
         self.copy = None if self.plain else _double(head)
         self._small: Tensor | None = None  # the weight in float64, if it is small
@@ -126,6 +126,11 @@ class Reference:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Of the output layer with its function."""
         return {name: p for name, p in self.head.named_parameters() if p.is_floating_point()}
+
+    def function_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of f, where it is applied to `scores`."""
+        names = self.parameters() if self.plain else {}
+        return {name: parameter for name, parameter in names.items() if name.startswith("logit_function.")}
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
         if self.weight.numel() <= _SMALL:
@@ -190,7 +195,7 @@ class Reference:
                 off = (own - logits).abs().amax(-1, keepdim=True) + torch.finfo(rows.dtype).eps * logits.abs()
                 return 4 * off + 4 * _SINGLE * (1 + logits.abs())
             eps = torch.finfo(rows.dtype).eps
-            error = eps * scores.abs() + 4 * min(eps, _SINGLE) * self._reach(hidden)
+            error = eps / 2 * scores.abs() + 4 * min(eps, _SINGLE) * self._reach(hidden)
             own_scores = self.own_scores(rows).double().cpu()
             error *= max(1.0, float(((own_scores - scores).abs() / error.clamp(min=1e-300)).max()))
             plus, minus = self.logits(scores + error), self.logits(scores - error)
@@ -201,8 +206,7 @@ class Reference:
 
     def grad_scores(self, scores: Tensor, target: Tensor, count: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradients of cross_entropy(f(scores), target) / count: to scores (N, V), and to f's own parameters."""
-        names = {n: p for n, p in self.parameters().items() if n.startswith("logit_function.")} if self.plain else {}
-        return self.grad_of(self.logits, scores, target, count, names)
+        return self.grad_of(self.logits, scores, target, count, self.function_parameters())
 
     @staticmethod
     def grad_of(
@@ -225,17 +229,22 @@ class Reference:
     def grad_hidden(self, hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """G W (N, D), and the sums |G| |W| of the sizes of its terms."""
         if self.copy is not None:
-            found = self._grads_of_copy(hidden, grad)["input"]
-            return found, found.abs()
+            # Within the head large terms may cancel: a prior's gradient is what two posteriors differ by.
+            found, features = self.grads_of_copy(hidden, grad)["input"], hidden.shape[-1]
+            rows = [p.detach() for p in self.copy.parameters() if p.ndim == 2 and p.shape[-1] == features]
+            inner = sum(float(p.norm(dim=-1).max()) for p in rows) / features**0.5
+            return found, found.abs() + inner * grad.abs().sum(-1, keepdim=True)
         pairs = [(grad[:, rows] @ chunk, grad[:, rows].abs() @ chunk.abs()) for rows, chunk in self._chunks()]
         return sum(a for a, _ in pairs), sum(b for _, b in pairs)  # type: ignore[return-value]
 
     def grad_parameters(self, hidden: Tensor, grad: Tensor) -> Iterator[tuple[str, slice, Tensor, Tensor]]:
         """Of each parameter of the head: its name, some of its rows, their gradient, and the sizes of its terms."""
         if self.copy is not None:
-            for name, found in self._grads_of_copy(hidden, grad).items():
+            reach = float((grad.abs().sum(-1) * hidden.norm(dim=-1)).sum())
+            for name, found in self.grads_of_copy(hidden, grad).items():
                 if name != "input":
-                    yield name, slice(None), found, found.abs()
+                    inner = 0.0 if name in ("weight", "bias") else reach / found.numel() ** 0.5
+                    yield name, slice(None), found, found.abs() + inner
             return
         for start in range(0, len(self.weight), _CHUNK):
             rows = slice(start, start + _CHUNK)
@@ -244,7 +253,8 @@ class Reference:
         if self.bias is not None:
             yield "bias", slice(None), grad.sum(0), grad.abs().sum(0)
 
-    def _grads_of_copy(self, hidden: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    def grads_of_copy(self, hidden: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        """Of a head that computes more than W h + b: the gradients to its "input" and its parameters."""
         assert self.copy is not None
         leaf = hidden.detach().requires_grad_()
         parameters = dict(self.copy.named_parameters())

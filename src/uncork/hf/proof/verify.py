@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uncork.heads import hooks
 from uncork.hf.attach import from_pretrained
 from uncork.hf.fuse import _KEY, Fusion
 from uncork.hf.load import quiet
 from uncork.hf.proof.checks import Labelled, check_forward, check_generation, check_given, compare_logits, logits_of
-from uncork.hf.proof.drive import Drive, untouched
+from uncork.hf.proof.drive import Drive, NotDriven, untouched
 from uncork.hf.proof.problem import Problem
 from uncork.hf.proof.reference import Reading, Reference, read
 from uncork.hf.proof.verification import Row, Verification, left_out, raised
@@ -65,7 +66,8 @@ def verify(
         TypeError: no transformers model, or one without an output layer.
         ValueError: an output layer whose weight is zero.
         NotRecordable: the model does to its logits what no increasing function of this library is.
-        NotDriven: its forward does not compute its logits from its output layer alone.
+        NotDriven: its forward does not compute its logits from its output layer, a token of the input each.
+        RuntimeError: the model does not run on these inputs.
 
     >>> from transformers import Gemma2Config, Gemma2ForCausalLM
     >>> config = Gemma2Config(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
@@ -84,10 +86,15 @@ def verify(
     parameters = [p for p in head.parameters() if p.is_floating_point()]
     with untouched(model, parameters):
         model.eval()
-        reading, others = _read(drive)
-        input, outputs = drive.observed()
+        try:
+            reading, others = _read(drive)
+            input, outputs = drive.observed()
+        except (NotRecordable, NotDriven, TypeError):
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{type(model).__name__} could not be run without labels: {error}") from error
         reference = Reference(head, reading)
-        problem = Problem.choose(reference, input.view(*drive.inputs["input_ids"].shape, -1), others, generator)
+        problem = Problem.choose(reference, input, others, generator)
         rows = [check_forward(drive, problem), *Labelled(drive, problem, loss_kwargs or {}).rows()]
         rows += check_generation(drive, problem, generator)
         rows.append(_check_reload(drive, problem, logits_of(outputs), reload))
@@ -103,12 +110,20 @@ def _head_of(model: Any) -> tuple[nn.Module, Fusion | None]:
     head = model.get_output_embeddings() if fusion is None else fusion.head
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise TypeError(f"model: expected an output layer with a weight, got {type(head).__name__}")
+    hook = hooks.on_module(head)
+    if not hook and "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # accelerate's moves the input alone
+        hook = "a replaced forward"
+    if hook:
+        raise TypeError(
+            f"model's output layer: expected that nothing sees or changes its input or its logits, got {hook}: remove "
+            "it first"
+        )
     return cast(nn.Module, head), fusion
 
 
 def _inputs(model: PreTrainedModel, inputs: Mapping[str, Any] | None, generator: torch.Generator) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
-    if "labels" not in parameters:
+    if "labels" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(f"model: expected a forward with labels, got {type(model).__name__}.forward")
     if inputs is None:
         embedding = cast(Tensor, model.get_input_embeddings().weight)
@@ -163,7 +178,7 @@ def _described(reference: Reference) -> str:
     narrowed = "" if left == len(reference.weight) else f", the first {left} words of {len(reference.weight)}"
     if words.indices(len(reference.weight))[0]:
         narrowed = f", {left} words of {len(reference.weight)}"
-    return f"{inside}{narrowed}" if function is None else f"f({inside}), f = {function}{narrowed}"
+    return f"{inside}{narrowed}" if function is None else f"f({inside}){narrowed}, f = {function}"
 
 
 def _check_reload(drive: Drive, problem: Problem, before: Tensor | None, wanted: bool) -> Row:
@@ -178,8 +193,7 @@ def _check_reload(drive: Drive, problem: Problem, before: Tensor | None, wanted:
                 again = from_pretrained(folder, dtype="auto", local_files_only=True)
             except ValueError:  # a configuration that the Auto classes do not know
                 again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
-        cast(nn.Module, again).to(problem.rows.device)
-        head, fusion = _head_of(again.eval())
+        head, fusion = _head_of(cast(nn.Module, again).to(problem.rows.device).eval())
         with torch.no_grad():
             second = Drive(again, head, fusion, drive.inputs)
             driven, own = logits_of(second.forward(problem.rows)), logits_of(again(**drive.inputs))
