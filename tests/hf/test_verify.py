@@ -15,11 +15,13 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uncork import Compose, Scale, Softcap, cli
-from uncork.hf import VerificationError, attach_head, fuse_loss, read_logit_function, verify
+from uncork.hf import NotRecordable, VerificationError, attach_head, fuse_loss, read_logit_function, verify
 
 V, M, C = 40, 0.25, 3.0
 SIZES = {
@@ -242,16 +244,104 @@ def test_attached_heads_pass(name):
     assert report["logits of the reloaded model"].passed
 
 
-def test_trl_s_head_leaves_an_attached_function_out():
+def with_temperature():
+    return attach_head(SOUND["gemma2"](), "temperature", scale=2.0)
+
+
+def recurrent_gemma():
+    """Its cap is a field of another name, and TRL reads fields."""
+    config = RecurrentGemmaConfig(
+        **SIZES | {"num_hidden_layers": 2},
+        block_types=["recurrent", "attention"],
+        lru_width=16,
+        logits_soft_cap=3.0,
+    )
+    return RecurrentGemmaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "passed"), [(SOUND["gemma2"], True), (SOUND["cohere"], True), (with_temperature, False),
+                          (recurrent_gemma, False)]
+)  # fmt: skip
+def test_the_fused_head_of_trl(build, passed):
     utils = pytest.importorskip("trl.trainer.utils")
     torch.manual_seed(0)
-    gemma = SOUND["gemma2"]()
-    utils.add_fused_lm_head(gemma)
-    asked = {"fused_lm_head": True}
-    assert verify(gemma, loss_kwargs=asked, reload=False)["training loss"].passed
-    model = attach_head(SOUND["gemma2"](), "temperature", scale=2.0)
+    model = build()
     utils.add_fused_lm_head(model)
-    assert verify(model, loss_kwargs=asked, reload=False)["training loss"].passed is False
+    report = verify(model, loss_kwargs={"fused_lm_head": True}, reload=False)
+    assert report["logits without labels"].passed
+    assert report["training loss"].passed is passed
+
+
+def test_other_mistakes_of_a_loss_are_named():
+    model = SOUND["gemma2"]()
+    true = of_the_head(model, lambda z: C * torch.tanh(z / C))
+    doubled = verify(model, loss=lambda h, y: 2 * true(h, y), reload=False)
+    assert doubled["the given loss"].found == "2 times the right value"
+    over_all = verify(model, loss=lambda h, y: true(h, y) * (y >= 0).sum() / y.numel(), reload=False)
+    assert [row.name for row in over_all.rows if row.passed is False] == ["the given loss, with labels of -100"]
+    lost = verify(model, loss=lambda h, y: true(h, y) * torch.nan, reload=False)
+    assert "nan" in lost["the given loss"].found
+    raising = verify(model, loss=lambda h, y: h @ h, reload=False)
+    assert "RuntimeError: " in raising["the given loss"].found
+    unshifted = verify(make(labelled=lambda z: right(z).roll(-1, 1)), reload=False)
+    assert unshifted["training loss"].found.startswith("the loss of labels that are not shifted")
+
+
+def test_a_bias_that_is_left_out_is_named():
+    torch.manual_seed(0)
+    model = SOUND["llama"]()
+    model.lm_head.bias = nn.Parameter(torch.randn(V))
+    report = verify(model, loss=of_the_head(model, torch.clone), reload=False)
+    assert report["the given loss"].found == "no bias"
+    assert report["gradient to bias"].passed
+
+
+class Shifted(LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        outputs.logits = outputs.logits + 1
+        return outputs
+
+
+def shifted():
+    return Shifted(LlamaConfig(**SIZES))
+
+
+def zero():
+    model = SOUND["llama"]()
+    nn.init.zeros_(model.lm_head.weight)
+    return model
+
+
+def hooked():
+    model = SOUND["llama"]()
+    model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+    return model
+
+
+def replaced():
+    model = SOUND["llama"]()
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: own(hidden)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "ids", "error", "said"),
+    [
+        (lambda: nn.Linear(2, 2), None, TypeError, "expected a transformers PreTrainedModel, got Linear"),
+        (shifted, None, NotRecordable, "add"),
+        (zero, None, ValueError, "weight is finite and not zero"),
+        (SOUND["llama"], torch.zeros(1, 4, dtype=torch.int64), ValueError, "input_ids of shape"),
+        (SOUND["llama"], torch.full((1, 12), 99), RuntimeError, "LlamaForCausalLM could not be run without labels: "),
+        (hooked, None, TypeError, "a forward hook"),
+        (replaced, None, TypeError, "a replaced forward"),
+    ],
+)
+def test_what_cannot_be_verified_is_said(build, ids, error, said):
+    with pytest.raises(error, match=said):
+        verify(build(), inputs=None if ids is None else {"input_ids": ids})
 
 
 def test_the_model_is_left_as_it_was():
