@@ -133,6 +133,7 @@ def test_chunks_of_a_few_rows_are_slow():
     for vocab, features in itertools.product((1, 100, 10_000, 151_936, 10_000_000), (1, 16, 400, 4096)):
         assert 32 <= CPU.default_rows(vocab, features) <= 512
         assert replace(CPU, blocks=16).default_rows(vocab, features) >= 32
+    assert CPU.default_rows(262_144, 640) >= 256  # each chunk reads W twice and its gradient once
 
 
 @pytest.mark.parametrize("times", [1, 2])

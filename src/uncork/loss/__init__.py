@@ -66,8 +66,8 @@ def linear_cross_entropy(
         impl: "reference", "torch", "native" or None (the fastest that supports the call).
         chunk_size: rows of scores in memory at once. memory_budget: the same limit in bytes, instead of chunk_size; the
             gradients, and the sums that the function's parameters need, come on top. Without either, `loss.chunk_size`
-            decides: on a CPU as many rows as fit into 64 MiB (5 MiB for D < 64), between 32 and 512; "torch" divides
-            these bytes among 16 blocks.
+            decides: on a CPU as many rows as fit into 64 MiB, or half of W's bytes if that is more (5 MiB for D < 64),
+            between 32 and 512; "torch" divides these bytes among 16 blocks.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN
