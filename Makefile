@@ -15,14 +15,16 @@ FLOOR_VENV ?= .venv-floor
 VENV311 ?= .venv-3.11
 VENV312 ?= .venv-3.12
 VENV313 ?= .venv-3.13
+TRANSFORMERS_VENV ?= .venv-transformers
 FLOOR := 'torch==2.6.*'
-CONSTRAINTS := build/constraints-without-torch.txt
+FLOOR_TRANSFORMERS := 'transformers==5.4.*'
+CONSTRAINTS := build/constraints-floor.txt
 
 # Of experiments/study.toml, in the order in which one builds on another.
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
 	baseline-places baseline-transformer
 
-.PHONY: help demo study figures test coverage test-slow test-floor test-pythons sanitize check format docs clean
+.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,7 +32,7 @@ help: ## what can be made
 $(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "uncork needs Python 3.11 or newer; say PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[lab,dev]'
 	@$(BIN)/python -c 'from uncork.loss.tile_native import missing as m; m and print("No native tile, so it goes slower on a CPU:", m)'
 	@touch $(READY)
 
@@ -56,18 +58,23 @@ define is_python
 		{ echo "$(1): no Python $(2) at '$($(1))'; say $(1)=/path/to/python$(2)" >&2; exit 1; }
 endef
 
-# $(call test_in,FOLDER,PYTHON312,pip's arguments): an environment with that Python, made or brought up to date, and the
-# tests in it.
+# $(call test_in,FOLDER,PYTHON312,pip's arguments,PATHS): an environment with that Python, made or brought up to date,
+# and the tests in it.
 define test_in
 	$($(2)) -m venv $(1)
-	$(1)/bin/pip install --quiet --disable-pip-version-check $(3) -e '.[lab,dev]'
-	OMP_NUM_THREADS=1 $(1)/bin/pytest -q -n 2
+	$(1)/bin/pip install --quiet --disable-pip-version-check --no-compile $(3) -e '.[lab,dev]'
+	OMP_NUM_THREADS=1 $(1)/bin/pytest -q -n 2 $(4)
 endef
 
 test-floor: ## all tests but the slow ones, with the oldest torch (2.6) that uncork asks for; downloads gigabytes
 	$(call is_python,PYTHON311,3.11)
 	@mkdir -p build && grep -vE '^(torch|sympy)==' constraints.txt > $(CONSTRAINTS) # torch asks for a sympy of its own
 	$(call test_in,$(FLOOR_VENV),PYTHON311,-c $(CONSTRAINTS) $(FLOOR))
+
+test-transformers: ## the tests of uncork.hf with the oldest transformers (5.4) that it asks for
+	$(call is_python,PYTHON311,3.11)
+	@mkdir -p build && grep -E '^torch==' constraints.txt > $(CONSTRAINTS) # transformers asks for others of its own
+	$(call test_in,$(TRANSFORMERS_VENV),PYTHON311,-c $(CONSTRAINTS) $(FLOOR_TRANSFORMERS),tests/hf)
 
 test-pythons: ## all tests but the slow ones, with Python 3.11, 3.12 and 3.13; downloads gigabytes
 	$(call is_python,PYTHON311,3.11)

@@ -115,16 +115,17 @@ def print_peak(task: str) -> None:
 
 
 def display_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a contender; for each place milliseconds, the ratio to transformers with its quartiles, and MiB."""
-    table = pd.DataFrame({"loss": [TITLES[name] for name in dict.fromkeys(rows["contender"])]})
-    for place, own in rows.groupby("place", sort=False):
-        by_name = {row["contender"]: row for row in own.to_dict("records")}
-        values = [by_name[name] for name in dict.fromkeys(rows["contender"])]
-        table[f"{place}: ms"] = [f"{row['milliseconds']:,.0f}" for row in values]
-        table["x"] = [with_quartiles({key: row[f"ratio_{key}"] for key in ("q1", "median", "q3")}, 2) for row in values]
-        table = table.rename(columns={"x": f"{place}: over transformers"})
-        table[f"{place}: peak MiB"] = [f"{row['peak_mib']:,}" for row in values]
-    return table
+    """One row a place and contender: milliseconds, the ratio to transformers with its quartiles, and MiB."""
+    return pd.DataFrame(
+        {
+            "V, D": row["place"].replace("V=", "").replace(" D=", "; "),
+            "loss": TITLES[row["contender"]],
+            "ms": f"{row['milliseconds']:,.0f}",
+            "over transformers": with_quartiles({key: row[f"ratio_{key}"] for key in ("q1", "median", "q3")}, 2),
+            "peak MiB": f"{row['peak_mib']:,}",
+        }
+        for row in rows.to_dict("records")
+    )
 
 
 def main() -> None:

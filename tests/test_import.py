@@ -11,6 +11,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+
+import uncork
 
 SOURCES = Path(__file__).parents[1] / "src"
 
@@ -113,7 +116,7 @@ def test_it_works_elsewhere_than_on_linux(bare, system):
 
 # From the lowest floor to the highest: what a room imports stands below it, never on its own floor.
 FLOORS = [
-    {"functional"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose", "hf"}, {"uncork"},
+    {"functional"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose", "hf", "versions"}, {"uncork"},
     {"lab", "lab.errors", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"}, {"lab.data", "lab.models"},
     {"lab.train"}, {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
@@ -156,4 +159,19 @@ def test_imports_run_one_way_and_there_is_no_circle():
 
 def test_only_the_loss_knows_that_hardware_exists():
     knows = {name for name, others in imports().items() if any("native" in other for other in others)}
-    assert {room(name) for name in knows} <= {"loss", "lab.experiments", "lab.run"}  # the two say what ran
+    assert {room(name) for name in knows} <= {"loss", "lab.experiments", "lab.run", "versions"}  # they say what ran
+
+
+def test_versions_for_a_bug_report(monkeypatch, capsys):
+    monkeypatch.setattr("uncork.loss.tile_native.missing", "there is none")
+    uncork.show_versions()
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("native tile", "tile").splitlines())
+    assert said["uncork"] == uncork.__version__
+    assert said["torch"].startswith(torch.__version__)
+    assert said["tile"] == "none: there is none"
+    assert said["GPU"]
+    assert {"Python", "platform", "triton", "transformers", "trl"} <= set(said)
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {uncork.__version__}\n" in (SOURCES.parent / "CITATION.cff").read_text(encoding="utf-8")

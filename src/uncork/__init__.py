@@ -16,6 +16,7 @@ from uncork.heads import head_from_spec as head_from_spec
 from uncork.logit_functions import *  # noqa: F403
 from uncork.loss import *  # noqa: F403
 from uncork.optim import parameter_groups as parameter_groups
+from uncork.versions import show_versions as show_versions
 
 __version__ = "0.1.0"  # read by the build; the package need not be installed to be used
 

@@ -3,15 +3,20 @@
 Shapes in comments: B batch, T time, V vocabulary.
 """
 
-import dataclasses
+import inspect
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+NEWEST = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="of transformers as they are in 5.24"
+)
 VOCAB = 56
 
 # Fields of configurations, by their meaning; a class takes those that it has.
@@ -104,7 +109,9 @@ _BY_HAND: dict[str, dict[str, Any]] = {
 
 def sizes_of(config_class: type[PreTrainedConfig], **given: Any) -> dict[str, Any]:
     """The arguments with which a configuration class makes a small configuration."""
-    names = {field.name for field in dataclasses.fields(config_class)} - set(config_class.attribute_map)
+    fields = getattr(config_class, "__dataclass_fields__", None)  # they are dataclasses since transformers 5.4
+    names = set(inspect.signature(config_class).parameters if fields is None else fields)
+    names -= set(config_class.attribute_map)
     made = {name: value for name, value in (_SIZES | _TOKENS | _FUNCTION).items() if name in names}
     for name in names & set(config_class.sub_configs):
         part = getattr(_default(config_class), name, None)
@@ -132,6 +139,8 @@ def build(class_name: str, *, score_std: float = 15.0, **config: Any) -> PreTrai
         class_name: in transformers. score_std: what the head's weight makes of hidden states of variance one; 0 leaves
             the weight as it is. config: fields of its configuration; of its text part where it has one.
     """
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
     model_class: type[PreTrainedModel] = getattr(transformers, class_name)
     config_class: Any = model_class.config_class
     sizes = sizes_of(config_class)

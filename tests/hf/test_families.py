@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.hf import walk
-from tests.hf.small import VOCAB, batch, build, class_names
+from tests.hf.small import NEWEST, VOCAB, batch, build, class_names
 from tests.hf.walk import Finding, described, examine
 from uncork import Compose, Scale, Softcap
 from uncork.hf import NotRecordable, fuse_loss
@@ -77,11 +77,13 @@ def named(case) -> str:
     return f"{case[0]}-{described(case[2])}" if isinstance(case, tuple) else case
 
 
+@NEWEST
 @pytest.mark.parametrize(("class_name", "config", "function"), FAMILIES, ids=map(named, FAMILIES))
 def test_the_function_is_read_from_the_models_own_forward(class_name, config, function):
     assert examine(class_name, **config) == Finding(class_name, "recorded", described(function))
 
 
+@NEWEST
 @pytest.mark.parametrize(("class_name", "config", "function"), CHANGED, ids=map(named, CHANGED))
 def test_a_function_that_is_left_out_is_seen(class_name, config, function, monkeypatch):
     """So the comparison above sees one that is wrong."""
@@ -100,6 +102,7 @@ def test_words_that_are_padding_have_no_share():
     assert bool((model.lm_head.weight.grad[:-3] != 0).any(-1).all())
 
 
+@NEWEST
 @pytest.mark.parametrize("class_name", OUT_OF_SCOPE)
 def test_what_is_out_of_scope_is_refused(class_name):
     with pytest.raises((TypeError, NotRecordable), match=OUT_OF_SCOPE[class_name]):
@@ -114,7 +117,7 @@ def test_no_class_of_the_registry_is_wrong():
     assert [f for f in findings if f.outcome == "wrong"] == []
     outcomes = Counter(f.outcome for f in findings)
     assert outcomes["recorded"] >= 60, outcomes
-    assert outcomes["skipped"] <= 0.1 * len(names), [f for f in findings if f.outcome == "skipped"]
+    assert outcomes["skipped"] <= 0.15 * len(names), [f for f in findings if f.outcome == "skipped"]
     assert all(f.reason for f in findings if f.outcome != "recorded")
     assert len({f.function for f in findings if f.outcome == "recorded"}) > 3
     assert torch.is_grad_enabled()

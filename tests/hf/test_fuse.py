@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import uncork
-from tests.hf.small import VOCAB, batch, build
+from tests.hf.small import NEWEST, VOCAB, batch, build
 from tests.hf.walk import difference, gradients
 from uncork.hf import NotRecordable, fuse_loss, read_logit_function, unfuse_loss
 
@@ -116,6 +116,7 @@ def test_a_batch_without_a_label(name):
     assert all(bool((grad == 0).all()) for grad in grads.values())
 
 
+@NEWEST
 def test_positions_to_keep():
     model, fused = pair()
     inputs = batch()
@@ -295,6 +296,7 @@ def test_a_change_of_the_configuration_is_followed():
         assert_same(fused, model, batch())
 
 
+@NEWEST
 @pytest.mark.parametrize("name", ["softcap, tied", "softcap"])
 def test_other_sizes_of_the_vocabulary(name):
     model, fused = pair(name)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.hf.small import VOCAB, batch, build
-from uncork.hf import LazyLogits, fuse_loss
+from uncork.hf import LazyLogits, attach_head, fuse_loss
 
 CLASSES = {"softcap": "Gemma2ForCausalLM", "bias": "PhiForCausalLM", "slice": "InklingForCausalLM"}
 
@@ -227,3 +227,59 @@ def test_they_show_their_shape_alone():
     assert logits.numel() == 14 * VOCAB
     assert [logits.is_nested, logits.is_sparse, logits.is_cuda] == [False] * 3  # accelerate asks
     assert not computed(logits)
+
+
+def with_gradients(model, statistics):
+    """log_prob, entropy and argmax of the tokens that have a label, and the gradients of the first two."""
+    inputs = batch()
+    model.zero_grad()
+    log_prob, entropy, argmax = statistics(model(**inputs).logits[:, :-1], inputs["labels"][:, 1:])
+    generator = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(log_prob.shape, generator=generator) for _ in range(2)]
+    torch.autograd.backward([log_prob, entropy], upstream)
+    return [log_prob, entropy, argmax], [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def own_statistics(logits, target):
+    log_probs = logits.float().log_softmax(-1)
+    chosen = log_probs.gather(-1, target.clamp(min=0)[..., None])[..., 0].masked_fill(target < 0, 0)
+    return chosen, -(log_probs.exp() * log_probs).sum(-1), log_probs.argmax(-1)
+
+
+def lazy_statistics(logits, target):
+    found = logits.statistics(target)
+    assert not computed(logits)
+    return found.log_prob, found.entropy, found.argmax
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_statistics_without_the_matrix(name):
+    model, fused = pair(name)
+    found, grads = with_gradients(fused, lazy_statistics)
+    wanted, own = with_gradients(model, own_statistics)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, own, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_of_wrong_targets_and_changed_weights():
+    _, fused = pair()
+    with torch.no_grad():
+        logits = fused(**batch()).logits
+    found = logits.statistics()
+    assert found.log_prob is None
+    assert not found.entropy.requires_grad
+    with pytest.raises(ValueError, match="target"):
+        logits.statistics(batch()["labels"][:, 1:])
+    with torch.no_grad():
+        fused.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="before the head's weight changes"):
+        logits.statistics()
+
+
+def test_statistics_of_an_attached_mixture():
+    model = attach_head(build("Gemma2ForCausalLM"), "mos", num_components=2)
+    inputs = batch()
+    logits = model(**inputs).logits
+    found = logits.statistics(inputs["labels"])
+    wanted = own_statistics(logits.detach() + 0, inputs["labels"])
+    torch.testing.assert_close((found.log_prob, found.entropy, found.argmax), wanted, rtol=1e-4, atol=1e-5)

@@ -165,14 +165,14 @@ def write_summary(path: Path, findings: list[Finding]) -> None:
 
 
 def main(path: str) -> int:
-    """Writes the table of all classes, and beside it summary.csv; returns 1 if a class is wrong."""
+    """Writes the table of all classes, and beside classes.csv a summary.csv; returns 1 if a class is wrong."""
     findings = walk(class_names(), progress=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["class", "outcome", "function", "reason"])
         writer.writerows(dataclass_row(finding) for finding in findings)
-    write_summary(Path(path).parent / "summary.csv", findings)
+    write_summary(Path(path).with_name(Path(path).name.replace("classes", "summary")), findings)
     outcomes = Counter(finding.outcome for finding in findings)
     print(dict(outcomes))
     return int(outcomes["wrong"] > 0)

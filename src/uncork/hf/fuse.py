@@ -153,7 +153,8 @@ class Fusion:
 
         def answer(input: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
             weight, bias = narrowed(record, weight), None if bias is None else narrowed(record, bias)
-            return token_statistics(input, weight, target, linear_bias=bias, logit_function=function)
+            rows = None if target is None else target.to(input.device)
+            return token_statistics(input, weight, rows, linear_bias=bias, logit_function=function)
 
         return self.head(record.hidden, answer)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from uncork.hf.record import Fused, NotRecordable, Record, RecordedLogits
+from uncork.loss import TokenStatistics
 from uncork.loss.call import autocast_dtype, without_autocast
 
 # What is known without the logits, and what selects tokens of them.
@@ -35,10 +36,10 @@ class _Moment:
 class LazyLogits(Tensor):
     """The logits (..., V) of a fused model: a tensor that is computed from the hidden states when it is first read.
 
-    Shape, dtype and device cost nothing. `argmax(-1)` is computed in chunks, without the (N, V) matrix. Selecting
-    tokens (an index, reshape, split), a cast and detach give lazy logits. Everything else computes the logits as the
-    model's forward would have, with their graph and under its autocast, and keeps them. `requires_grad` is False until
-    then.
+    Shape, dtype and device cost nothing. `argmax(-1)` and `statistics` are computed in chunks, without the (N, V)
+    matrix. Selecting tokens (an index, reshape, split), a cast and detach give lazy logits. Everything else computes
+    the logits as the model's forward would have, with their graph and under its autocast, and keeps them.
+    `requires_grad` is False until then.
     """
 
     record: Record
@@ -65,6 +66,23 @@ class LazyLogits(Tensor):
             with self._as_made(), torch.set_grad_enabled(self._made.graph):
                 self._computed = self.fusion.logits(self.record)
         return self._computed
+
+    def statistics(self, target: Tensor | None = None) -> TokenStatistics:
+        """Log-probability of the target, logsumexp, entropy and argmax of each token, without the (N, V) matrix.
+
+            outputs.logits[:, :-1].statistics(labels[:, 1:]).log_prob
+
+        As `uncork.token_statistics`, of the function that the model's forward applied: differentiable, in float32.
+
+        Args:
+            target: words, of the logits' shape without V; -100 gives 0. None leaves log_prob out.
+
+        Raises:
+            RuntimeError: the head's weight has changed since the model's forward.
+            ValueError: a target of another shape or out of range.
+        """
+        with self._as_made(), torch.set_grad_enabled(self._made.graph and torch.is_grad_enabled()):
+            return self.fusion.statistics(self.record, target)
 
     @contextlib.contextmanager
     def _as_made(self) -> Iterator[None]:
