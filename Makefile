@@ -24,7 +24,7 @@ CONSTRAINTS := build/constraints-floor.txt
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
 	baseline-places baseline-transformer
 
-.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs clean
+.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -102,6 +102,9 @@ check: $(READY) ## format, lint, types
 
 docs: $(READY) ## write the tables of README and docs from results/, check links
 	$(BIN)/python docs/build.py
+
+site: $(READY) ## the documentation site, in build/site
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
 
 format: $(READY) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff format .

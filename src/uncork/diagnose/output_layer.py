@@ -38,12 +38,14 @@ def describe_head(head: Head, features: Tensor, target: Tensor) -> dict[str, Any
         features: (C, D) what the head receives in each context. target: (C,) the word that came next.
 
     Returns:
-        rank: contexts, in_features, vocab_size, linear_rank (what a linear softmax on these word vectors can reach:
-            their size + 1, + 1 with a bias), numerical (at most min(C, V)), effective (eps -> k), tail_energy (share
-            of the squared singular values beyond linear_rank), singular_values.
-        function: x, y with f(0) = 0, and slope f', over the range of the sampled scores; None without a function.
-        histogram: edges, counts and quantiles of the scores of 200 contexts (of all components for a mixture), and
-            target_quantiles of the targets' scores alone. Impossible words (-inf) are left out.
+        A dictionary of three.
+
+        - rank: contexts, in_features, vocab_size, linear_rank (what a linear softmax on these word vectors can reach:
+          their size + 1, + 1 with a bias), numerical (at most min(C, V)), effective (eps -> k), tail_energy (share of
+          the squared singular values beyond linear_rank), singular_values.
+        - function: x, y with f(0) = 0, and slope f', over the range of the sampled scores; None without a function.
+        - histogram: edges, counts and quantiles of the scores of 200 contexts (of all components for a mixture), and
+          target_quantiles of the targets' scores alone. Impossible words (-inf) are left out.
     """
     wide = _in_float64(head)
     function = wide.logit_function

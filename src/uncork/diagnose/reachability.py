@@ -51,12 +51,12 @@ def reachable_words(weight: Tensor, bias: Tensor | None = None, *, seed: int = 0
 
 
 def winning_margin(weight: Tensor, word: int, bias: Tensor | None = None) -> float:
-    """How clearly a word can win: the largest t with <h, g_u> >= t |g_u|_inf for all u != v, where g_u = w_v - w_u.
+    """How clearly a word can win: the largest t with <h, g_u> >= t max(abs(g_u)) for all u != v, g_u = w_v - w_u.
 
-    Over |h|_inf <= 1; t is in [0, D]. With a bias w_u is (w_u, b_u), and the last coordinate of h, s, is in [0, 1]: if
-    there is a t > 0, there is one with s > 0, and the context is the rest of h divided by s. Solved as a linear program
-    (HiGHS) with few rival words at first; those whose constraint is violated are added until none is. 0 means a tie at
-    best.
+    Over max(abs(h)) <= 1; t is in [0, D]. With a bias w_u is (w_u, b_u), and the last coordinate of h, s, is in [0, 1]:
+    if there is a t > 0, there is one with s > 0, and the context is the rest of h divided by s. Solved as a linear
+    program (HiGHS) with few rival words at first; those whose constraint is violated are added until none is. 0 means a
+    tie at best.
 
     >>> round(winning_margin(torch.tensor([[0.0], [1.0], [2.0]]), 2), 6)
     1.0

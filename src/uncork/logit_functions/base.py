@@ -45,9 +45,11 @@ class LogitFunction(nn.Module, ABC):
     (`transform`), its derivative, what a kernel needs (`tables`, `operations`) and its hyper-parameters (`options`).
 
     Class attributes say which of the five properties of a useful function hold:
-        increasing, continuous: True for all functions of this package.
-        unbounded: whether the image is all of R. A bounded function caps the probability of any word below 1.
-        nonlinear: a linear function leaves the rank of the log-probabilities at d + 1.
+
+    - increasing, continuous: True for all functions of this package.
+    - unbounded: whether the image is all of R. A bounded function caps the probability of any word below 1.
+    - nonlinear: a linear function leaves the rank of the log-probabilities at d + 1.
+
     Every function is differentiable but at finitely many points, where `derivative` is that of one side.
     """
 

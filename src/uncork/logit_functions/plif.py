@@ -96,7 +96,7 @@ class PLIF(LogitFunction):
     ) -> "PLIF":
         """The PLIF that interpolates an increasing function at its knots, up to the constant that makes f(0) = 0.
 
-        `fit_error` holds the largest |f(z) - (function(z) - function(0))| over 16 points per piece, in logits.
+        `fit_error` holds the largest `|f(z) - (function(z) - function(0))|` over 16 points per piece, in logits.
 
         Args:
             function: increasing, elementwise; called on float64 points of [-bound, bound].
