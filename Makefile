@@ -32,7 +32,7 @@ help: ## what can be made
 $(READY): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "uncork needs Python 3.11 or newer; say PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[lab,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev]'
 	@$(BIN)/python -c 'from uncork.loss.tile_native import missing as m; m and print("No native tile, so it goes slower on a CPU:", m)'
 	@touch $(READY)
 
@@ -62,7 +62,7 @@ endef
 # and the tests in it.
 define test_in
 	$($(2)) -m venv $(1)
-	$(1)/bin/pip install --quiet --disable-pip-version-check --no-compile $(3) -e '.[lab,dev]'
+	$(1)/bin/pip install --quiet --disable-pip-version-check $(3) -e '.[lab,dev]'
 	OMP_NUM_THREADS=1 $(1)/bin/pytest -q -n 2 $(4)
 endef
 

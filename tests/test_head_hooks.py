@@ -449,7 +449,7 @@ def _train_sharded(rank: int, size: int, meeting: str, name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch's fully_shard fails on a CPU here")
-@pytest.mark.parametrize(("size", "name"), [(1, "plif"), (2, "plif"), (2, "mos")])
+@pytest.mark.parametrize(("size", "name"), [(1, "plif"), pytest.param(2, "plif", marks=pytest.mark.slow), (2, "mos")])
 def test_fully_shard_with_the_head_as_a_unit(size, name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the new processes look for this module
     torch.multiprocessing.spawn(_train_sharded, (size, str(tmp_path / "meeting"), name), nprocs=size)

@@ -62,6 +62,7 @@ def numbers(out):
     return [(row["kind"], row["step"], row["cross_entropy"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_every_signal_leaves_a_checkpoint_that_goes_on_to_the_same_numbers(text, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     subprocess.run(

@@ -61,6 +61,7 @@ def on_event(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_and_the_others_go_on(base, tmp_path, on_event):
     victim, other = *make_cells(["softmax"], [0], base), *make_cells(["plif"], [0], quick(base))
     kinds = []

@@ -83,6 +83,7 @@ def test_the_test_split_of_a_trial_is_not_kept(cells, tmp_path):
     assert run([again], tmp_path)[0].rows()[again.key]["result"]["test"]["perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others(cells, tmp_path):
     bad = replace(cells[1], config=cells[1].config.updated(lr=1e30))
     store, failed = run([cells[0], bad, cells[2]], tmp_path)

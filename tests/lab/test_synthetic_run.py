@@ -191,6 +191,7 @@ def test_workers_do_not_change_a_number(tmp_path):
         assert {**a["row"], "seconds": 0} == {**b["row"], "seconds": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path, workers):
     bad = replace(CELL, fitting=replace(SHORT, learning_rate=1e30))
