@@ -12,14 +12,12 @@ after each model.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from train_step import Case, build_step, write  # type: ignore[import-not-found]
+from train_step import Case, build_step, in_fresh_process, write  # type: ignore[import-not-found]
 
 from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
@@ -73,8 +71,7 @@ def measure(place: str, names: list[str], rounds: int, tokens_a_stream: int | No
 def _peak_mib(place: str, name: str, tokens_a_stream: int | None) -> int:
     """Of a fresh process that makes two steps, above what its imports take."""
     task = json.dumps([place, name, tokens_a_stream, torch.get_num_threads()])
-    done = subprocess.run([sys.executable, __file__, "--peak", task], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return in_fresh_process(__file__, task)
 
 
 def print_peak(task: str) -> None:

@@ -10,8 +10,6 @@ where trl is not installed. Writes cost.csv, table.csv and provenance.json.
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from train_step import write  # type: ignore[import-not-found]
+from train_step import in_fresh_process, write  # type: ignore[import-not-found]
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uncork.hf import attach_head, fuse_loss
@@ -99,8 +97,7 @@ def measure(place: str, rounds: int, tokens: int) -> list[dict[str, Any]]:
 def _peak_mib(place: str, name: str, tokens: int) -> int:
     """Of a fresh process that makes two steps, above what it held with the model and its gradients' room."""
     task = json.dumps([place, name, tokens, torch.get_num_threads()])
-    done = subprocess.run([sys.executable, __file__, "--peak", task], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return in_fresh_process(__file__, task)
 
 
 def print_peak(task: str) -> None:
@@ -108,9 +105,11 @@ def print_peak(task: str) -> None:
     place, name, tokens, threads = json.loads(task)
     torch.set_num_threads(threads)
     step = build(place, name, tokens)
-    before = resident("VmRSS")
+    before, of_building = resident("VmRSS"), resident("VmHWM")
     for _ in range(2):
         step.run()
+    if resident("VmHWM") == of_building:
+        raise SystemExit("the peak is that of building the model, not of a step: take more tokens")
     print(round((resident("VmHWM") - before) / 2**20))
 
 

@@ -9,6 +9,7 @@ table says to what. Writes trainstep.csv, table.csv (for docs/performance.md) an
 
 import argparse
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +125,12 @@ def display_table(rows: pd.DataFrame) -> pd.DataFrame:
             line[f"{row['head']} / {BASE}"] = with_quartiles(numbers, 3)
         lines.append({**line, "at most": f"{first['at_most']:.2f}"})
     return pd.DataFrame(lines)
+
+
+def in_fresh_process(script: str, task: str) -> int:
+    """The last number that the script prints when it is given the task as --peak."""
+    done = subprocess.run([sys.executable, script, "--peak", task], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
 def write(arguments: argparse.Namespace, name: str, rows: pd.DataFrame, table: pd.DataFrame) -> None:

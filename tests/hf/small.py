@@ -18,6 +18,17 @@ NEWEST = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.24"), reason="of transformers as they are in 5.24"
 )
 VOCAB = 56
+# Of a decoder's configuration, for tests that make their models themselves.
+DECODER = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 
 # Fields of configurations, by their meaning; a class takes those that it has.
 _NUMBERS: dict[int, str] = {

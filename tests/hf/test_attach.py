@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.hf.small import DECODER
 from uncork import HEAD_NAMES, Scale, Softcap
 from uncork.hf import (
     attach_head,
@@ -30,20 +31,11 @@ from uncork.hf import (
 )
 
 V = 50
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-}
 KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=True)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**DECODER, final_logit_softcapping=3.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**DECODER, logit_scale=0.25)),
 }
 EXACT = ["softmax", "temperature", "plif", "monotone"]
 MIXED = ["mos", "mop", "moc"]

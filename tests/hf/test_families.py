@@ -87,7 +87,7 @@ def test_the_function_is_read_from_the_models_own_forward(class_name, config, fu
 @pytest.mark.parametrize(("class_name", "config", "function"), CHANGED, ids=map(named, CHANGED))
 def test_a_function_that_is_left_out_is_seen(class_name, config, function, monkeypatch):
     """So the comparison above sees one that is wrong."""
-    monkeypatch.setattr("uncork.hf.fuse.function_of", lambda steps: None)
+    monkeypatch.setattr("uncork.hf.fusion.function_of", lambda steps: None)
     found = examine(class_name, **config)
     assert found.outcome == "wrong"
     assert found.reason.startswith("the loss is")

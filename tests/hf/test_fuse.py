@@ -42,13 +42,13 @@ def assert_same(fused: PreTrainedModel, model: PreTrainedModel, inputs) -> None:
 def fused_calls(monkeypatch) -> list[int]:
     """Notes each fused loss of recorded logits."""
     calls: list[int] = []
-    own = uncork.hf.fuse.linear_cross_entropy
+    own = uncork.hf.fusion.linear_cross_entropy
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return own(*args, **kwargs)
 
-    monkeypatch.setattr("uncork.hf.fuse.linear_cross_entropy", noting)
+    monkeypatch.setattr("uncork.hf.fusion.linear_cross_entropy", noting)
     return calls
 
 

@@ -112,15 +112,17 @@ def scores(prediction) -> dict[str, float]:
     return {"accuracy": float((best == labels[:, 1:])[kept].mean()), "sum": float(logits[logits > -99].sum())}
 
 
-def close(found: dict[str, float], own: dict[str, float], names: list[str]) -> None:
-    for name in names:
-        assert found[f"eval_{name}"] == pytest.approx(own[f"eval_{name}"], rel=1e-4), name
+def measured(evaluation: dict[str, float], *names: str) -> list[float]:
+    return [evaluation[f"eval_{name}"] for name in names]
+
+
+ALL = ("loss", "accuracy", "sum")
 
 
 def test_evaluation_with_all_logits(tmp_path):
     model, fused = pair()
     found, own = (trainer(each, tmp_path, metrics=scores).evaluate() for each in (fused, model))
-    close(found, own, ["loss", "accuracy", "sum"])
+    assert measured(found, *ALL) == pytest.approx(measured(own, *ALL), rel=1e-4)
 
 
 def test_evaluation_with_the_likeliest_words_computes_no_logits(tmp_path):
@@ -132,7 +134,7 @@ def test_evaluation_with_the_likeliest_words_computes_no_logits(tmp_path):
         return logits.argmax(dim=-1)
 
     found, own = (trainer(each, tmp_path, metrics=scores, preprocess=best).evaluate() for each in (fused, model))
-    close(found, own, ["loss", "accuracy", "sum"])
+    assert measured(found, *ALL) == pytest.approx(measured(own, *ALL), rel=1e-4)
     assert [type(logits) for logits in seen] == 2 * [LazyLogits] + 2 * [torch.Tensor]
     assert all(logits._computed is None for logits in seen[:2])
 
@@ -141,10 +143,10 @@ def test_evaluation_with_the_likeliest_words_computes_no_logits(tmp_path):
 def test_evaluation_of_the_loss_alone(logits, tmp_path, monkeypatch):
     model, _ = pair()
     fused = fuse_loss(copy.deepcopy(model), logits=logits)
-    monkeypatch.setattr("uncork.hf.fuse.Fusion.logits", None)  # nobody asks for them
+    monkeypatch.setattr("uncork.hf.fusion.Fusion.logits", None)  # nobody asks for them
     options = {"prediction_loss_only": True}
     found, own = (trainer(each, tmp_path, **options).evaluate() for each in (fused, model))
-    close(found, own, ["loss"])
+    assert measured(found, "loss") == pytest.approx(measured(own, "loss"), rel=1e-4)
 
 
 def test_evaluation_and_checkpoints_between_steps(tmp_path):
@@ -158,7 +160,7 @@ def test_evaluation_and_checkpoints_between_steps(tmp_path):
         histories.append([log for log in training.state.log_history if "eval_loss" in log])
     assert len(histories[0]) == 3
     for found, own in zip(*histories, strict=True):
-        close(found, own, ["loss", "accuracy", "sum"])
+        assert measured(found, *ALL) == pytest.approx(measured(own, *ALL), rel=1e-4)
     loaded = type(model).from_pretrained(tmp_path / "fused" / "checkpoint-3")
     torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight, rtol=1e-4, atol=1e-5)
 

@@ -14,18 +14,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.hf.small import DECODER
 from uncork.hf import LogitFunctionCallback, attach_head, fuse_loss
 
 V = 50
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
 ARGUMENTS = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,
@@ -45,7 +37,7 @@ pytestmark = [
 
 def make_model():
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0))
+    model = Gemma2ForCausalLM(Gemma2Config(**DECODER, final_logit_softcapping=3.0))
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     return model
@@ -151,7 +143,7 @@ def test_the_callback_logs_slopes_and_the_share_beyond_the_bound(tmp_path):
 
 def test_the_share_beyond_the_bound_is_that_of_the_scores(tmp_path):
     from uncork.hf.callback import function_numbers
-    from uncork.hf.fuse import fusion_of
+    from uncork.hf.fusion import fusion_of
 
     model = attach_head(make_model(), "plif", bound=2.0)
     ids = torch.tensor([row["input_ids"] for row in examples()])

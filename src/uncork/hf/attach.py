@@ -16,17 +16,15 @@ from uncork.heads import Head, LinearHead
 from uncork.heads.build import head_from_spec
 from uncork.heads.spec import HeadSpec
 from uncork.hf.fuse import (
-    Fusion,
     fuse_loss,
-    fusion_of,
     install,
-    is_fused,
     plain_head,
     read_logit_function,
     remove,
     require_outermost,
     unfuse_loss,
 )
+from uncork.hf.fusion import Fusion, fusion_of, is_fused
 from uncork.hf.record import Step
 from uncork.logit_functions import Compose, Identity, LogitFunction, Scale, Softcap
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from uncork.hf.fuse import Fusion, fusion_of, is_fused, require_outermost
+from uncork.hf.fuse import require_outermost
+from uncork.hf.fusion import Fusion, fusion_of, is_fused
 from uncork.logit_functions import Compose
 
 

@@ -1,258 +1,21 @@
-"""The fused loss under a transformers model, through its two public seams: its head, and its loss function.
-
-Shapes in comments: B batch, T time, D features, V vocabulary.
-"""
+"""Puts the fused loss under a transformers model, through its two public seams: its head, and its loss function."""
 
 import functools
 import inspect
 import types
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from uncork.heads import Head, hooks
+from uncork.heads import hooks
 from uncork.hf import trl
-from uncork.hf.lazy import LazyLogits
-from uncork.hf.record import NotRecordable, Record, RecordedLogits, Step, function_of
+from uncork.hf.fusion import KEY, Fusion, RecordingLinear, fusion_of, is_fused, recording_class, recording_subclass
+from uncork.hf.record import NotRecordable
 from uncork.logit_functions import LogitFunction
-from uncork.loss import TokenStatistics, linear_cross_entropy, token_statistics
-from uncork.loss.call import autocast_dtype
-
-_SAMPLE = 64  # tokens
-_KEY = "_uncork"  # where a fused model and its head keep their Fusion
-
-
-class Recording:
-    """Mixed into a head's class: while the model's forward records, a call gives a stand-in for the logits."""
-
-    def __call__(self, input: Tensor, answer: Any = None) -> Any:
-        call = super().__call__  # type: ignore[misc]
-        if answer is not None:
-            return call(input, answer)
-        fusion: Fusion = getattr(self, _KEY)
-        if fusion.driver is not None:
-            input = fusion.driver(input)
-        # Where somebody's hook changes or sees the logits, the model computes them as ever.
-        if not fusion.recording or hooks.on_module(cast(nn.Module, self)):
-            return call(input)
-        return fusion.record(input)
-
-
-class RecordingLinear(Recording, nn.Linear):
-    """An nn.Linear that can be asked to compute something else from its input, weight and bias, under its hooks."""
-
-    def forward(self, input: Tensor, answer: Callable[..., Any] | None = None) -> Any:
-        return F.linear(input, self.weight, self.bias) if answer is None else answer(input, self.weight, self.bias)
-
-
-def recording_class(module: nn.Module) -> type:
-    """The class of a module with a recording call; it is called as the class that it stands for."""
-    base = type(module)
-    return base if issubclass(base, Recording) else _recording_class(cast(Any, base))
-
-
-@functools.cache
-def _recording_class(base: type) -> type:
-    ours = RecordingLinear if issubclass(base, nn.Linear) else Recording
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (ours, base) if ours is Recording or base is not nn.Linear else (ours,), names)
-
-
-class Fusion:
-    """What makes a model's loss a fused one; `fuse_loss` and `attach_head` put it there.
-
-    Args:
-        model: the model, whose head is recording. owns_function: whether the head (one of `uncork.heads`) already has
-            the model's own function within it, so that what the model's forward does to the logits is left out.
-        logits: what `outputs.logits` is, "lazy" or "none".
-    """
-
-    def __init__(self, head: nn.Module, *, owns_function: bool, logits: str) -> None:
-        self.head, self.owns_function, self.logits_as = head, owns_function, logits
-        self.recording = False
-        self.steps: tuple[Step, ...] = ()
-        self.function: LogitFunction | None = None
-        self.driver: Callable[[Tensor], Tensor] | None = None  # replaces the head's input, for `verify`
-        self.sample: Tensor | None = None  # of the last loss's hidden states, where a callback asks for it
-        self.seen: tuple[tuple[Step, ...], bool] | None = None  # of the first loss: steps, whether words are cut off
-        self.plain: nn.Linear | None = None  # the model's own output layer, where the head replaces it
-        self.inner: Any = None  # the forward, loss function and class of the head that were there before
-        self.inner_loss: Any = None
-        self.head_class: type = type(head)
-
-    @property
-    def own_head(self) -> Head | None:
-        """The head, if it is one of this library's."""
-        return self.head if isinstance(self.head, Head) else None
-
-    def record(self, input: Tensor) -> RecordedLogits:
-        """A stand-in for the head's logits of this input."""
-        dtype = autocast_dtype(input.device) or input.dtype
-        size = cast(int, self.head.out_features)
-        return RecordedLogits(Record(input, slice(0, size), (), size, dtype))
-
-    def loss(
-        self,
-        logits: Any,
-        labels: Tensor,
-        vocab_size: int | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """transformers' ForCausalLMLoss, from recorded logits; of logits themselves it is that function's."""
-        if not isinstance(logits, RecordedLogits):
-            return ForCausalLMLoss(
-                logits, labels, cast(int, vocab_size), cast(Any, num_items_in_batch), ignore_index, shift_labels
-            )
-        record = logits.record
-        if self.seen is None:
-            self.seen = (record.steps, record.shape[-1] < record.size)
-        if vocab_size is not None and vocab_size != record.shape[-1]:
-            raise ValueError(f"vocab_size: expected the {record.shape[-1]} words of the logits, got {vocab_size}")
-        target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
-        target = target.reshape(record.hidden.shape[:-1]).to(record.hidden.device)
-        total = self.cross_entropy(
-            record, target, ignore_index=ignore_index, reduction="mean" if num_items_in_batch is None else "sum"
-        )
-        if num_items_in_batch is None:
-            return total
-        return total / (
-            num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-        )
-
-    def cross_entropy(self, record: Record, target: Tensor, **options: Any) -> Tensor:
-        """Of the recorded logits, fused."""
-        if self.sample is not None and not torch.compiler.is_compiling():
-            self.sample = record.hidden.detach().flatten(0, -2)[:_SAMPLE]
-        if self.own_head is not None:
-            self._require_whole(record)
-            return self.own_head.loss(record.hidden, target, **options)
-        function = self.function_of(record)
-
-        def answer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            weight, bias = narrowed(record, weight), None if bias is None else narrowed(record, bias)
-            rows = target.to(input.device)  # where offloading has moved the input
-            return linear_cross_entropy(input, weight, rows, linear_bias=bias, logit_function=function, **options)
-
-        return self.head(record.hidden, answer)
-
-    def statistics(self, record: Record, target: Tensor | None) -> TokenStatistics:
-        """Of the recorded logits: log_prob of the target, logsumexp, entropy and argmax, fused."""
-        if self.own_head is not None:
-            self._require_whole(record)
-            return self.own_head.statistics(record.hidden, target)
-        function = self.function_of(record)
-
-        def answer(input: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
-            weight, bias = narrowed(record, weight), None if bias is None else narrowed(record, bias)
-            rows = None if target is None else target.to(input.device)
-            return token_statistics(input, weight, rows, linear_bias=bias, logit_function=function)
-
-        return self.head(record.hidden, answer)
-
-    def logits(self, record: Record) -> Tensor:
-        """The recorded logits, computed as the model would."""
-        driver, self.driver = self.driver, None  # the record's hidden states have been through it
-        try:
-            logits: Tensor = self.head(record.hidden)
-        finally:
-            self.driver = driver
-        for kind, replay in record.replay:
-            if kind != "step" or not self.owns_function:
-                logits = replay(logits)
-        return logits
-
-    def argmax(self, record: Record) -> Tensor:
-        """The likeliest word of each token."""
-        with torch.no_grad():
-            return self.statistics(record, None).argmax
-
-    def version(self) -> int:
-        """Changes whenever the head's weight is written; 0 for one made under inference_mode, which has no count."""
-        weight = cast(Tensor, self.head.weight)
-        return 0 if weight.is_inference() else weight._version
-
-    def function_of(self, record: Record) -> LogitFunction | None:
-        """The logit function that the model's forward applied."""
-        if record.steps != self.steps:  # the first time, or after a change of the model's configuration
-            self.function, self.steps = function_of(record.steps), record.steps
-        return self.function
-
-    def _require_whole(self, record: Record) -> None:
-        if record.steps != self.steps:
-            raise RuntimeError(
-                f"the model's forward does {record.steps} to its logits, and did {self.steps} when the head was "
-                "attached: take that configuration back, or attach the head again"
-            )
-
-    def run(self, model: Any, args: Any, kwargs: Any) -> Any:
-        """The model's own forward."""
-        return type(model).forward(model, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
-
-    def recorded(self, model: Any, args: Any, kwargs: Any) -> Any:
-        """The outputs of the model's own forward, with a stand-in for the logits."""
-        if model.get_output_embeddings() is not self.head:
-            raise RuntimeError(
-                "the model's output layer was replaced since its loss was fused (by resize_token_embeddings?): "
-                "take the fused loss or the head back, and put it on again"
-            )
-        self.recording = True
-        try:
-            return self.run(model, args, kwargs)
-        finally:
-            self.recording = False
-
-    def finish(self, outputs: Any, *, lazily: bool) -> Any:
-        """The model's outputs, in which no stand-in is left.
-
-        Args:
-            lazily: whether the logits may be left to be computed later; False computes them.
-        """
-        if isinstance(outputs, tuple):
-            return tuple(self._finished(value, lazily) for value in outputs)
-        return type(outputs)(**{name: self._finished(value, lazily) for name, value in outputs.items()})
-
-    def _finished(self, value: Any, lazily: bool) -> Any:
-        if not isinstance(value, RecordedLogits):
-            return value
-        if not lazily:
-            return self.logits(value.record)
-        return (
-            LazyLogits(value.record, self) if self.logits_as == "lazy" and not torch.compiler.is_compiling() else None
-        )
-
-
-def narrowed(record: Record, rows: Tensor) -> Tensor:
-    """The rows of the words that are left."""
-    return rows if record.shape[-1] == record.size else rows[record.words]
-
-
-def shifted(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """What each position is to predict: labels (B, T) moved by one, as transformers does."""
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-
-
-def fusion_of(model: nn.Module) -> Fusion:
-    """What `fuse_loss` or `attach_head` put there. Raises TypeError if nothing did."""
-    found = vars(model).get(_KEY)
-    if not isinstance(found, Fusion):
-        raise TypeError(
-            f"model: expected one with a fused loss, got a plain {type(model).__name__}; call fuse_loss first"
-        )
-    return found
-
-
-def is_fused(model: nn.Module) -> bool:
-    """Whether `fuse_loss` or `attach_head` has been called on it."""
-    return _KEY in vars(model)
 
 
 def plain_head(model: Any) -> nn.Linear:
@@ -293,7 +56,7 @@ def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mine: Fusion = getattr(self, _KEY)
+        mine: Fusion = getattr(self, KEY)
         if kwargs.pop(trl.ASKED, False):
             return trl.fused_output(mine, self, args, kwargs)
         labels = kwargs.get("labels", args[position] if len(args) > position else None)
@@ -305,8 +68,8 @@ def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
     fusion.inner = vars(model).get("forward")
     fusion.inner_loss = vars(model).get("_loss_function")
     fusion.head_class = type(head)
-    object.__setattr__(head, _KEY, fusion)
-    object.__setattr__(model, _KEY, fusion)
+    object.__setattr__(head, KEY, fusion)
+    object.__setattr__(model, KEY, fusion)
     head.__class__ = recording_class(head)
     if "_old_forward" in vars(head):  # accelerate's hooks call what they found there
         head._old_forward = types.MethodType(RecordingLinear.forward, head)  # type: ignore[assignment]
@@ -327,7 +90,7 @@ def remove(model: PreTrainedModel) -> None:
     if "_old_forward" in vars(head):
         head._old_forward = types.MethodType(type(head).forward, head)  # type: ignore[assignment]
     for module in (head, model):
-        delattr(module, _KEY)
+        delattr(module, KEY)
     for name, value in (("forward", fusion.inner), ("_loss_function", fusion.inner_loss)):
         if value is None:
             vars(model).pop(name, None)
@@ -430,7 +193,7 @@ def require_outermost(model: PreTrainedModel) -> None:
     if not getattr(forward, "fusing", False):
         raise RuntimeError("model.forward was replaced since the loss was fused: take that back first")
     fusion = fusion_of(model)
-    if type(fusion.head) not in (fusion.head_class, _recording_class(fusion.head_class)):
+    if type(fusion.head) not in (fusion.head_class, recording_subclass(fusion.head_class)):
         raise RuntimeError(
             "the class of the model's output layer was changed since the loss was fused (by fully_shard, or a "
             "parametrization): take that back first"

@@ -51,7 +51,7 @@ class Record:
 
 
 class Fused(Protocol):
-    """What computes from records: `uncork.hf.fuse.Fusion`."""
+    """What computes from records: `uncork.hf.fusion.Fusion`."""
 
     def logits(self, record: Record) -> Tensor: ...
 

@@ -69,9 +69,9 @@ class ChunkRule:
 # Below this number of features a CPU's matrix products are bound by memory bandwidth.
 NARROW = 64
 
-# Each chunk's products read the whole of W (and update its whole gradient), so small chunks are slow: of 262,144 words
-# and 640 features a step takes 1.30 times eager's time with 64 rows, 0.92 with 256 and 0.86 with 512. Rows beyond the
-# limit gain nothing. With few features it is quicker if the block of scores stays in the cache.
+# Each chunk's products read the whole of W (and update its whole gradient), so small chunks are slow, most of all where
+# W is large (docs/log.md, "chunks over very large vocabularies"). Rows beyond the limit gain nothing.
+# With few features it is quicker if the block of scores stays in the cache.
 CPU = ChunkRule(budget=64 * MIB, narrow_budget=5 * MIB, least_rows=32, limit_rows=512)
 
 # Not measured. A chunk launches a few dozen kernels, so it should be large; no cache could hold it anyway.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from uncork.hf.fuse import Fusion
+from uncork.hf.fusion import Fusion
 
 Replace = Callable[[Tensor], Tensor]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from uncork.heads import Head, LinearHead, hooks
-from uncork.hf.fuse import _KEY, Fusion, RecordingLinear, recording_class
+from uncork.hf.fusion import KEY, Fusion, RecordingLinear, recording_class
 from uncork.hf.record import Record, RecordedLogits, Step, function_of
 from uncork.loss.function import apply_function
 
@@ -79,14 +79,14 @@ def _run_recording(model: PreTrainedModel, head: nn.Module, inputs: dict[str, An
     fusion = Fusion(head, owns_function=False, logits="none")
     fusion.recording = True
     before, loss_function = type(head), vars(model).get("_loss_function")
-    object.__setattr__(head, _KEY, fusion)
+    object.__setattr__(head, KEY, fusion)
     head.__class__ = recording_class(head)
     model.loss_function = lambda logits, *_, **__: logits.record.hidden.sum() * 0
     try:
         return model(**inputs)
     finally:
         head.__class__ = before
-        delattr(head, _KEY)
+        delattr(head, KEY)
         if loss_function is None:
             vars(model).pop("_loss_function", None)
         else:
@@ -268,11 +268,11 @@ class Reference:
 
 def _double(head: nn.Module) -> nn.Module:
     """A copy of the head in float64 on the CPU, which records nothing."""
-    fusion = vars(head).get(_KEY)
+    fusion = vars(head).get(KEY)
     copied = copy.deepcopy(head, {id(fusion): None} if fusion is not None else None)
     if fusion is not None:
         copied.__class__ = fusion.head_class
-        vars(copied).pop(_KEY)
+        vars(copied).pop(KEY)
     return copied.double().cpu().requires_grad_(True)
 
 
