@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.hf.small import DECODER
 from uncork import Compose, Scale, Softcap, cli
-from uncork.hf import NotRecordable, VerificationError, attach_head, fuse_loss, read_logit_function, verify
+from uncork.hf import NotDriven, NotRecordable, VerificationError, attach_head, fuse_loss, read_logit_function, verify
 
 V, M, C = 40, 0.25, 3.0
 SIZES = DECODER | {"vocab_size": V}
@@ -120,6 +120,16 @@ def test_a_wrong_map_in_the_loss(fault, path):
     assert report["logits of generate"].passed
 
 
+def test_13_in_a_model_of_that_dtype():
+    def capped(z):
+        return 20 * torch.tanh(z.float() / 20)
+
+    model = make(plain=capped, evaluated=capped, generated=capped, labelled=lambda z: (20 * torch.tanh(z / 20)).float())
+    report = verify(model.bfloat16(), reload=False)
+    assert report["training loss"].found == "the function computed in bfloat16"
+    assert report["evaluation loss"].passed
+
+
 @pytest.mark.parametrize("fault", WRONG_MAPS)
 def test_a_wrong_map_in_a_fused_path(fault):
     wrong, found = WRONG_MAPS[fault]
@@ -182,6 +192,15 @@ def test_12_a_gradient_of_the_weight_that_is_off_by_a_factor(factor):
     assert report["the given loss: gradient to weight"].found == f"{factor:g} times the right gradient"
 
 
+def test_a_gradient_with_noise_is_no_multiple_of_the_right_one():
+    model = make()
+    factors = 1 + 0.01 * torch.randn_like(model.lm_head.weight)
+    noisy = of_the_head(model, right, lambda w: factors * w + (1 - factors) * w.detach())
+    row = verify(model, loss=noisy, reload=False)["the given loss: gradient to weight"]
+    assert row.passed is False
+    assert not row.found
+
+
 def test_ranking_and_cosine_do_not_see_these_faults():
     model = make()
     hidden = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)) * 4
@@ -226,13 +245,24 @@ def test_bfloat16_is_judged_by_what_torch_does_there(kind, fused):
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("name", ["plif", "temperature", "softcap", "mos", "mop"])
-def test_attached_heads_pass(name):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    ("name", "size", "seed"),
+    [
+        ("plif", 0.05, 0),
+        ("temperature", 0.05, 0),
+        ("softcap", 0.05, 0),
+        ("mos", 0.05, 0),
+        ("mop", 0.05, 2),
+        ("moc", 0.05, 1),
+    ]
+    + [("mop", 0.5, seed) for seed in (2, 3)],  # large terms that cancel within the head
+)
+def test_attached_heads_pass(name, size, seed):
+    torch.manual_seed(seed)
     model = attach_head(SOUND["gemma2"](), name)
     with torch.no_grad():
         for p in model.lm_head.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+            p.add_(size * torch.randn_like(p))
     report = verify(model)
     report.require()
     assert report["logits of the reloaded model"].passed
@@ -302,6 +332,15 @@ def shifted():
     return Shifted(LlamaConfig(**SIZES))
 
 
+class LastAlone(LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return super().forward(input_ids=input_ids, **kwargs | {"logits_to_keep": 1})
+
+
+def last_alone():
+    return LastAlone(LlamaConfig(**SIZES))
+
+
 def zero():
     model = SOUND["llama"]()
     nn.init.zeros_(model.lm_head.weight)
@@ -326,6 +365,7 @@ def replaced():
     [
         (lambda: nn.Linear(2, 2), None, TypeError, "expected a transformers PreTrainedModel, got Linear"),
         (shifted, None, NotRecordable, "add"),
+        (last_alone, None, NotDriven, "one hidden state for each"),
         (zero, None, ValueError, "weight is finite and not zero"),
         (SOUND["llama"], torch.zeros(1, 4, dtype=torch.int64), ValueError, "input_ids of shape"),
         (SOUND["llama"], torch.full((1, 12), 99), RuntimeError, "LlamaForCausalLM could not be run without labels: "),

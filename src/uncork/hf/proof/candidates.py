@@ -116,8 +116,7 @@ def nearest(measured: Tensor, right: Tensor, wrong: Mapping[str, Tensor]) -> str
     options = {name: value.double() for name, value in wrong.items() if value.shape == measured.shape}
     if measured.shape == right.shape:
         scale = float((measured * right).sum() / (right * right).sum().clamp(min=1e-300))
-        if abs(scale - 1) > 0.01:
-            options[f"{scale:.4g} times the right value"] = scale * right
+        options[f"{scale:.4g} times the right value"] = scale * right
     distances = {name: _distance(measured, value) for name, value in options.items()}
     best = min(distances, key=distances.__getitem__, default="")
     if not best or distances[best] > _NEAR:
@@ -128,7 +127,7 @@ def nearest(measured: Tensor, right: Tensor, wrong: Mapping[str, Tensor]) -> str
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Mean over tokens of |a - b| over |a| + |b|, where that is no thousandth of its mean."""
+    """Mean over tokens of |a - b| / (|a| + |b|)."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     size = (a.abs() + b.abs()).sum(-1)
-    return float(((a - b).abs().sum(-1) / size.clamp(min=max(1e-3 * float(size.mean()), 1e-300))).mean())
+    return float(((a - b).abs().sum(-1) / size.clamp(min=1e-300)).mean())

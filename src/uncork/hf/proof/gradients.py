@@ -77,7 +77,8 @@ class Gradients:
         every = found["input"].detach().double().cpu().reshape(-1, hidden.shape[-1])
         measured = every if alone else every[tokens]
         allowed = 4 * (own["input"].double().cpu() - right).norm(dim=-1) + 4 * self.eps * size.norm(dim=-1)
-        allowed += norms["input"] if scores is None else reference.grad_hidden(hidden, scores)[1].norm(dim=-1)
+        if scores is not None:
+            allowed += reference.grad_hidden(hidden, scores)[1].norm(dim=-1)
         self.of_input.add_errors((measured - right).norm(dim=-1), allowed)
         if not alone:  # tokens whose label is -100
             others = every.clone()
@@ -138,7 +139,8 @@ class Gradients:
 
         Returns:
             a bound on the gradient to the scores (n, V), from which those on W, b and h follow; None for a head that
-            computes more than W h + b. And norms, by name, of the other gradients: of a few changes with random signs.
+            computes more than W h + b. And norms, by name, of the parameters' other gradients: of a few changes with
+            random signs.
         """
         problem, reference = self.problem, self.problem.reference
         p, tolerance = problem.logits[tokens].softmax(-1), problem.tolerance[tokens]
@@ -158,9 +160,10 @@ class Gradients:
                     found = {n: g for n, g in zip(functions, grads, strict=True) if g is not None}
                 if not reference.plain:
                     (moved,) = torch.autograd.grad(logits, leaf, grad_outputs=sign * off, retain_graph=True)
-                    found |= reference.grads_of_copy(problem.hidden[tokens], moved)
+                    found = reference.grads_of_copy(problem.hidden[tokens], moved)
+                    del found["input"]
                 for name, grad in found.items():
-                    size = 4 * (grad.norm(dim=-1) if name == "input" else grad.norm()).double().cpu() + _SMALLEST
+                    size = 4 * grad.norm().double().cpu() + _SMALLEST
                     norms[name] = torch.maximum(norms[name], size) if name in norms else size
         return (slack.abs() + _SMALLEST if reference.plain else None), norms
 

@@ -243,8 +243,7 @@ class Reference:
             reach = float((grad.abs().sum(-1) * hidden.norm(dim=-1)).sum())
             for name, found in self.grads_of_copy(hidden, grad).items():
                 if name != "input":
-                    inner = 0.0 if name in ("weight", "bias") else reach / found.numel() ** 0.5
-                    yield name, slice(None), found, found.abs() + inner
+                    yield name, slice(None), found, found.abs() + reach / found.numel() ** 0.5
             return
         for start in range(0, len(self.weight), _CHUNK):
             rows = slice(start, start + _CHUNK)

@@ -110,10 +110,7 @@ def _head_of(model: Any) -> tuple[nn.Module, Fusion | None]:
     head = model.get_output_embeddings() if fusion is None else fusion.head
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise TypeError(f"model: expected an output layer with a weight, got {type(head).__name__}")
-    hook = hooks.on_module(head)
-    if not hook and "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # accelerate's moves the input alone
-        hook = "a replaced forward"
-    if hook:
+    if hook := hooks.on_module(head):
         raise TypeError(
             f"model's output layer: expected that nothing sees or changes its input or its logits, got {hook}: remove "
             "it first"
