@@ -2,7 +2,7 @@
 
     python benchmarks/loss.py --out results/bench
 
-Writes table.csv (for docs/performance.md), times.csv, memory.csv, instructions.csv, bars.csv and provenance.json.
+Writes table.csv (for docs/performance.md), brief.csv (for README.md), times.csv, memory.csv, instructions.csv, bars.csv and provenance.json.
 It takes 25 minutes on 2 cores; leave the machine alone meanwhile. --quick tries everything at a small shape in minutes.
 """
 
@@ -109,7 +109,7 @@ def bars(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 IN_TABLE = (
-    "eager", "torch-best", "naive-plif", "naive-mos-4", "softmax", "softcap", "sigsoftmax", "plif-frozen",
+    "eager", "compile", "torch-best", "naive-plif", "naive-mos-4", "softmax", "softcap", "sigsoftmax", "plif-frozen",
     "plif-1000", "plif-100000", "mos-4",
 )  # fmt: skip
 
@@ -122,6 +122,41 @@ def short_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     times = tables["times"][[shape in PLIF_BARS for shape in at["times"]]]
     table = display_table(times, tables["memory"][[shape == WIDE for shape in at["memory"]]]).set_index("contender")
     return table.loc[[name for name in IN_TABLE if name in table.index]].reset_index()
+
+
+BRIEF = {
+    "eager": "softmax, F.cross_entropy(x @ w.T, y)",
+    "compile": "softmax, the same under torch.compile",
+    "torch-best": "softmax, F.linear_cross_entropy at its best chunk size",
+    "softmax": "softmax, uncork",
+    "softcap": "softcap, uncork",
+    "naive-plif": "PLIF of 1,000 pieces, plain torch",
+    "plif-1000": "PLIF of 1,000 pieces, uncork",
+    "naive-mos-4": "mixture of four softmaxes, plain torch",
+    "mos-4": "mixture of four softmaxes, uncork",
+}
+
+
+def brief_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Times over eager's and memory of what people would use instead, beside ours, as README shows them."""
+    times, memory = tables["times"], tables["memory"]
+    rows = []
+    for name, title in BRIEF.items():
+        row = {"loss": title}
+        for shape in (LARGE, WIDE, MEDIUM, NARROW):
+            own = times[(times["contender"] == name) & (times["quantity"] == "ratio to eager")]
+            found = _at(own, shape)["median"].dropna().tolist()
+            row[f"time at {shape.tokens}, {shape.in_features}, {shape.vocab_size}"] = f"{found[0]:.2f}" if found else "–"
+        found = _at(memory[memory["contender"] == name], WIDE)["extra_mib"].dropna().tolist()
+        row[f"MiB at {WIDE.tokens}, {WIDE.in_features}, {WIDE.vocab_size}"] = f"{found[0]:.0f}" if found else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _at(rows: pd.DataFrame, shape: Shape) -> pd.DataFrame:
+    for name, value in shape_columns(shape).items():
+        rows = rows[rows[name] == value]
+    return rows
 
 
 def main() -> None:
@@ -146,6 +181,7 @@ def main() -> None:
     if not arguments.quick:
         tables["table"] = short_table(tables)
         tables["table"].to_csv(arguments.out / "table.csv", index=False)
+        brief_table(tables).to_csv(arguments.out / "brief.csv", index=False)
     print(tables["table"].to_string(index=False))
     found = bars(tables)
     if len(found):
