@@ -2,8 +2,8 @@
 
     python benchmarks/loss.py --out results/bench
 
-Writes table.csv (for docs/performance.md), brief.csv (for README.md), times.csv, memory.csv, instructions.csv, bars.csv and provenance.json.
-It takes 25 minutes on 2 cores; leave the machine alone meanwhile. --quick tries everything at a small shape in minutes.
+Writes table.csv (for docs/performance.md), brief.csv (for README.md), times.csv, memory.csv,
+instructions.csv, bars.csv and provenance.json. It takes 25 minutes on 2 cores; leave the machine alone meanwhile. --quick tries everything at a small shape in minutes.
 """
 
 import argparse
@@ -143,12 +143,12 @@ def brief_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for name, title in BRIEF.items():
         row = {"loss": title}
-        for shape in (LARGE, WIDE, MEDIUM, NARROW):
+        for shape in PLIF_BARS:
             own = times[(times["contender"] == name) & (times["quantity"] == "ratio to eager")]
             found = _at(own, shape)["median"].dropna().tolist()
-            row[f"time at {shape.tokens}, {shape.in_features}, {shape.vocab_size}"] = f"{found[0]:.2f}" if found else "–"
+            row[f"time at {shape}"] = f"{found[0]:.2f}" if found else "–"
         found = _at(memory[memory["contender"] == name], WIDE)["extra_mib"].dropna().tolist()
-        row[f"MiB at {WIDE.tokens}, {WIDE.in_features}, {WIDE.vocab_size}"] = f"{found[0]:.0f}" if found else "–"
+        row[f"MiB at {WIDE}"] = f"{found[0]:.0f}" if found else "–"
         rows.append(row)
     return pd.DataFrame(rows)
 

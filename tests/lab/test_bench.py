@@ -258,6 +258,9 @@ def test_bars_are_judged_where_they_were_measured():
     found = loss.bars(tables).set_index("bar")
     shown = loss.short_table(tables).set_index("contender")
     assert shown.loc["plif-1000"].tolist() == ["1.10 (1.10 to 1.10) G, 0.73 (0.73 to 0.73) eager", "120"]
+    brief = loss.brief_table(tables).set_index("loss")
+    assert brief.loc["PLIF of 1,000 pieces, uncork"].tolist() == ["–", "0.73", "–", "–", "120"]
+    assert brief.loc["softmax, the same under torch.compile"].tolist() == ["–"] * 5
     assert found["measured"].round(2).to_dict() == {
         "time: plif-1000 / G": 1.1, "time: plif-1000 / eager": 0.73, "time: softmax / torch-best": 0.96,
         "time: plif-16 / plif-1000": 1.27, "memory: plif-1000 / eager": 0.15,

@@ -3,7 +3,7 @@
 Shapes in comments: N tokens, n of them at a time, D features, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class Gradients:
         hidden, target = problem.hidden[tokens], problem.target[tokens]
         grad, of_function = reference.grad_scores(problem.scores[tokens], target, len(tokens))
         own = self._own(tokens)
-        scores, norms = self._slack(tokens)
+        scores = self._slack(tokens)
         right, size = reference.grad_hidden(hidden, grad)
         every = found["input"].detach().double().cpu().reshape(-1, hidden.shape[-1])
         measured = every if alone else every[tokens]
@@ -87,8 +87,7 @@ class Gradients:
         self.measured.append(measured)
         self.right.append(right)
         self.tokens.append(tokens)
-        sums = self._sums(hidden, grad, scores, of_function, own, found)
-        self._add_parameters(sums, norms)
+        self._add_parameters(self._sums(hidden, grad, scores, of_function, own, found))
 
     def _sums(
         self,
@@ -112,10 +111,9 @@ class Gradients:
                 sums.setdefault(name, Sums()).add(g, mine, right, 1e-3 / self.eps * right.abs(), None)
         return sums
 
-    def _add_parameters(self, sums: Mapping[str, Sums], norms: Mapping[str, Tensor]) -> None:
+    def _add_parameters(self, sums: Mapping[str, Sums]) -> None:
         for name, total in sums.items():
             allowed = 4 * total.own**0.5 + 4 * self.eps * total.size**0.5 + total.slack**0.5
-            allowed += float(norms[name]) if name in norms else 0.0
             worst = self.of_parameters.setdefault(name, Worst())
             worst.add_errors(torch.tensor([total.error**0.5]), torch.tensor([allowed]))
             # The factor by which it is off, and how well that explains it.
@@ -134,45 +132,20 @@ class Gradients:
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)}
 
-    def _slack(self, tokens: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """How far gradients may be off since the logits may be, and with them the probabilities.
+    def _slack(self, tokens: Tensor) -> Tensor | None:
+        """How far the gradient to the scores (n, V) may be off since the logits, and so the probabilities, may be.
 
-        Returns:
-            a bound on the gradient to the scores (n, V), from which those on W, b and h follow; None for a head that
-            computes more than W h + b. And norms, by name, of the parameters' other gradients: of a few changes with
-            random signs.
+        None for a head that computes more than W h + b, which is judged by the sizes of its terms.
         """
         problem, reference = self.problem, self.problem.reference
+        if not reference.plain:
+            return None
         p, tolerance = problem.logits[tokens].softmax(-1), problem.tolerance[tokens]
         off = p * (tolerance + (p * tolerance).sum(-1, keepdim=True)).clamp(max=1) / len(tokens)
-        functions = reference.function_parameters()
         leaf = problem.scores[tokens].requires_grad_()
         with torch.enable_grad():
-            logits = reference.logits(leaf)
-            (slack,) = torch.autograd.grad(logits, leaf, grad_outputs=off, retain_graph=True)
-            norms: dict[str, Tensor] = {}
-            for sign in self._signs(off):
-                found: dict[str, Tensor] = {}
-                if functions:
-                    grads = torch.autograd.grad(
-                        logits, list(functions.values()), grad_outputs=sign * off, retain_graph=True, allow_unused=True
-                    )
-                    found = {n: g for n, g in zip(functions, grads, strict=True) if g is not None}
-                if not reference.plain:
-                    (moved,) = torch.autograd.grad(logits, leaf, grad_outputs=sign * off, retain_graph=True)
-                    found = reference.grads_of_copy(problem.hidden[tokens], moved)
-                    del found["input"]
-                for name, grad in found.items():
-                    size = 4 * grad.norm().double().cpu() + _SMALLEST
-                    norms[name] = torch.maximum(norms[name], size) if name in norms else size
-        return (slack.abs() + _SMALLEST if reference.plain else None), norms
-
-    @staticmethod
-    def _signs(like: Tensor) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        yield torch.ones_like(like)
-        for _ in range(3):
-            yield torch.randint(2, like.shape, generator=generator).double() * 2 - 1
+            (slack,) = torch.autograd.grad(reference.logits(leaf), leaf, grad_outputs=off)
+        return slack.abs() + _SMALLEST
 
     def rows(self) -> list[Row]:
         """The checks; none if nothing was added."""
