@@ -3,7 +3,8 @@
     python benchmarks/loss.py --out results/bench
 
 Writes table.csv (for docs/performance.md), brief.csv (for README.md), times.csv, memory.csv,
-instructions.csv, bars.csv and provenance.json. It takes 25 minutes on 2 cores; leave the machine alone meanwhile. --quick tries everything at a small shape in minutes.
+instructions.csv, bars.csv and provenance.json. It takes 25 minutes on 2 cores; leave the machine alone meanwhile.
+--quick tries everything at a small shape in minutes.
 """
 
 import argparse
