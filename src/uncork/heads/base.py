@@ -55,6 +55,11 @@ class Head(SelfDescribing, ABC):
         bias: whether the projection has one. logit_function: an increasing elementwise module, or None.
     """
 
+    in_features: int
+    vocab_size: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, vocab_size: int, projected: int, bias: bool, logit_function: nn.Module | None
     ) -> None:
@@ -63,7 +68,7 @@ class Head(SelfDescribing, ABC):
         self.vocab_size = positive_int("vocab_size", vocab_size)
         self._projected = projected
         self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
-        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
         self.logit_function = logit_function
         reach = 1 / math.sqrt(projected)  # nn.Linear's start
         nn.init.uniform_(self.weight, -reach, reach)
