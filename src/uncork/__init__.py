@@ -18,7 +18,7 @@ from uncork.loss import *  # noqa: F403
 from uncork.optim import parameter_groups as parameter_groups
 from uncork.versions import show_versions as show_versions
 
-__version__ = "0.1.0"  # read by the build; the package need not be installed to be used
+__version__ = "0.2.0"  # read by the build; the package need not be installed to be used
 
 if not typing.TYPE_CHECKING:  # type checkers read the imports
     _names = [name for name, value in vars().items() if not isinstance(value, types.ModuleType)]

@@ -50,10 +50,12 @@ def build_wheel(tree, into, **variables):
 def tree(tmp_path_factory):
     """An unpacked sdist, in which a wheel has been built."""
     checkout, into = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("sdist")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, checkout)
     left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     shutil.copytree(ROOT / "src", checkout / "src", ignore=left_out)
+    checkout.joinpath("tests").mkdir()
+    checkout.joinpath("tests", "test_something.py").touch()
     code = f"import setuptools.build_meta as build; build.build_sdist({str(into)!r})"
     status, output = run([sys.executable, "-c", code], checkout)
     assert status == 0, output
@@ -92,6 +94,14 @@ def test_wheel_holds_the_library_and_not_its_sources(tree):
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert {"uncork/py.typed", "uncork/lab/report/template.html"} <= wanted
     assert "Root-Is-Purelib: false" in about
+
+
+def test_sdist_holds_what_builds_the_wheel(tree):
+    names = {path.relative_to(tree).as_posix() for path in tree.rglob("*")}
+    native = {f"src/{path.relative_to(ROOT / 'src').as_posix()}" for path in (ROOT / "src").rglob("native/*")}
+    assert len(native) > 5
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "setup.py", "src/uncork/py.typed", *native} <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 def test_version_stands_in_one_place(tree):

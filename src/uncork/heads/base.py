@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ class Head(SelfDescribing, ABC):
         bias: whether the projection has one. logit_function: an increasing elementwise module, or None.
     """
 
+    in_features: int
+    vocab_size: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, vocab_size: int, projected: int, bias: bool, logit_function: nn.Module | None
     ) -> None:
@@ -63,7 +68,7 @@ class Head(SelfDescribing, ABC):
         self.vocab_size = positive_int("vocab_size", vocab_size)
         self._projected = projected
         self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
-        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
         self.logit_function = logit_function
         reach = 1 / math.sqrt(projected)  # nn.Linear's start
         nn.init.uniform_(self.weight, -reach, reach)
@@ -95,6 +100,14 @@ class Head(SelfDescribing, ABC):
         self.weight = cast(nn.Parameter, linear.weight)
         self.bias = cast("nn.Parameter | None", linear.bias)
         self.to(linear.weight.device, linear.weight.dtype)  # for latent, prior and function
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        @overload
+        def __call__(self, input: Tensor) -> Tensor: ...
+        @overload
+        def __call__(self, input: Tensor, answer: Answer[T]) -> T: ...
+        def __call__(self, input: Tensor, answer: Answer[Any] | None = None) -> Any: ...
 
     def forward(self, input: Tensor, answer: Answer[Any] | None = None) -> Any:
         """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity.
@@ -135,7 +148,7 @@ class Head(SelfDescribing, ABC):
 
     def _whole(self, input: Tensor, reason: str) -> Tensor:
         """head(input), checked, since a hook or an overridden forward may have returned it."""
-        logits = self(input)
+        logits: Any = self(input)
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.vocab_size,):
             got = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"head(input): expected floating logits (..., {self.vocab_size}), got {got}: {reason}")
@@ -235,7 +248,7 @@ class Head(SelfDescribing, ABC):
             return f"reference ({reason})"
         with torch.no_grad():
             nothing = torch.empty(0, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
-            return str(self(nothing, lambda input, projection: implementations.title(self._fused(input, projection))))
+            return self(nothing, lambda input, projection: implementations.title(self._fused(input, projection)))
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities (..., V), float32 or better: ``head(input).float().log_softmax(-1)``.

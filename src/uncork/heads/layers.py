@@ -120,6 +120,11 @@ class LinearHead(_OneSoftmax):
 class _LatentHead(Head):
     """Shared by the two mixtures: K latents h_k = act(W_k g + b_k) and a prior softmax(W_pi g)."""
 
+    num_components: int
+    latent_features: int
+    latent: nn.Linear
+    prior: nn.Linear
+
     def __init__(
         self,
         in_features: int,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,10 @@ class LogitFunction(nn.Module, ABC):
             dtype: of the scores. device: of the scores, for a function without parameters; others use their own.
         """
         return ()
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, scores: Tensor) -> Tensor: ...
 
     def forward(self, scores: Tensor) -> Tensor:
         """f(scores), elementwise.
