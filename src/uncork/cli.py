@@ -17,6 +17,7 @@ from typing import Any
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.machine import cores
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
+from uncork.lab.run.progress import listening, tell_terminal
 from uncork.lab.terminal import NobodyReads, complain, ready_streams, say
 
 try:
@@ -308,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     ready_streams()
     command: Any = None
     try:
-        with handled(interrupt):
+        with handled(interrupt), listening(tell_terminal):
             if arguments == ["--version"]:
                 say(version())
                 return 0
