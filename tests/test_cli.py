@@ -344,7 +344,7 @@ def test_the_completion_for_bash_knows_the_commands(capsys, tmp_path):
 
 
 def test_the_next_command_is_one_that_is_understood_and_stands_before_the_json(text, tmp_path, capsys):
-    out = tmp_path / "a run"
+    out = tmp_path / "with a space" / "run"
     assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 0
     *_, first, second, outcome = capsys.readouterr().out.splitlines()
     assert json.loads(outcome)["command"] == "train"

@@ -153,7 +153,7 @@ def train(command: Train) -> dict[str, Any]:
     from uncork.lab.report.page import write_report
     from uncork.lab.report.records import read_records
     from uncork.lab.run.progress import progress_line
-    from uncork.lab.run.store import RunStore
+    from uncork.lab.run.store import RunStore, check_name
     from uncork.lab.train.config import text_record
     from uncork.lab.train.head import with_head
     from uncork.lab.train.result import epochs_told
@@ -163,6 +163,7 @@ def train(command: Train) -> dict[str, Any]:
     config = with_head(command.base(), command.head, command.seed)
     _announce_preset(command, config)
     out_dir = command.out_dir.absolute()
+    check_name(out_dir.name, "out_dir: its last part")
     if command.resume and not (out_dir / "config.json").exists():
         raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
     corpus = config.load_corpus(data_dir=command.data_dir)
