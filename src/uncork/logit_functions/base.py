@@ -290,8 +290,9 @@ def with_bound(function: LogitFunction) -> tuple[LogitFunction, float] | None:
     """What is done to the scores before the first part that has a bound (PLIF, the network), and that bound; or None.
 
     >>> from uncork import PLIF, Scale
-    >>> with_bound(Compose(Scale(0.5), PLIF(bound=10.0)))
-    (Compose(Scale(factor=0.5, learnable=False)), 10.0)
+    >>> before, bound = with_bound(Compose(Scale(0.5), PLIF(bound=10.0)))
+    >>> before(torch.tensor([4.0])), bound
+    (tensor([2.]), 10.0)
     """
     parts = _flat(function)
     for number, part in enumerate(parts):
