@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -328,3 +329,27 @@ def test_cells_go_seed_by_seed():
     assert [t.name for t in cells] == ["softmax-seed0", "softcap_cap_15-seed0", "softmax-seed1", "softcap_cap_15-seed1"]
     assert cells[3].config.head_options == {"cap": 15}
     assert cells[3].config.seed == 1
+
+
+def test_the_completion_for_bash_knows_the_commands(capsys, tmp_path):
+    for arguments, read in (
+        (["--tyro-print-completion", "bash"], lambda: capsys.readouterr().out),
+        (["--tyro-write-completion", "bash", str(tmp_path / "uncork")], (tmp_path / "uncork").read_text),
+    ):
+        assert cli.main(arguments) == 0
+        script = read()
+        assert "complete" in script
+        assert all(kind.__name__.lower() in script for kind in cli._COMMANDS)
+        assert "--function-lr-scale" in script
+
+
+def test_the_next_command_is_one_that_is_understood_and_stands_before_the_json(text, tmp_path, capsys):
+    out = tmp_path / "with a space" / "run"
+    assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 0
+    *_, first, second, outcome = capsys.readouterr().out.splitlines()
+    assert json.loads(outcome)["command"] == "train"
+    assert first.startswith("Next: uncork generate ")
+    for line in (first, second):
+        words = shlex.split(line.partition("uncork ")[2])
+        assert words[1] == str(out)
+        assert run(*words) == 0

@@ -137,6 +137,7 @@ def test_a_number_that_only_training_meets_is_one_line(given, trained, tmp_path,
         (["evaluate", "a", "b"], "uncork evaluate: unexpected argument b"),
         (["train", "--out-dir", "x", "--in-features", "0"], "uncork: --in-features must be"),
         (["train", "--out-dir", "x", "--seed", "1" + 20 * "0"], "uncork: --seed must be an integer from 0 to 2^63 - 1"),
+        (["train", "--out-dir", "a run"], "uncork: --out-dir: its last part must have only letters, digits,"),
         (["train", "--out-dir", "x", "--set", "clip=-1"], "uncork: --set clip: clip must be"),
         (
             ["train", "--out-dir", "x", "--head", "plif:lr=0"],

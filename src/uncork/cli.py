@@ -17,6 +17,7 @@ from typing import Any
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.machine import cores
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
+from uncork.lab.run.progress import Meter, announce, listening, tell_terminal
 from uncork.lab.terminal import NobodyReads, complain, ready_streams, say
 
 try:
@@ -70,10 +71,32 @@ def _require_counts(command: Any, *names: str) -> None:
             raise LabError(f"{flag(name)}: expected at least 1 and at most {_MOST[name]}, got {value}")
 
 
-_NEXT = (
-    "To go on: the same command with more --seeds or --heads adds rows to this report; with more --epochs and another "
-    "--out-dir it trains longer; `uncork generate` samples text from one of the runs/."
-)
+def _next_commands(command: Any, outcome: dict[str, Any]) -> list[list[Any]]:
+    """The commands that a person is likely to want after this one."""
+    if isinstance(command, Train):
+        run = outcome["run"]
+        return [["generate", run, "--prompt", "the"], ["evaluate", run, "--split", "valid"]]
+    if isinstance(command, Compare):
+        runs = sorted(path.parent for path in (command.out_dir / "runs").glob("[!.]*/result.json"))
+        return [["generate", run] for run in runs[:1]]
+    if isinstance(command, Evaluate):
+        return [["generate", command.run]]
+    if isinstance(command, Synthetic) and outcome["part"] == "quick":
+        return [["synthetic", "--part", "default", "--out-dir", command.out_dir]]
+    if isinstance(command, Study):
+        parts = outcome.get("parts", [])
+        plan = [] if command.plan == Study.plan else ["--plan", command.plan]
+        return [["study", *plan, "--part", part] for part in parts[:1]]
+    if isinstance(command, Bench) and command.out_dir is None:
+        return [["bench", "--out-dir", "bench"]]
+    if isinstance(command, Verify) and outcome["passed"] is False and command.dtype != "float32":
+        return [["verify", command.path, "--dtype", "float32"]]
+    return []
+
+
+def _tell_next(command: Any, outcome: dict[str, Any]) -> None:
+    for number, words in enumerate(_next_commands(command, outcome)):
+        say(f"{'' if number else 'Next:'}".ljust(6) + shlex.join(["uncork", *map(str, words)]))
 
 
 def compare(command: Compare) -> dict[str, Any]:
@@ -108,6 +131,7 @@ def compare(command: Compare) -> dict[str, Any]:
     if all(record.result is None for record in records):
         raise LabError(f"no run finished: {next(iter(failed.values()), 'nothing was run')}")
     title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
+    announce("writing the report")
     notes = [f"{name} did not finish: {message}" for name, message in failed.items()]
     report = write_report(command.out_dir, records, title=title, command=_command_line(), notes=notes)
     runs = runs_table(records)
@@ -117,7 +141,8 @@ def compare(command: Compare) -> dict[str, Any]:
         say(f"- {sentence}")
     kinds = sorted({str(record.result.get("loss")) for record in records if record.result})
     say(f"- Computed by the {', '.join(kinds)} loss.")
-    say(f"\nThe report: {report}\n{_NEXT}")
+    say(f"\nThe report: {report}")
+    say("The same command with more --seeds or --heads adds rows to it.")
     return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
 
 
@@ -128,7 +153,7 @@ def train(command: Train) -> dict[str, Any]:
     from uncork.lab.report.page import write_report
     from uncork.lab.report.records import read_records
     from uncork.lab.run.progress import progress_line
-    from uncork.lab.run.store import RunStore
+    from uncork.lab.run.store import RunStore, check_name
     from uncork.lab.train.config import text_record
     from uncork.lab.train.head import with_head
     from uncork.lab.train.result import epochs_told
@@ -138,6 +163,7 @@ def train(command: Train) -> dict[str, Any]:
     config = with_head(command.base(), command.head, command.seed)
     _announce_preset(command, config)
     out_dir = command.out_dir.absolute()
+    check_name(out_dir.name, "out_dir: its last part")
     if command.resume and not (out_dir / "config.json").exists():
         raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
     corpus = config.load_corpus(data_dir=command.data_dir)
@@ -150,6 +176,7 @@ def train(command: Train) -> dict[str, Any]:
     elif not command.resume and run.last_step() is not None:
         raise LabError(f"{out_dir} holds an unfinished run: --resume goes on with it; or choose another --out-dir")
     torch.set_num_threads(command.threads or cores())
+    announce("preparing the training")
     result = train_run(
         config,
         corpus,
@@ -158,6 +185,7 @@ def train(command: Train) -> dict[str, Any]:
         on_progress=lambda p: say(progress_line(out_dir.name, p, p.seconds_left)),
         tensorboard=command.tensorboard,
     )
+    announce("writing the report")
     report = write_report(
         out_dir, read_records([run]), title=f"{config.head} on {corpus.name}", command=_command_line(), notes=[]
     )
@@ -264,9 +292,11 @@ def verify(command: Verify) -> dict[str, Any]:
         raise LabError(f"verify needs transformers: pip install 'uncork[hf]' (no module named {error.name})") from None
     if not 0 <= command.seed < 2**63:
         raise LabError(f"seed: expected a whole number from 0 to 2^63 - 1, got {command.seed}")
+    announce("loading the model")
     model = load_cached(command.path, command.dtype)
+    meter = Meter("verifying")
     try:
-        found = verified(model, reload=command.reload, seed=command.seed)
+        found = verified(model, reload=command.reload, seed=command.seed, on_progress=meter)
     except (TypeError, ValueError, RuntimeError) as error:  # what `verify` says that it raises
         raise LabError(f"{command.path}: {' '.join(str(error).split())}") from None
     say(f"\n{found}\n")
@@ -274,7 +304,8 @@ def verify(command: Verify) -> dict[str, Any]:
 
 
 _ABOUT = (
-    "Output layers that break the softmax bottleneck, compared on real text. `uncork --version` prints the versions."
+    "Output layers that break the softmax bottleneck, compared on real text. `uncork --version` prints the versions, "
+    "`uncork --tyro-write-completion bash FILE` (or zsh, tcsh) writes completions for the shell to a file."
 )
 _COMMANDS: dict[type, Callable[[Any], dict[str, Any]]] = {
     Compare: compare,
@@ -308,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     ready_streams()
     command: Any = None
     try:
-        with handled(interrupt):
+        with handled(interrupt), listening(tell_terminal):
             if arguments == ["--version"]:
                 say(version())
                 return 0
@@ -317,6 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             _announce(command)
             outcome = _COMMANDS[type(command)](command)
+            _tell_next(command, outcome)
             say(json.dumps(outcome, default=str))
             return 2 if outcome.get("failed") else 1 if outcome.get("passed") is False else 0
     except NobodyReads:

@@ -4,6 +4,7 @@ Shapes in comments: C contexts, V vocabulary, D features, K components, N tokens
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from uncork.diagnose.rank import effective_rank, rank_of, singular_values, tail_energy
 from uncork.heads import Head
 from uncork.logit_functions import LogitFunction
+from uncork.logit_functions.base import with_bound
 
 EFFECTIVE = ("1e-2", "1e-4", "1e-6")
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
@@ -49,12 +51,61 @@ def describe_head(head: Head, features: Tensor, target: Tensor) -> dict[str, Any
     """
     wide = _in_float64(head)
     function = wide.logit_function
-    histogram = _histogram(wide, features, target)
+    scores, of_target, count = _sampled_scores(wide, features, target)
+    histogram = {"contexts": count, **_histogram(scores, of_target)}
     return {
         "rank": _rank(wide, features),
         "function": _function(function, histogram["edges"]) if isinstance(function, LogitFunction) else None,
         "histogram": histogram,
     }
+
+
+@torch.no_grad()
+def describe_function(
+    head: Head | LogitFunction, features: Tensor | None = None, *, scores: Tensor | None = None
+) -> dict[str, Any]:
+    """The function of a head over the scores that it is applied to, as plain JSON.
+
+    Args:
+        head: a head with a function, or a LogitFunction.
+        features: (..., D) what the head receives: the scores of 200 of these contexts are computed, evenly spread, of
+            all components for a mixture. scores: (...), in place of features.
+
+    Returns:
+        A dictionary of four: function and histogram as `describe_head`'s; bound, [low, high]: the scores at which the
+        pieces of PLIF (or the thresholds of the network) end, None without; beyond: the share of scores outside them.
+
+    Raises:
+        TypeError: a head without a function of this library; features for a function, which has no scores.
+        ValueError: none or both of features and scores; another last dimension than the head's; no finite score.
+
+    >>> from uncork import PLIF
+    >>> described = describe_function(PLIF(bound=2.0), scores=torch.tensor([-3.0, -1.0, 0.0, 1.0]))
+    >>> described["bound"], described["beyond"]
+    ([-2.0, 2.0], 0.25)
+    """
+    function: Any = head if isinstance(head, LogitFunction) else getattr(head, "logit_function", None)
+    if not isinstance(function, LogitFunction):
+        what = type(head).__name__ if function is None else f"{type(head).__name__} with a {type(function).__name__}"
+        raise TypeError(f"head: expected a head with a LogitFunction, or a LogitFunction, got a {what}: none to draw")
+    if (features is None) == (scores is None):
+        raise ValueError(f"features, scores: expected one of them, got {'none' if scores is None else 'both'}")
+    if features is not None:
+        if not isinstance(head, Head):
+            raise TypeError(f"features: expected scores= for a {type(head).__name__}, which has no output layer")
+        if features.shape[-1] != head.in_features or not features.numel():
+            raise ValueError(f"features: expected (..., {head.in_features}), got {tuple(features.shape)}")
+        wide = _in_float64(head)
+        function = wide.logit_function
+        scores = _sampled_scores(wide, features.detach().reshape(-1, head.in_features), None)[0]
+    else:
+        assert scores is not None
+        function, scores = copy.deepcopy(function).double(), scores.detach().flatten().float().cpu()
+    scores = scores[scores.isfinite()]
+    if not len(scores):
+        raise ValueError("scores: expected some that are finite, got none")
+    histogram = _histogram(scores, None)
+    return {"function": _function(function, histogram["edges"]), "histogram": histogram, **_bound(function, scores)}
 
 
 def learned_slopes(head: object) -> list[float] | None:
@@ -120,32 +171,44 @@ def _rank(head: Head, features: Tensor) -> dict[str, Any]:
     }
 
 
-def _histogram(head: Head, features: Tensor, target: Tensor) -> dict[str, Any]:
-    """Over at most 200 of the sampled contexts, evenly spread."""
+def _sampled_scores(head: Head, features: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    """All scores of at most 200 of the contexts, evenly spread; those of their targets; and how many contexts."""
     count = min(HISTOGRAM_CONTEXTS, len(features))
     chosen = torch.arange(count) * len(features) // count
-    features, target = features[chosen.to(features.device)], target[chosen]
+    features = features[chosen.to(features.device)]
+    ids = None if target is None else target[chosen].split(CHUNK)
     scores, of_target = [], []
-    for rows, ids in zip(_wide_chunks(head, features), target.split(CHUNK), strict=True):
+    for number, rows in enumerate(_wide_chunks(head, features)):
         batch = head.scores(rows).cpu()  # (C, V) or (C, K, V)
         batch = batch.unflatten(-1, (-1, head.vocab_size)).reshape(len(rows), -1, head.vocab_size)
-        of_target.append(batch.gather(-1, ids[:, None, None].expand(-1, batch.shape[1], 1)).flatten())
+        if ids is not None:
+            of_target.append(batch.gather(-1, ids[number][:, None, None].expand(-1, batch.shape[1], 1)).flatten())
         scores.append(batch.flatten().float())
-    everything = torch.cat(scores)
-    everything = everything[everything.isfinite()]
+    return torch.cat(scores), torch.cat(of_target) if of_target else None, count
+
+
+def _histogram(scores: Tensor, of_target: Tensor | None) -> dict[str, Any]:
+    everything = scores[scores.isfinite()]
     low, high = float(everything.min()), float(everything.max())
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     inner = edges[1:-1].float()
     binned = torch.bincount(torch.bucketize(everything, inner, right=True), minlength=BINS)
-    return {
-        "contexts": count,
-        "edges": edges.tolist(),
-        "counts": binned.tolist(),
-        "quantiles": quantiles_of(everything),
-        "target_quantiles": quantiles_of(torch.cat(of_target)),
-    }
+    targets = {} if of_target is None else {"target_quantiles": quantiles_of(of_target)}
+    return {"edges": edges.tolist(), "counts": binned.tolist(), "quantiles": quantiles_of(everything), **targets}
+
+
+def _bound(function: LogitFunction, scores: Tensor) -> dict[str, Any]:
+    """Where in the scores the pieces end (None beyond the range of what comes before them), and the share beyond."""
+    found = with_bound(function)
+    if found is None:
+        return {"bound": None, "beyond": None}
+    before, bound = found
+    device = next(function.parameters(), scores).device
+    ends = before.inverse(torch.tensor([-bound, bound], dtype=torch.float64, device=device)).tolist()
+    beyond = sum(int((before(part.to(device)).abs() > bound).sum()) for part in scores.double().split(2**22))
+    return {"bound": [end if math.isfinite(end) else None for end in ends], "beyond": beyond / len(scores)}
 
 
 def _function(function: LogitFunction, edges: list[float]) -> dict[str, list[float]]:

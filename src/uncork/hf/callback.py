@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from uncork.hf.fuse import require_outermost
 from uncork.hf.fusion import Fusion, fusion_of, is_fused
-from uncork.logit_functions import Compose
+from uncork.logit_functions import LogitFunction
+from uncork.logit_functions.base import with_bound
 
 
 class LogitFunctionCallback(TrainerCallback):
@@ -65,17 +66,14 @@ def function_numbers(fusion: Fusion, scores: Sequence[float]) -> dict[str, float
     with torch.no_grad():
         slopes = function.derivative(at).tolist()
     found = {f"function_slope/{score:g}": slope for score, slope in zip(scores, slopes, strict=True)}
-    parts = _parts(function)
-    bounded = next((i for i, part in enumerate(parts) if hasattr(part, "bound")), None)
+    bounded = with_bound(function) if isinstance(function, LogitFunction) else None
     if head is not None and bounded is not None and fusion.sample is not None and fusion.sample.numel():
+        before, bound = bounded
         with torch.no_grad():
-            seen = Compose(*parts[:bounded])(head.scores(fusion.sample).double())
-        found["function_beyond_bound"] = (seen.abs() > parts[bounded].bound).double().mean().item()
+            found["function_beyond_bound"] = (
+                (before(head.scores(fusion.sample).double()).abs() > bound).double().mean().item()
+            )
     return found
-
-
-def _parts(function: Any) -> list[Any]:
-    return [p for part in function.functions for p in _parts(part)] if isinstance(function, Compose) else [function]
 
 
 def _base(model: Any) -> Any:

@@ -4,7 +4,10 @@ import errno
 import io
 import math
 import os
+import shutil
 import sys
+import time
+from dataclasses import dataclass, field
 from typing import TextIO
 
 
@@ -29,8 +32,54 @@ def ready_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def is_live() -> bool:
+    """Whether `show` can draw: stderr is a terminal that knows how to clear a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def show(text: str) -> None:
+    """On a live terminal, write a line in place of the one that was shown before; whatever is said next replaces it.
+
+    It goes to stderr, so that what a program reads of stdout stays as it is. "" clears the line.
+    """
+    if is_live():
+        width = shutil.get_terminal_size().columns - 1
+        _draw("\r\x1b[K" + text[:width])
+        _lines.shown = bool(text)
+
+
+def silent_seconds() -> float:
+    """Seconds since something was said last."""
+    return time.monotonic() - _lines.said_at
+
+
+@dataclass
+class _Lines:
+    shown: bool = False
+    said_at: float = field(default_factory=time.monotonic)
+
+
+_lines = _Lines()
+
+
+def _clear() -> None:
+    if _lines.shown:
+        _lines.shown = False
+        _draw("\r\x1b[K")
+
+
+def _draw(text: str) -> None:
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _mute(sys.stderr)
+
+
 def say(text: str = "") -> None:
     """Print a line at once. Raises NobodyReads for a closed pipe or terminal, OSError for a full disk."""
+    _clear()
+    _lines.said_at = time.monotonic()
     try:
         print(text, flush=True)
     except OSError as error:
@@ -42,6 +91,7 @@ def say(text: str = "") -> None:
 
 def complain(text: str) -> None:
     """Print one line to stderr, if that is possible."""
+    _clear()
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

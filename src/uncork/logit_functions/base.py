@@ -290,6 +290,25 @@ class Compose(LogitFunction):
         return ""
 
 
+def with_bound(function: LogitFunction) -> tuple[LogitFunction, float] | None:
+    """What is done to the scores before the first part that has a bound (PLIF, the network), and that bound; or None.
+
+    >>> from uncork import PLIF, Scale
+    >>> before, bound = with_bound(Compose(Scale(0.5), PLIF(bound=10.0)))
+    >>> before(torch.tensor([4.0])), bound
+    (tensor([2.]), 10.0)
+    """
+    parts = _flat(function)
+    for number, part in enumerate(parts):
+        if hasattr(part, "bound"):
+            return Compose(*parts[:number]), float(part.bound)
+    return None
+
+
+def _flat(function: LogitFunction) -> list[LogitFunction]:
+    return [p for part in function._parts() for p in _flat(part)] if isinstance(function, Compose) else [function]
+
+
 def examples() -> dict[str, Callable[[], LogitFunction]]:
     """Constructors of this package's functions with the options of their `examples`, by name."""
     package = __name__.rpartition(".")[0]

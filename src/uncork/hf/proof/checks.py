@@ -83,11 +83,13 @@ class Labelled:
     """The checks of forwards with labels: each of a few tokens of one magnitude, so that no other hides their error.
 
     Args:
-        more: keyword arguments of the forward, where labels are given.
+        more: keyword arguments of the forward, where labels are given. tell: called before each forward of a loss.
     """
 
-    def __init__(self, drive: Drive, problem: Problem, more: Mapping[str, Any]) -> None:
-        self.drive, self.problem, self.more = drive, problem, more
+    def __init__(
+        self, drive: Drive, problem: Problem, more: Mapping[str, Any], tell: Callable[[], None] = lambda: None
+    ) -> None:
+        self.drive, self.problem, self.more, self.tell = drive, problem, more, tell
         self.logits: list[Tensor] = []
         self.parameters = problem.reference.parameters()
 
@@ -109,6 +111,7 @@ class Labelled:
         problem, worst = self.problem, Worst()
         measured = []
         for tokens in problem.groups:
+            self.tell()
             try:
                 loss, grads = self._run(tokens, training=training, with_grads=gradients is not None)
             except Exception as error:

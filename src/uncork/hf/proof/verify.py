@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -33,6 +34,7 @@ def verify(
     loss_kwargs: Mapping[str, Any] | None = None,
     reload: bool = True,
     seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Prove by value that training, evaluation and generation of a model use the same function of its logits.
 
@@ -58,6 +60,7 @@ def verify(
         loss_kwargs: keyword arguments that the forward takes with labels only, as TRL's `fused_lm_head=True`.
         reload: whether the model is saved to a temporary folder and loaded again, in memory beside itself.
         seed: of the hidden states.
+        on_progress: called now and then with how many of the pieces of work are done, and how many there are.
 
     Returns:
         A `Verification`: `passed`, `rows`, `function`; printed, a table; `require()` raises what failed.
@@ -84,6 +87,8 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     drive = Drive(model, head, fusion, _inputs(model, inputs, generator))
     parameters = [p for p in head.parameters() if p.is_floating_point()]
+    tell = on_progress or (lambda done, total: None)
+    tell(0, 1)
     with untouched(model, parameters):
         model.eval()
         try:
@@ -95,10 +100,16 @@ def verify(
             raise RuntimeError(f"{type(model).__name__} could not be run without labels: {error}") from error
         reference = Reference(head, reading)
         problem = Problem.choose(reference, input, others, generator)
-        rows = [check_forward(drive, problem), *Labelled(drive, problem, loss_kwargs or {}).rows()]
+        passes = 2 * len(problem.groups)  # of training and of evaluation
+        count = itertools.count(2)
+        labelled = Labelled(drive, problem, loss_kwargs or {}, lambda: tell(next(count), passes + 4))
+        rows = [check_forward(drive, problem), *labelled.rows()]
+        tell(passes + 2, passes + 4)
         rows += check_generation(drive, problem, generator)
+        tell(passes + 3, passes + 4)
         rows.append(_check_reload(drive, problem, logits_of(outputs), reload))
         rows += check_given(problem, loss) if loss is not None else []
+        tell(passes + 4, passes + 4)
     return Verification(_named(model, drive), reading.function, _described(reference), tuple(rows))
 
 

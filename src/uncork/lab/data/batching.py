@@ -3,6 +3,7 @@
 Shapes in comments: N tokens of the text, B streams, T time steps of a batch.
 """
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -126,6 +127,17 @@ def evaluation_batches(tokens: Tensor, batch_size: int, bptt: int) -> Iterator[t
     steps = short + (extra > 0)
     ends = [(row + 1) * short + min(row + 1, extra) for row in range(rows)]
     return (_padded(tokens, [0, *ends[:-1]], ends, step, min(bptt, steps - step)) for step in range(0, steps, bptt))
+
+
+def number_of_batches(tokens: Tensor, batch_size: int, bptt: int) -> int:
+    """How many `evaluation_batches` there are.
+
+    >>> number_of_batches(torch.arange(6), batch_size=2, bptt=2)
+    2
+    """
+    total = len(tokens) - 1
+    steps = math.ceil(total / min(batch_size, total))
+    return math.ceil(steps / bptt)
 
 
 def _padded(tokens: Tensor, starts: list[int], ends: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:

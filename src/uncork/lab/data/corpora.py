@@ -27,6 +27,7 @@ from uncork.lab.data.tokenization import BYTE_VALUES, BPETokenizer, Tokenizer, W
 from uncork.lab.data.words import UNK, Style, count_words, lines_of, normalize, number_words
 from uncork.lab.errors import LabError
 from uncork.lab.run.files import commit, os_errors
+from uncork.lab.run.progress import announce
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +271,7 @@ def _write_subwords(
 ) -> tuple[Tokenizer, dict[str, _Written]]:
     lines = (line for piece in texts["train"].pieces() for line in lines_of(piece))
     size = recipe.vocab_size or BPE_VOCAB_SIZE
+    announce(f"learning {size:,} subwords")
     tokenizer = BPETokenizer.train(lines, style, vocab_size=size, min_count=recipe.min_count)
 
     def encoded(split: str) -> Iterator[tuple[str, NDArray[np.int32], int]]:

@@ -13,11 +13,13 @@ import torch
 
 from uncork.lab.data import words
 from uncork.lab.errors import LabError
+from uncork.lab.run.progress import Meter
 
 PIECE_BYTES = 2**21
 LARGE_BYTES = 2**24
 """From this size on several processes work on a text: below it starting them takes as long as they save."""
 MOST_WORKERS = 8  # one process hands out the pieces and puts the results together: more workers would wait for it
+_NAMES = {"normalize": "reading", "number_words": "splitting into words", "count_words": "splitting into subwords"}
 
 Result = TypeVar("Result")
 
@@ -85,6 +87,17 @@ def each(
     Raises:
         LabError: a process has died.
     """
+    meter, seen = Meter(_NAMES[task.__name__]), 0
+    for piece, result in _each(task, style, pieces, total_bytes):
+        meter(seen, total_bytes)
+        yield piece, result
+        seen += len(piece.encode())
+    meter(total_bytes, total_bytes)
+
+
+def _each(
+    task: Callable[[str, words.Style], Result], style: words.Style, pieces: Iterable[str], total_bytes: int
+) -> Generator[tuple[str, Result], None, None]:
     workers = min(torch.get_num_threads(), MOST_WORKERS) if total_bytes >= LARGE_BYTES else 1
     if workers == 1:
         for piece in pieces:

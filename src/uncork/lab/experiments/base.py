@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from uncork.lab.run.pool import Event, Job, TimeLeft, run_jobs
-from uncork.lab.run.progress import progress_line
+from uncork.lab.run.progress import Stage, progress_line, tell_terminal
 from uncork.lab.terminal import clock, say
 
 QUIET = 10.0
@@ -35,7 +35,11 @@ def execute(
 
     def hear(event: Event) -> None:
         nonlocal ended
-        remaining, title = left.update(event), titles[event.name]
+        title = titles[event.name]
+        if isinstance(event.progress, Stage):
+            tell_terminal(event.progress, title)
+            return
+        remaining = left.update(event)
         if event.kind == "progress":
             if time.monotonic() - last_printed.get(event.name, -QUIET) >= QUIET:
                 last_printed[event.name] = time.monotonic()

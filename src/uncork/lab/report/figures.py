@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from uncork.lab.report.function import function_panels
 from uncork.lab.report.records import Record
 from uncork.lab.report.statistics import baseline
 from uncork.lab.report.style import (
@@ -21,7 +21,6 @@ from uncork.lab.report.style import (
     MUTED,
     Stroke,
     changes_by_decile,
-    dress,
     frame,
     label_ends,
     label_margin,
@@ -322,48 +321,10 @@ def _functions(comparison: _Comparison) -> list[Picture]:
         if not group.functions or group.straight:
             continue
         caption = f"{group.label}: {_slope_words(group)}"
-        figure = _draw_function(group.functions, comparison.style[group.label])
+        figure, _, _ = function_panels(group.functions, comparison.style[group.label])
         said = f"The function of {caption} over the range of the scores."
         result.append(Picture(f"function-{number}-{_file_name(group.label)}", "functions", figure, caption, said))
     return result
-
-
-def _draw_function(analyses: Sequence[Mapping[str, Any]], stroke: Stroke) -> Figure:
-    figure, upper = new_axes(3.4, 3.9, xlabel="", ylabel="f(z)", left=0.66, right=0.12)
-    box = upper.get_position()
-    upper.set_position((box.x0, box.y0 + 0.3 * box.height, box.width, 0.7 * box.height))
-    lower = figure.add_axes((box.x0, box.y0, box.width, 0.24 * box.height), sharex=upper)
-    dress(lower, xlabel="score z", ylabel="slope")
-    upper.tick_params(labelbottom=False)
-    first = analyses[0]["function"]["x"]
-    upper.plot([first[0], first[-1]], [first[0], first[-1]], color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
-    lower.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
-    for analysis in analyses:
-        function = analysis["function"]
-        for axes, key in ((upper, "y"), (lower, "slope")):
-            axes.plot(function["x"], function[key], color=stroke.color, linewidth=1.4,
-                      alpha=1 if len(analyses) == 1 else 0.7)  # fmt: skip
-    upper.set_xlim(first[0], first[-1])
-    _draw_histogram(upper, analyses[0].get("histogram") or {})
-    for axes, count in ((upper, 5), (lower, 3)):
-        axes.yaxis.set_major_locator(MaxNLocator(count, steps=[1, 2, 5, 10]))
-    lower.set_ylim(bottom=0)
-    return figure
-
-
-def _draw_histogram(axes: Axes, histogram: Mapping[str, Any]) -> None:
-    """The scores' histogram in the lower third, with logarithmic heights, under everything else."""
-    low, high = axes.get_ylim()
-    if histogram.get("counts"):
-        heights = np.log1p(np.array(histogram["counts"], dtype=float))
-        tops = low + 0.35 * (high - low) * heights / max(float(heights.max()), 1e-12)
-        axes.stairs(tops, histogram["edges"], baseline=low, fill=True, color=MUTED, alpha=0.25, zorder=0)
-    targets = histogram.get("target_quantiles") or {}
-    if {"0.05", "0.5", "0.95"} <= set(targets):
-        height = low + 0.02 * (high - low)
-        axes.plot([targets["0.05"], targets["0.95"]], [height, height], color=INK, linewidth=2.2, solid_capstyle="butt")
-        axes.plot([targets["0.5"]], [height], marker="o", markersize=4.5, color=INK)
-    axes.set_ylim(low, high)
 
 
 def _singular_values(comparison: _Comparison) -> list[Picture]:

@@ -18,6 +18,7 @@ import torch
 
 from uncork.lab.errors import in_one_line
 from uncork.lab.run.interrupts import become_worker
+from uncork.lab.run.progress import listening
 
 Tell = Callable[[Any], None]
 """The function that a job calls with its progress."""
@@ -199,9 +200,10 @@ def _do(job: Job, pipe: connection.Connection) -> None:
 
 
 def _outcome(job: Job, tell: Tell) -> Event:
-    """Computes the job; returns the event that it is done, or that it failed."""
+    """Computes the job, whose stages are progress too; returns the event that it is done, or that it failed."""
     try:
-        return Event(job.name, "done", outcome=job.work(tell))
+        with listening(tell):
+            return Event(job.name, "done", outcome=job.work(tell))
     except Exception as error:
         said = in_one_line(error)
         if said is None:

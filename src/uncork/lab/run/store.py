@@ -212,7 +212,7 @@ class Run:
         """
         if step < 0 or keep < 1:
             raise ValueError(f"step must be >= 0 and keep >= 1, got step={step}, keep={keep}")
-        _check_name(name, "checkpoint")
+        check_name(name, "checkpoint name")
         header = {"uncork": json.dumps({"step": int(step), "state": plain(state)})}
         body = _storable(tensors)
         path = self.path / _CHECKPOINTS / f"{name}-{step:08d}"
@@ -305,7 +305,7 @@ class RunStore:
         Raises LabError as `Run.require`, and when `name` has other characters than letters, digits, ".", "_" and "-" or
         begins with a dot.
         """
-        _check_name(name, "run")
+        check_name(name, "run name")
         path = self.root / name
         given = plain(config)
         if not (path / _CONFIG).exists():
@@ -337,9 +337,12 @@ class RunStore:
                     raise
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
+    """Raise LabError, which begins with `what`, if this is no name of a run or a checkpoint."""
     if not _NAME.fullmatch(name):
-        raise LabError(f'{what} name {name!r}: only letters, digits, ".", "_" and "-", and no "." at the start')
+        raise LabError(
+            f'{what} must have only letters, digits, ".", "_" and "-", and no "." at the start, got {name!r}'
+        )
 
 
 def _digest(path: Path) -> str:

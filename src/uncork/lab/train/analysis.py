@@ -10,9 +10,10 @@ from torch import Tensor
 
 from uncork.diagnose.output_layer import describe_head, loss_by_frequency, quantiles_of
 from uncork.heads import Head
-from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches
+from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches, number_of_batches
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
+from uncork.lab.run.progress import announce, told
 
 
 def analyse(
@@ -50,6 +51,7 @@ def analyse(
     try:
         with torch.no_grad():
             features, sampled_target, per_token = _read(model, head, tokens, batch_size, bptt, contexts)
+            announce("computing the rank of the log-probabilities")
             return {
                 **describe_head(head, features, sampled_target),
                 "deciles": loss_by_frequency(counts, per_token["target"], per_token["log_prob"]),
@@ -82,7 +84,8 @@ def _read(
     sampled: list[tuple[Tensor, Tensor]] = []
     columns: dict[str, list[Tensor]] = {"target": [], "log_prob": [], "entropy": []}
     seen = 0
-    for batch, batch_target in evaluation_batches(tokens, batch_size, bptt):
+    batches = evaluation_batches(tokens, batch_size, bptt)
+    for batch, batch_target in told(batches, "analysing", number_of_batches(tokens, batch_size, bptt)):
         features, state = model.features(batch.to(device), state)
         kept = (batch_target != IGNORE_INDEX).flatten()
         rows = features.flatten(0, 1)[kept.to(device)]  # (kept, D)

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches
+from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches, number_of_batches
 from uncork.lab.data.corpora import encode_text
 from uncork.lab.data.sources import SPLITS, decode_utf8
 from uncork.lab.data.tokenization import Tokenizer
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
 from uncork.lab.run.files import os_errors
+from uncork.lab.run.progress import told
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train.checkpoints import Trained, load_trained
 from uncork.lab.train.counted import counted_cross_entropy
@@ -126,7 +127,8 @@ def evaluate(
     kept: list[tuple[Tensor, Tensor]] = []
     state: tuple[Tensor, ...] = ()
     with evaluation_mode(model):
-        for inputs, target in evaluation_batches(tokens, batch_size, bptt):
+        batches = evaluation_batches(tokens, batch_size, bptt)
+        for inputs, target in told(batches, "evaluating", number_of_batches(tokens, batch_size, bptt)):
             features, state = model.features(inputs.to(device), state)
             nll = cast(Any, model.head).loss(features, target.to(device), reduction="none", ignore_index=IGNORE_INDEX)
             total += nll.sum(dtype=torch.float64)

@@ -12,6 +12,7 @@ from uncork.lab.data.corpora import encode_text
 from uncork.lab.data.tokenization import Tokenizer
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
+from uncork.lab.run.progress import told
 from uncork.lab.train.evaluation import evaluation_mode
 from uncork.lab.validated import NonNegative, Seed, Size, Validated, expects
 
@@ -39,7 +40,8 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str = "", **opt
     Words of the prompt that are not in the vocabulary become ``<unk>``. An empty prompt is the beginning of a line.
     """
     ids = prompt_ids(tokenizer, prompt)
-    return tokenizer.decode([*ids, *sample_ids(model, ids or [tokenizer.eos_id], **options)])
+    sampled = sample_ids(model, ids or [tokenizer.eos_id], **options)
+    return tokenizer.decode([*ids, *told(sampled, "sampling", Sampling(**options).max_tokens)])
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -15,7 +15,7 @@ from uncork.lab.data.corpora import Corpus
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
 from uncork.lab.run.interrupts import InterruptGuard
-from uncork.lab.run.progress import Progress
+from uncork.lab.run.progress import Meter, Progress
 from uncork.lab.run.store import Checkpoint, Run
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.train import checkpoints as ckpt
@@ -170,6 +170,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end or to Ctrl-C, with validations, rows of the metrics and checkpoints."""
         self.wrapped.train()
+        meter = Meter("training")
         try:
             while True:
                 if self._validation_due():
@@ -178,6 +179,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 if self.state.step == self.steps_total or self.state.stopped:
                     break
+                meter(self.state.step, self.steps_total)
                 self._step()
                 if self.state.step % self.config.log_every == 0 or self.state.step == self.steps_total:
                     self._row()

@@ -25,6 +25,7 @@ from uncork.lab.experiments.bench.timing import time_contenders
 from uncork.lab.machine import cores
 from uncork.lab.report.publish import publish
 from uncork.lab.run.pool import Job, Tell, with_threads
+from uncork.lab.run.progress import told
 from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import say
 
@@ -116,7 +117,8 @@ def _check(plan: Plan, setups: dict[Shape, Setup], threads: int) -> None:
     pairs = ((name, gate.cut(setups[shape])) for shape, names in _all(plan).items() for name in names)
     ours = dict.fromkeys(pair for pair in pairs if is_ours(pair[0]))
     with with_threads(threads):
-        worst = max((gate.check(name, setup) for name, setup in ours), default=0.0)
+        checked = told(ours, "checking against float64", len(ours))
+        worst = max((gate.check(name, setup) for name, setup in checked), default=0.0)
     say(f"correct: {len(ours)} checks against float64, the worst error is {worst:.0%} of what is allowed")
 
 

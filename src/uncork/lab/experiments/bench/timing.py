@@ -7,6 +7,7 @@ from typing import Any
 from uncork.lab.experiments.bench.contenders import Inputs, Step, Unavailable, build_step
 from uncork.lab.experiments.bench.settings import PRODUCTS, Setup
 from uncork.lab.run.pool import Tell
+from uncork.lab.run.progress import told
 
 SLOW = 4.0
 """A contender that takes more than this many times as long as G takes part in every third round only."""
@@ -41,14 +42,15 @@ def interleave(
         seed: of the random orders.
     """
     order, shuffle = list(steps), random.Random(seed)
-    warm, notes = {name: _warm_up(steps[name]) for name in order}, dict[str, str]()
+    warm = {name: _warm_up(steps[name]) for name in told(order, "warming up", len(order))}
+    notes = dict[str, str]()
     for name in order:
         if warm[name] > max_seconds:
             notes[name] = f"left out: one call took {warm[name]:.0f} s, the limit is {max_seconds:g} s"
         elif unit is not None and warm[name] > SLOW * warm[unit] and rounds > 1:
             notes[name] = f"slow: in every {SLOW_EVERY}rd round"
     times: dict[str, dict[int, float]] = {name: {} for name in order}
-    for turn in range(rounds):
+    for turn in told(range(rounds), "timing", rounds):
         shuffle.shuffle(order)
         for name in order:
             slow, out = notes.get(name, "").startswith("slow"), notes.get(name, "").startswith("left out")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from uncork.heads import Head, build_head
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.synthetic.targets import Targets
+from uncork.lab.run.progress import Meter
 
 _WARM_UP = 0.05  # share of a round's steps
 _LEAST_KL = 0.05
@@ -140,10 +141,11 @@ def fit(
     wanted = targets.probabilities.to(contexts.dtype)
     groups = _groups(head, contexts, fitting, {id(p) for p in fixed})
     trained = [p for group in groups for p in group["params"]]
+    meter = Meter("fitting, at most")
     steps, before, gain, converged = 0, math.inf, math.nan, False
     for number in range(fitting.rounds):
         length, kept = fitting.first_round * 2**number, [p.detach().clone() for p in trained]
-        loss = _adam_round(head, contexts, wanted, groups, fitting, length)
+        loss = _adam_round(head, contexts, wanted, groups, fitting, length, steps, meter)
         steps += length
         gain = before - loss if number else math.nan
         enough = abs(gain) < fitting.tolerance * max(min(before, loss) - targets.entropy, _LEAST_KL)
@@ -206,13 +208,21 @@ def _restore(parameters: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _adam_round(
-    head: Head, contexts: Tensor, wanted: Tensor, groups: list[dict[str, Any]], fitting: Fitting, length: int
+    head: Head,
+    contexts: Tensor,
+    wanted: Tensor,
+    groups: list[dict[str, Any]],
+    fitting: Fitting,
+    length: int,
+    before: int,
+    meter: Meter,
 ) -> float:
-    """One round from where the last one ended; returns the cross-entropy before its last step."""
+    """One round from where the last one ended, after `before` steps; returns the cross-entropy before its last step."""
     betas = (0.8, 0.95) if fitting.optimizer == "adam-short" else (0.9, 0.999)
     optimizer = torch.optim.Adam([dict(group) for group in groups], lr=0.0, betas=betas)
     loss = torch.zeros(())
     for step in range(length):
+        meter(before + step, fitting.most_steps)
         factor = min(1.0, (step + 1) / (_WARM_UP * length)) * (1 + math.cos(math.pi * step / length)) / 2
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * factor

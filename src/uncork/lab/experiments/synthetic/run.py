@@ -13,6 +13,7 @@ from uncork.lab.experiments.synthetic.cells import Cell, run_cell
 from uncork.lab.experiments.synthetic.fitting import Fitting, fit
 from uncork.lab.run.key import RECORD
 from uncork.lab.run.pool import Job, Tell, with_threads
+from uncork.lab.run.progress import told
 from uncork.lab.run.provenance import current_commit
 from uncork.lab.run.rows import RowStore, outdated
 from uncork.lab.run.variables import refuse_variables
@@ -55,7 +56,7 @@ def estimate(cells: Sequence[Cell]) -> dict[Cell, float]:
     found: dict[tuple[Any, ...], float] = {}
     result = {}
     with with_threads(1):
-        for cell in cells:
+        for cell in told(cells, "measuring the time of a step", len(cells)):
             shape = (cell.num_contexts, cell.num_words, cell.in_features, cell.head)
             if shape not in found:
                 found[shape] = _step_seconds(cell)
@@ -109,7 +110,7 @@ def _run_all(cells: Sequence[Cell], costs: dict[Cell, float], store: RowStore, w
 
 
 def _work(cell: Cell, tell: Tell) -> dict[str, Any]:
-    """The job of a worker; it reports no progress before the cell ends."""
+    """The job of a worker; only its stages are progress."""
     return run_cell(cell)
 
 
