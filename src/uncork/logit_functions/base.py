@@ -300,8 +300,9 @@ def with_bound(function: LogitFunction) -> tuple[LogitFunction, float] | None:
     """
     parts = _flat(function)
     for number, part in enumerate(parts):
-        if hasattr(part, "bound"):
-            return Compose(*parts[:number]), float(part.bound)
+        bound = getattr(part, "bound", None)
+        if bound is not None:
+            return Compose(*parts[:number]), float(bound)
     return None
 
 
