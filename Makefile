@@ -25,7 +25,7 @@ CONSTRAINTS := build/constraints-floor.txt
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
 	baseline-places baseline-transformer
 
-.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site dist test-dist clean
+.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site examples dist test-dist clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -107,6 +107,12 @@ docs: $(READY) ## write the tables of README and docs from results/, check links
 
 site: $(READY) ## the documentation site, in build/site
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
+
+examples: $(READY) ## run the examples at their full size: ten minutes on 2 cores
+	for output in plain softmax mos; do $(BIN)/python examples/train_gpt.py --output $$output || exit; done
+	$(BIN)/python examples/recommender.py
+	$(BIN)/python examples/classifier.py
+	$(BIN)/python examples/finetune_trainer.py --out-dir runs/finetuned
 
 # Built from the sdist, whose bytes and the wheel's depend on the commit alone. auditwheel says which Linux the wheel fits.
 dist: ## the sdist and the wheel for this kind of Linux machine, in dist/
