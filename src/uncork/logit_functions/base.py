@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -297,7 +297,7 @@ def with_bound(function: LogitFunction) -> tuple[LogitFunction, float] | None:
     parts = _flat(function)
     for number, part in enumerate(parts):
         if hasattr(part, "bound"):
-            return Compose(*parts[:number]), float(part.bound)
+            return Compose(*parts[:number]), float(cast(float, part.bound))
     return None
 
 
