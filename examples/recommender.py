@@ -5,7 +5,7 @@
 
 The data are made up: items form groups, a user stays within one, and popular items are taken more often. So the best
 that is possible is known and printed beside what the model reaches. An increasing function on the scores keeps their
-order: the best items are those with the largest inner products of (w, b) and (h, 1), which is what a search index finds.
+order: the best items are those with the largest inner products of (w, b) and (h, 1), as a search index finds them.
 """
 
 import argparse
