@@ -55,7 +55,7 @@ def test_fine_tuning_with_trainer(tmp_path):
 
 
 def test_a_recommender(tmp_path):
-    sizes = ("--items", 2_000, "--groups", 20, "--users", 4_000, "--epochs", 3)
+    sizes = ("--items", 2_000, "--groups", 20, "--users", 4_000, "--epochs", 3, "--lr", 3e-3)
     found = printed("recommender.py", *sizes, cwd=tmp_path)
     reached, popularity = number(r"epoch 3: test loss ([\d.]+)", found), number(r"popularity alone: ([\d.]+)", found)
     best = number(r"knows the group: ([\d.]+)", found)
