@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/*.md from results/, all of docs/study-tables.md, and checks relative links.
+"""Writes the tables of README.md and docs/ from results/, all of docs/study-tables.md, and checks relative links.
 
 A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
 the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, without the command. With --check nothing is
@@ -19,7 +19,7 @@ from uncork.lab.report.tables import display, markdown
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "study-tables.md"
 PAGES = [TABLES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
-PAGES += [page for page in sorted((ROOT / "docs").glob("*.md")) if page != TABLES]
+PAGES += [page for page in sorted((ROOT / "docs").rglob("*.md")) if page != TABLES]
 BLOCK = re.compile(r"(<!-- results: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 INTRODUCTION = """\
 The appendix of [study.md](study.md), which says what was asked and found. `make docs` writes it from results/lm.
@@ -87,7 +87,7 @@ def rebuilt(page: Path) -> str:
         return study_tables()
 
     def fill(match: re.Match[str]) -> str:
-        prefix = "../" if page.parent != ROOT else ""
+        prefix = "../" * len(page.relative_to(ROOT).parts[1:])
         return match[1] + block(match[2], match[3]).replace("(results/", f"({prefix}results/") + match[4]
 
     return BLOCK.sub(fill, page.read_text(encoding="utf-8"))

@@ -4,18 +4,21 @@ import inspect
 import re
 from typing import Any
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
 import uncork
 
 project, version = "uncork", uncork.__version__
 copyright, release = "The uncork maintainers", version
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["build.py", "keep.py"]
 html_theme, html_title = "furo", f"uncork {version}"
 html_theme_options = {"navigation_with_keys": True}
 html_static_path, html_css_files = ["_static"], ["site.css"]
 html_copy_source = html_show_sourcelink = False
+html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -27,13 +30,15 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 copybutton_prompt_text = ">>> "
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)[^)]*\)")
+_FUNCTION = re.compile(r"(<mi>(?:exp|log|max|min|tanh)</mi>)(?=<(?!mo\b))")
 
 
 def _page(app: Sphinx, name: str, source: list[str]) -> None:
     """Pages link to files of the repository that are not pages: they are named instead. Fenced math is a directive."""
     source[0] = source[0].replace("```math", "```{math}")
-    source[0] = _OUTSIDE.sub(lambda m: m[1] if m[1].strip("`") == m[2] else f"{m[1]} (`{m[2]}`)", source[0])
+    out = re.escape("../" * (name.count("/") + 1))
+    outside = re.compile(rf"\[([^\]]+)\]\({out}([^)#]+)[^)]*\)")
+    source[0] = outside.sub(lambda m: m[1] if m[1].strip("`") == m[2] else f"{m[1]} (`{m[2]}`)", source[0])
 
 
 def _docstring(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
@@ -60,6 +65,22 @@ def _table(match: re.Match[str]) -> str:
     return "\n".join([".. list-table::", "   :header-rows: 1", "", *lines, "", ""])
 
 
+def _mathml(latex: str, display: str) -> str:
+    """A formula as MathML, which browsers draw by themselves: no script, nothing from a network."""
+    return _FUNCTION.sub(r'\1<mspace width="0.17em"/>', convert(latex, display=display))
+
+
+def _inline(writer: Any, node: nodes.math) -> None:
+    writer.body.append(_mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def _block(writer: Any, node: nodes.math_block) -> None:
+    writer.body.append(f'<div class="math">{_mathml(node.astext(), "block")}</div>\n')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("source-read", _page)
     app.connect("autodoc-process-docstring", _docstring, priority=1)  # before napoleon

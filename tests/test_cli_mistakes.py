@@ -176,7 +176,7 @@ def test_the_examples_of_the_help_work(name, place, capsys):
 def test_the_commands_of_readme_and_docs_are_understood():
     root = Path(__file__).parents[1]
     seen = 0
-    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         for line in re.findall(r"^(uncork [^`\n]*)$", page.read_text(), re.M):
             words = shlex.split(line, comments=True)[1:]
             command = parse(COMMANDS, words, "")

@@ -1,4 +1,4 @@
-"""The code of the page that new users start from runs as it stands."""
+"""The code of the page that new users start from, and of the guides, runs as it stands and prints what they say."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,19 @@ from torch.nn import functional as F
 
 import uncork
 
-PAGE = Path(__file__).parents[1] / "docs" / "start.md"
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page=DOCS / "start.md"):
+    """The Python of a page, but for blocks under a line `<!-- not run: why -->`."""
+    found = re.findall(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [code for skipped, code in found if not skipped]
+
+
+def printed(code):
+    """What the comments behind the prints of a block say that they print: on the same line, or on the next."""
+    return re.findall(r"^ *print\(.*\)(?:  |\n *)# (.+)$", code, re.MULTILINE)
 
 
 def test_the_code_of_the_first_page_runs():
@@ -47,3 +55,17 @@ def test_the_code_for_transformers_runs(capsys):
     (block,) = [block for block in blocks() if "uncork.hf" in block]
     exec(block, {"model": transformers.LlamaForCausalLM(config).eval()})
     assert "verified: every path uses this function" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_the_code_of_a_guide_runs_and_prints_what_it_says(page, capsys):
+    names, checked = {}, 0
+    for code in blocks(page):
+        if "from transformers" in code:
+            pytest.importorskip("transformers")
+        exec(code, names)
+        out = capsys.readouterr().out
+        if said := printed(code):
+            assert out.splitlines() == said
+            checked += len(said)
+    assert checked  # every guide states a number or a fact that its code prints
