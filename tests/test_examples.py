@@ -28,7 +28,7 @@ def number(pattern, text):
 def test_a_gpt_before_and_after(tmp_path):
     words = [f"w{(7 * i * i + i // 5) % 97}" for i in range(12_000)]
     (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
-    sizes = ("--text", "text.txt", "--vocab-size", 100, "--width", 16, "--layers", 1, "--length", 16, "--batch", 8, "--steps", 40)
+    sizes = ("--text", "text.txt", "--vocab-size", 100, "--width", 16, "--layers", 1, "--length", 16, "--steps", 40)
     losses = {}
     for output, options in (("plain", ()), ("softmax", ()), ("mos", ("--options", "num_components=2"))):
         found = printed("train_gpt.py", *sizes, "--output", output, *options, cwd=tmp_path)
