@@ -128,6 +128,7 @@ def short_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 BRIEF = {
     "eager": "softmax, F.cross_entropy(x @ w.T, y)",
     "compile": "softmax, the same under torch.compile",
+    "torch-auto": "softmax, F.linear_cross_entropy as it is",
     "torch-best": "softmax, F.linear_cross_entropy at its best chunk size",
     "softmax": "softmax, uncork",
     "softcap": "softcap, uncork",
