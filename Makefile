@@ -126,7 +126,6 @@ test-dist: dist ## install what `dist` built in fresh environments of Python 3.1
 	$(call is_python,PYTHON311,3.11)
 	$(call is_python,PYTHON312,3.12)
 	$(call is_python,PYTHON313,3.13)
-	rm -rf build/try-3.*
 	for python in $(PYTHON311) $(PYTHON312) $(PYTHON313); do .ci/try-dist $$python || exit; done
 
 format: $(READY) ## rewrite the sources as `check` wants them
