@@ -60,7 +60,8 @@ def test_the_code_for_transformers_runs(capsys):
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_the_code_of_a_guide_runs_and_prints_what_it_says(page, capsys):
-    names, checked = {}, 0
+    names: dict[str, object] = {}
+    checked = 0
     for code in blocks(page):
         if "from transformers" in code:
             pytest.importorskip("transformers")
