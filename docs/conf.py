@@ -20,7 +20,7 @@ html_static_path, html_css_files = ["_static"], ["site.css"]
 html_copy_source = html_show_sourcelink = False
 html_math_renderer = "mathml"
 
-myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
 myst_heading_anchors = 3
 
 default_role = "code"
@@ -51,6 +51,10 @@ def _docstring(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: 
     start, args, rest = text.partition("\nArgs:\n")
     own, end, rest = rest.partition("\n\n")
     own = re.sub(rf"([.;]) (?=(?:{names})(?:, (?:{names}))*: )", r"\1\n    ", own)
+    # A sentence among the arguments that begins with none of them ("The rest is as in ...") is a paragraph after them.
+    sentence = re.compile(rf"^    (?!(?:{names})(?:, (?:{names}))*: )\S.*(?:\n {{8}}.*)*\n?", re.MULTILINE)
+    said = [" ".join(found.split()) for found in sentence.findall(own)]
+    own = "\n".join([sentence.sub("", own).rstrip("\n"), *(f"\n{one}" for one in said)])
     text = start + args + own + end + rest
     text = text.replace("\nReturns:\n", "\n:Returns:\n")
     text = re.sub(r": ([A-Z])\.$", r": \\\1.", text, flags=re.MULTILINE)  # not the first of a list
