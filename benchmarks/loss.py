@@ -141,24 +141,16 @@ BRIEF = {
 
 def brief_table(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Times over eager's and memory of what people would use instead, beside ours, as README shows them."""
-    times, memory = tables["times"], tables["memory"]
-    rows = []
-    for name, title in BRIEF.items():
-        row = {"loss": title}
-        for shape in PLIF_BARS:
-            own = times[(times["contender"] == name) & (times["quantity"] == "ratio to eager")]
-            found = _at(own, shape)["median"].dropna().tolist()
-            row[f"time at {shape}"] = f"{found[0]:.2f}" if found else "–"
-        found = _at(memory[memory["contender"] == name], WIDE)["extra_mib"].dropna().tolist()
-        row[f"MiB at {WIDE}"] = f"{found[0]:.0f}" if found else "–"
-        rows.append(row)
-    return pd.DataFrame(rows)
+    measured = Measured(tables)
 
+    def cells(name: str) -> dict[str, str]:
+        times = {f"time at {shape}": measured.time(name, shape, "eager") for shape in PLIF_BARS}
+        mib = measured.memory.get((name, *shape_columns(WIDE).values()))
+        return {column: "–" if value is None else f"{value:.2f}" for column, value in times.items()} | {
+            f"MiB at {WIDE}": "–" if mib is None else f"{mib:.0f}"
+        }
 
-def _at(rows: pd.DataFrame, shape: Shape) -> pd.DataFrame:
-    for name, value in shape_columns(shape).items():
-        rows = rows[rows[name] == value]
-    return rows
+    return pd.DataFrame([{"loss": title, **cells(name)} for name, title in BRIEF.items()])
 
 
 def main() -> None:

@@ -343,6 +343,14 @@ def test_the_completion_for_bash_knows_the_commands(capsys, tmp_path):
         assert "--function-lr-scale" in script
 
 
+def test_the_next_command_after_a_comparison_names_one_of_its_runs(text, tmp_path, capsys):
+    for head in ("softmax", "plif"):
+        command = ["compare", "--corpus", text, "--out-dir", tmp_path / "out", "--heads", head, "--seeds", "1"]
+        assert run(*command, "--contexts", "20", *SMALL) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next:")]
+        assert Path(line.split()[-1]).name.startswith(head)
+
+
 def test_the_next_command_is_one_that_is_understood_and_stands_before_the_json(text, tmp_path, capsys):
     out = tmp_path / "with a space" / "run"
     assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 0

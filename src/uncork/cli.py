@@ -71,31 +71,9 @@ def _require_counts(command: Any, *names: str) -> None:
             raise LabError(f"{flag(name)}: expected at least 1 and at most {_MOST[name]}, got {value}")
 
 
-def _next_commands(command: Any, outcome: dict[str, Any]) -> list[list[Any]]:
-    """The commands that a person is likely to want after this one."""
-    if isinstance(command, Train):
-        run = outcome["run"]
-        return [["generate", run, "--prompt", "the"], ["evaluate", run, "--split", "valid"]]
-    if isinstance(command, Compare):
-        runs = sorted(path.parent for path in (command.out_dir / "runs").glob("[!.]*/result.json"))
-        return [["generate", run] for run in runs[:1]]
-    if isinstance(command, Evaluate):
-        return [["generate", command.run]]
-    if isinstance(command, Synthetic) and outcome["part"] == "quick":
-        return [["synthetic", "--part", "default", "--out-dir", command.out_dir]]
-    if isinstance(command, Study):
-        parts = outcome.get("parts", [])
-        plan = [] if command.plan == Study.plan else ["--plan", command.plan]
-        return [["study", *plan, "--part", part] for part in parts[:1]]
-    if isinstance(command, Bench) and command.out_dir is None:
-        return [["bench", "--out-dir", "bench"]]
-    if isinstance(command, Verify) and outcome["passed"] is False and command.dtype != "float32":
-        return [["verify", command.path, "--dtype", "float32"]]
-    return []
-
-
-def _tell_next(command: Any, outcome: dict[str, Any]) -> None:
-    for number, words in enumerate(_next_commands(command, outcome)):
+def _say_next(*commands: list[Any]) -> None:
+    """Prints the commands that a person is likely to want after this one."""
+    for number, words in enumerate(commands):
         say(f"{'' if number else 'Next:'}".ljust(6) + shlex.join(["uncork", *map(str, words)]))
 
 
@@ -143,6 +121,7 @@ def compare(command: Compare) -> dict[str, Any]:
     say(f"- Computed by the {', '.join(kinds)} loss.")
     say(f"\nThe report: {report}")
     say("The same command with more --seeds or --heads adds rows to it.")
+    _say_next(["generate", next(record.run.path for record in records if record.result is not None)])
     return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
 
 
@@ -193,6 +172,7 @@ def train(command: Train) -> dict[str, Any]:
     if epochs := epochs_told(result, config):
         say(epochs)
     say(f"\ntest perplexity {test['perplexity']:.2f} per word, by the {result['loss']} loss. The report: {report}")
+    _say_next(["generate", out_dir, "--prompt", "the"], ["evaluate", out_dir, "--split", "valid"])
     return {"command": "train", "run": str(out_dir), "report": str(report), "valid": result["valid"], "test": test}
 
 
@@ -229,6 +209,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
     unknown = "" if found.unknown is None else f"; {100 * found.unknown:.1f} % of the words are unknown to the model"
     say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token{unknown}")
+    _say_next(["generate", command.run])
     where = command.split if command.text is None else str(command.text)
     return {"command": "evaluate", "run": str(command.run), "on": where, **found.to_dict()}
 
@@ -264,6 +245,8 @@ def bench(command: Bench) -> dict[str, Any]:
 
     tables = run(command, plan_of(command), _command_line())
     say(f"\n{terminal_table(narrow_table(tables), blocks='N, D, V')}\n")
+    if command.out_dir is None:
+        _say_next(["bench", "--out-dir", "bench"])
     return {"command": "bench", "out_dir": command.out_dir, "ratio_to_G": median_ratios(tables["times"])}
 
 
@@ -271,14 +254,21 @@ def synthetic(command: Synthetic) -> dict[str, Any]:
     """Fits heads to given distributions; returns where the tables are."""
     from uncork.lab.experiments.synthetic import experiment
 
-    return experiment.run(command, _command_line())
+    outcome = experiment.run(command, _command_line())
+    if outcome["part"] == "quick":
+        _say_next(["synthetic", "--part", "default", "--out-dir", command.out_dir])
+    return outcome
 
 
 def study(command: Study) -> dict[str, Any]:
     """Trains a part of the language-model study; returns where the tables are."""
     from uncork.lab.experiments.study import experiment
 
-    return experiment.run(command)
+    outcome = experiment.run(command)
+    if parts := outcome.get("parts"):
+        plan = [] if command.plan == Study.plan else ["--plan", command.plan]
+        _say_next(["study", *plan, "--part", parts[0]])
+    return outcome
 
 
 def verify(command: Verify) -> dict[str, Any]:
@@ -300,6 +290,8 @@ def verify(command: Verify) -> dict[str, Any]:
     except (TypeError, ValueError, RuntimeError) as error:  # what `verify` says that it raises
         raise LabError(f"{command.path}: {' '.join(str(error).split())}") from None
     say(f"\n{found}\n")
+    if not found.passed and command.dtype != "float32":
+        _say_next(["verify", command.path, "--dtype", "float32"])
     return {"command": "verify", "path": command.path, **found.to_dict()}
 
 
@@ -348,7 +340,6 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             _announce(command)
             outcome = _COMMANDS[type(command)](command)
-            _tell_next(command, outcome)
             say(json.dumps(outcome, default=str))
             return 2 if outcome.get("failed") else 1 if outcome.get("passed") is False else 0
     except NobodyReads:

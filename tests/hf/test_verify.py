@@ -378,6 +378,17 @@ def test_what_cannot_be_verified_is_said(build, ids, error, said):
         verify(build(), inputs=None if ids is None else {"input_ids": ids})
 
 
+def test_its_progress_reaches_the_end_step_by_step():
+    told = []
+    verify(make(), reload=False, on_progress=lambda done, total: told.append((done, total)))
+    (first, _), *rest = told  # how many pieces there are is known after the first
+    [total] = {total for _, total in rest}
+    done = [first, *(done for done, _ in rest)]
+    assert done == sorted(set(done))
+    assert (done[0], done[-1]) == (0, total)
+    assert total > 4
+
+
 def test_the_model_is_left_as_it_was():
     model = fuse_loss(SOUND["gemma2"]()).train()
     model.lm_head.weight.requires_grad_(False)

@@ -455,13 +455,13 @@ def test_pieces_end_with_lines_and_hold_the_text(content, block, piece):
 def test_a_process_that_dies_is_one_clear_error(two_workers, monkeypatch):
     monkeypatch.setattr(words, "__file__", "no such file.py")
     with pytest.raises(LabError, match=r"a process that splits the text has died \(exit status"):
-        list(each(count_words, "raw", ["a b\n"] * 3, 0))
+        list(each(count_words, "raw", ["a b\n"] * 3, 0, "counting"))
     assert two_workers
 
 
 def test_processes_end_with_what_asked_them(two_workers):
     before = psutil.Process().children()
-    results = each(count_words, "raw", iter(["a b\n"] * 9), 0)
+    results = each(count_words, "raw", iter(["a b\n"] * 9), 0, "counting")
     assert next(results) == ("a b\n", 3)
     children = [child for child in psutil.Process().children() if child not in before]
     assert len(children) == 2

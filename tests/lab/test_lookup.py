@@ -134,14 +134,14 @@ def test_what_cannot_be_counted_is_said(monkeypatch):
 def test_several_processes_are_refused(tmp_path, tiny_corpus, tiny_config, monkeypatch):
     config = tiny_config("lookup", epochs=1)
     run = RunStore(tmp_path).run("run", config.stored(text_record(tiny_corpus)))
-    real = trainer_module._accelerator
+    real = trainer_module.build_accelerator
 
     def two(*args):
         accelerator = real(*args)
         monkeypatch.setattr(type(accelerator), "num_processes", 2)
         return accelerator
 
-    monkeypatch.setattr(trainer_module, "_accelerator", two)
+    monkeypatch.setattr(trainer_module, "build_accelerator", two)
     with pytest.raises(
         LabError, match="a lookup table is trained in one process, on the whole text at once; there are 2"
     ):

@@ -15,7 +15,8 @@ from uncork.lab.train.checkpoints import load_trained
 from uncork.lab.train.config import text_record
 from uncork.lab.train.evaluation import evaluate
 from uncork.lab.train.result import epochs_told
-from uncork.lab.train.trainer import TrainingDiverged, _accelerator, train
+from uncork.lab.train.services import build_accelerator
+from uncork.lab.train.trainer import TrainingDiverged, train
 
 SGD = {"optimizer": "sgd", "schedule": "constant", "variable_bptt": True, "warmup": 0.0}
 
@@ -268,7 +269,7 @@ def test_accelerate_is_told_what_its_variables_say_otherwise(monkeypatch, tiny_c
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    accelerator = _accelerator(tiny_config(), cpu=True)
+    accelerator = build_accelerator(tiny_config(), cpu=True)
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.mixed_precision == "no"
     assert accelerator.state.dynamo_plugin.backend == "NO"

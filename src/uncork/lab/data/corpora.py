@@ -243,7 +243,9 @@ def _write_words(
     counts = Counter[str]()
 
     def encoded(split: str) -> Iterator[tuple[str, NDArray[np.int32], int]]:
-        for piece, (words, places) in each(number_words, style, texts[split].pieces(), texts[split].size):
+        for piece, (words, places) in each(
+            number_words, style, texts[split].pieces(), texts[split].size, "splitting into words"
+        ):
             local = np.frombuffer(places, np.intc)
             if split == "train":
                 for word, count in zip(words, np.bincount(local).tolist(), strict=True):
@@ -275,7 +277,9 @@ def _write_subwords(
     tokenizer = BPETokenizer.train(lines, style, vocab_size=size, min_count=recipe.min_count)
 
     def encoded(split: str) -> Iterator[tuple[str, NDArray[np.int32], int]]:
-        for piece, words in each(count_words, style, texts[split].pieces(), texts[split].size):
+        for piece, words in each(
+            count_words, style, texts[split].pieces(), texts[split].size, "splitting into subwords"
+        ):
             yield piece, np.array(tokenizer.encode(piece), np.int32), words
 
     limits = {"train": recipe.max_train_tokens}

@@ -77,7 +77,7 @@ def _normalize_files(source: Source, file: BinaryIO) -> list[list[Block]]:
 
     end = 0
     size = sum(document.size for document in source.documents)
-    for number, (_, text) in enumerate(each(normalize, source.style, pieces(), size)):
+    for number, (_, text) in enumerate(each(normalize, source.style, pieces(), size, "reading")):
         start, end = end, end + file.write(text.encode())
         if text:
             found[owners[number]].append(Block(start, end, len(text), text.count("\n")))

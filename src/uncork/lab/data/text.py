@@ -19,7 +19,6 @@ PIECE_BYTES = 2**21
 LARGE_BYTES = 2**24
 """From this size on several processes work on a text: below it starting them takes as long as they save."""
 MOST_WORKERS = 8  # one process hands out the pieces and puts the results together: more workers would wait for it
-_NAMES = {"normalize": "reading", "number_words": "splitting into words", "count_words": "splitting into subwords"}
 
 Result = TypeVar("Result")
 
@@ -71,7 +70,7 @@ def cut_at_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def each(
-    task: Callable[[str, words.Style], Result], style: words.Style, pieces: Iterable[str], total_bytes: int
+    task: Callable[[str, words.Style], Result], style: words.Style, pieces: Iterable[str], total_bytes: int, what: str
 ) -> Generator[tuple[str, Result], None, None]:
     """Each piece and the task's result for it, in the order of the pieces.
 
@@ -83,11 +82,12 @@ def each(
         style: how the text is written.
         pieces: normalised text, unless the task is to normalise it.
         total_bytes: their size, roughly.
+        what: is done, for the line that the terminal shows of it.
 
     Raises:
         LabError: a process has died.
     """
-    meter, seen = Meter(_NAMES[task.__name__]), 0
+    meter, seen = Meter(what), 0
     for piece, result in _each(task, style, pieces, total_bytes):
         meter(seen, total_bytes)
         yield piece, result

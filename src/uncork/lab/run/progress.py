@@ -63,11 +63,9 @@ class Stage:
         writing the report ...
         (None, None)
         """
-        return (
-            f"{self.what} ..."
-            if self.share is None
-            else (f"{self.what}  {100 * self.share:3.0f} %  {clock(self.seconds_left)} left")
-        )
+        if self.share is None:
+            return f"{self.what} ..."
+        return f"{self.what}  {100 * self.share:3.0f} %  {clock(self.seconds_left)} left"
 
 
 _listener: ContextVar[Callable[[Stage], None] | None] = ContextVar("listener", default=None)

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ from uncork.lab.train.optimisation import (
     weight_average,
 )
 from uncork.lab.train.result import run_result
+from uncork.lab.train.services import build_accelerator, tensorboard_writer
 
 
 class TrainingDiverged(LabError):
@@ -92,7 +93,7 @@ def train(
         return done
     if threads is not None:
         torch.set_num_threads(threads)
-    accelerator = _accelerator(config, cpu)
+    accelerator = build_accelerator(config, cpu)
     device = accelerator.device
     with (
         run.lock() if accelerator.is_main_process else nullcontext(),
@@ -103,7 +104,9 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)
         trainer = Trainer(config, corpus, run, accelerator, interrupt, on_progress)
         trainer.start(resume)
-        with _tensorboard(run, tensorboard and accelerator.is_main_process, trainer.state.step + 1) as trainer.board:
+        with tensorboard_writer(
+            run, tensorboard and accelerator.is_main_process, trainer.state.step + 1
+        ) as trainer.board:
             trainer.train()
         return trainer.finish()
 
@@ -429,32 +432,3 @@ class Trainer:
     def _diverged(self, what: str) -> TrainingDiverged:
         kept = self.run.last_step(ckpt.LAST)
         return TrainingDiverged(what, self.state.step, self._epoch(), self.last_loss, self.config.lr, kept)
-
-
-def _accelerator(config: TrainConfig, cpu: bool) -> Any:
-    from accelerate import Accelerator  # type: ignore[import-untyped]
-    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-    from accelerate.utils import GradientAccumulationPlugin  # type: ignore[import-untyped]
-
-    # accelerate keeps its state per process; without this a second run could not have another precision or device.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        cpu=cpu or not torch.cuda.is_available(),
-        # What is not given here, accelerate reads from the environment.
-        mixed_precision=config.precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-    )
-
-
-@contextmanager
-def _tensorboard(run: Run, wanted: bool, first_step: int) -> Iterator[Any]:
-    if not wanted:
-        yield None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise LabError("TensorBoard's files need the package tensorboard: pip install tensorboard") from error
-    with SummaryWriter(run.path / "tensorboard", purge_step=first_step) as writer:
-        yield writer
