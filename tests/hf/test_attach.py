@@ -2,10 +2,12 @@
 
 import copy
 import json
+import logging
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -190,6 +192,32 @@ def test_plain_transformers_says_what_it_loses(ids, tmp_path, caplog):
     assert "uncork.hf.from_pretrained" in json.loads((tmp_path / "config.json").read_text())["uncork_head"]["about"]
     detach_head(model)
     assert torch.equal(plain.eval()(ids).logits, model(ids).logits)
+
+
+def test_the_report_of_a_load_does_not_call_the_head_unexpected(tmp_path, caplog):
+    attach_head(make_model("gemma2"), "plif").save_pretrained(tmp_path)
+
+    def reports(load):
+        caplog.clear()
+        load(tmp_path)
+        return [record.getMessage() for record in caplog.records if "raw_slopes" in record.getMessage()]
+
+    assert reports(AutoModelForCausalLM.from_pretrained)
+    assert not reports(from_pretrained)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.other": torch.zeros(2)}, path, metadata={"format": "pt"})
+    [report] = reports(from_pretrained)
+    assert "lm_head.other" in report
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model_type"):
+        from_pretrained(tmp_path)
+    assert not [f for name in ("modeling_utils", "utils.loading_report") for f in filters_of(name)]
+    with pytest.raises(TypeError, match="output_loading_info: expected to be left out"):
+        from_pretrained(tmp_path, output_loading_info=True)
+
+
+def filters_of(name):
+    return logging.getLogger(f"transformers.{name}").filters
 
 
 def test_a_plain_folder_loads_as_it_is(ids, tmp_path):

@@ -164,6 +164,19 @@ def test_encode_text_agrees_with_the_corpus(book):
         assert (words, size) == (corpus.words["train"], corpus.bytes["train"])
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_encode_text_does_not_depend_on_its_pieces(size, monkeypatch):
+    text = "\r\n".join(LINES) + "\rThe \u00e9nd"
+    for kind in (WordTokenizer(["<unk>", "<eos>", "the"], "raw"), WordTokenizer(["<unk>", "<eos>", "a"], "spaced")):
+        whole = encode_text(kind, text)
+        monkeypatch.setattr("uncork.lab.data.corpora.PIECE_BYTES", size)
+        monkeypatch.setattr("uncork.lab.data.text.PIECE_BYTES", size)
+        ids, *counts = encode_text(kind, text)
+        assert torch.equal(ids, whole[0])
+        assert tuple(counts) == whole[1:]
+        monkeypatch.undo()
+
+
 def test_encode_text_of_nothing_is_empty():
     ids, words, size = encode_text(WordTokenizer(["<unk>", "<eos>", "a"], "raw"), "")
     assert (ids.shape, ids.dtype, words, size) == ((0,), torch.int64, 0, 0)

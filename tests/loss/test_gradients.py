@@ -1,8 +1,11 @@
 """Gradients in float64: gradcheck for every function, reduction, bias and target kind, and the ways to ask for them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 from uncork import PLIF, Compose, Scale
 
@@ -143,14 +146,61 @@ def test_second_derivative_is_right_or_refused(impl, reduction, make_problem):
 
     truth = gradient(problem.expected(reduction=reduction)).square().sum()
     (wanted,) = torch.autograd.grad(truth, problem.weight)
-    ours = gradient(problem.loss(impl, reduction=reduction)).square().sum()
+
+    def penalty():
+        return gradient(problem.loss(impl, reduction=reduction)).square().sum()
+
     if impl == "reference":
-        torch.testing.assert_close(torch.autograd.grad(ours, problem.weight)[0], wanted)
-    else:
-        with pytest.raises(RuntimeError, match=r"second derivatives are not supported|not have been used"):
-            torch.autograd.grad(ours, problem.weight)
+        torch.testing.assert_close(torch.autograd.grad(penalty(), problem.weight)[0], wanted)
+        return
+    for ask in (
+        lambda: torch.autograd.grad(penalty(), problem.weight, allow_unused=True),
+        lambda: torch.autograd.grad(penalty() + problem.weight.sum(), problem.weight),
+        lambda: penalty().backward(inputs=[problem.weight]),
+        lambda: penalty().backward(),
+    ):
         with pytest.raises(RuntimeError, match="second derivatives are not supported"):
-            gradient(problem.loss(impl, reduction=reduction)).square().sum().backward()
+            ask()
+
+
+@pytest.mark.parametrize("name", ["none", "plif", "softcap"])
+def test_no_way_to_ask_for_a_second_derivative_gives_a_wrong_one(impl, mixture, name, make_problem):
+    problem = make_problem(name, mixture=mixture)
+    weight, direction = problem.weight.detach(), torch.randn_like(problem.weight)
+    functional = torch.autograd.functional
+
+    def loss(weight):
+        return dataclasses.replace(problem, weight=weight).loss(impl)
+
+    def expected(weight):
+        return dataclasses.replace(problem, weight=weight).expected()
+
+    right = impl == "reference" and name != "plif"  # whose kernel differentiates itself
+    for ask in (
+        lambda f: functional.hessian(f, weight),
+        lambda f: functional.hvp(f, weight, direction)[1],
+        lambda f: functional.vhp(f, weight, direction)[1],
+    ):
+        if right:
+            torch.testing.assert_close(ask(loss), ask(expected))
+            continue
+        with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+            ask(loss)
+
+
+def test_a_gradient_with_a_graph_within_a_checkpoint(impl, make_problem):
+    problem = make_problem("plif")
+    plain = torch.autograd.grad(problem.loss(impl), problem.weight)[0]
+    loss = checkpoint(problem.loss, impl, use_reentrant=False)
+    (found,) = torch.autograd.grad(loss, problem.weight, create_graph=True)
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("name", ["plif", "monotone-relu", "monotone-tanh"])
+def test_a_function_alone_refuses_a_second_derivative(name, make_function):
+    function, scores = make_function(name), torch.randn(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        torch.autograd.functional.hessian(lambda z: function(z).square().sum(), scores)
 
 
 def test_gradients_accumulate_and_keep_dtype_and_layout(impl, mixture, make_problem):

@@ -26,6 +26,7 @@ from uncork.hf.fuse import (
 )
 from uncork.hf.fusion import Fusion, fusion_of, is_fused
 from uncork.hf.record import Step
+from uncork.hf.report import held_report, only_unexpected
 from uncork.logit_functions import Compose, Identity, LogitFunction, Scale, Softcap
 
 CONFIG_FIELD = "uncork_head"
@@ -123,21 +124,28 @@ def from_pretrained(path: str | Path, *, logits: str = "lazy", **options: Any) -
         logits: as for `fuse_loss`. options: passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
+        TypeError: output_loading_info was given.
         ValueError: tensors of the head are missing.
         RuntimeError: the configuration gives the logits another transform than they had when the head was attached.
         OSError: no such folder.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
-    described = getattr(model.config, CONFIG_FIELD, None)
-    if described is None:
-        return model
-    linear = plain_head(model)
-    with linear.weight.device:
-        head = head_from_spec(described["spec"])
-    head._adopt(linear)
-    _keep_function_wide(head)
-    prefix = next(name for name, module in model.named_modules() if module is linear) + "."
-    own = set(head.state_dict()) - {"weight", "bias"}
+    if "output_loading_info" in options:
+        raise TypeError("output_loading_info: expected to be left out: from_pretrained returns the model alone")
+    with held_report() as drop_report:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        described = getattr(model.config, CONFIG_FIELD, None)
+        if described is None:
+            return model
+        linear = plain_head(model)
+        with linear.weight.device:
+            head = head_from_spec(described["spec"])
+        head._adopt(linear)
+        _keep_function_wide(head)
+        prefix = next(name for name, module in model.named_modules() if module is linear) + "."
+        own = set(head.state_dict()) - {"weight", "bias"}
+        if only_unexpected(info, {prefix + key for key in own}):
+            drop_report()
     found = {key: value for key, value in _tensors(path, prefix, options) if key in own}
     if missing := sorted(own - found.keys()):
         raise ValueError(f"{path}: its config.json names a head of uncork, and its weights lack {', '.join(missing)}")

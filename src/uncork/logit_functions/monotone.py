@@ -185,8 +185,8 @@ class _TanhNetwork(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, t, w, r, t0, w0, r0 = ctx.saved_tensors
+    def backward(ctx, saved, grad):  # type: ignore[no-untyped-def]
+        x, t, w, r, t0, w0, r0 = saved
         slope = torch.ones_like(x)
         sums = torch.zeros(3, t.numel(), dtype=torch.float64, device=x.device)
         for u in range(t.numel()):

@@ -246,20 +246,23 @@ def _histogram(index: Tensor, weight: Tensor, size: int) -> Tensor:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates an autograd.Function's backward: a second derivative raises, where torch would silently make it 0.
+    """Decorates an autograd.Function's backward(ctx, saved, *upstream): a second derivative raises.
 
-    torch's once_differentiable looks at the upstream gradient alone, which is a constant in `loss.backward()`.
+    torch would silently leave it out: its once_differentiable looks at the upstream gradient alone, which is a constant
+    in `loss.backward()`. The node that raises comes after all that the gradient depends on, so that no way to ask for a
+    second derivative passes it by. saved: ctx.saved_tensors, the inputs among them.
     """
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: a checkpoint (torch.utils.checkpoint) gives them once
         with torch.no_grad():
-            grads: tuple[Tensor | None, ...] = backward(ctx, *upstream)
+            grads: tuple[Tensor | None, ...] = backward(ctx, saved, *upstream)
         if not torch.is_grad_enabled():  # no create_graph
             return grads
-        real = [g.detach().requires_grad_() for g in grads if g is not None]
-        made: Any = torch._C._functions.DelayedError(_SECOND, len(real))(*real)
-        refused = iter((made,) if isinstance(made, Tensor) else made)
+        made = [g for g in grads if g is not None]
+        sources = [t for t in (*saved, *upstream) if t is not None and t.requires_grad]
+        refused = iter(torch._C._functions.DelayedError(_SECOND, len(made) + len(sources))(*made, *sources))
         return tuple(None if g is None else next(refused) for g in grads)
 
     return wrapped
@@ -279,8 +282,8 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, *rest = ctx.saved_tensors
+    def backward(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, *rest = saved
         tables = tuple(rest)
         located = ctx.operation.locate(x, tables)
         grad_x = grad * ctx.operation.derivative(x, tables, located) if ctx.needs_input_grad[0] else None

@@ -182,8 +182,8 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ce, square, ce_factor, lse_factor, *inputs = ctx.saved_tensors[: 4 + len(ctx.needs)]
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        ce, square, ce_factor, lse_factor, *inputs = saved[: 4 + len(ctx.needs)]
         made, ctx.made = ctx.made, None
         if made is None:  # an earlier backward has returned the gradients: they are computed again
             x, weight, bias, prior_logits, *parameters = inputs
@@ -246,9 +246,9 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
-        inputs = ctx.saved_tensors[: len(needs)]
+        inputs = saved[: len(needs)]
         x, weight, bias, prior_logits, *parameters = inputs
         call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
         with without_autocast(call.input.device):

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from uncork.lab.data.sources import SPLITS, Source, expanded, find_source
 from uncork.lab.data.splits import read_splits, shared_lines
-from uncork.lab.data.text import PIECE_BYTES, Text, each
+from uncork.lab.data.text import PIECE_BYTES, Text, cut_at_lines, each
 from uncork.lab.data.tokenization import BYTE_VALUES, BPETokenizer, Tokenizer, WordTokenizer
 from uncork.lab.data.words import UNK, Style, count_words, lines_of, normalize, number_words
 from uncork.lab.errors import LabError
 from uncork.lab.run.files import commit, os_errors
-from uncork.lab.run.progress import announce
+from uncork.lab.run.progress import Meter, announce
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +128,15 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, int, int
     >>> encode_text(tokenizer, "The war.")
     (tensor([2, 3, 0, 1]), 4, 9)
     """
-    text = normalize(text, tokenizer.style)
-    ids = tokenizer.encode(text)
-    words = len(ids) if isinstance(tokenizer, WordTokenizer) else count_words(text, tokenizer.style)
-    return torch.tensor(ids, dtype=torch.int64), words, len(text.encode())
+    data, meter = text.encode(), Meter("splitting into words")
+    ids, words, size, seen = [torch.empty(0, dtype=torch.int64)], 0, 0, 0
+    for piece in cut_at_lines(data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)):
+        meter(seen, len(data))
+        part = normalize(piece.decode(), tokenizer.style)
+        ids.append(torch.tensor(tokenizer.encode(part), dtype=torch.int64))
+        words += len(ids[-1]) if isinstance(tokenizer, WordTokenizer) else count_words(part, tokenizer.style)
+        size, seen = size + len(part.encode()), seen + len(piece)
+    return torch.cat(ids), words, size
 
 
 class Recipe(NamedTuple):
