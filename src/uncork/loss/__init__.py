@@ -9,7 +9,7 @@ support the call raises: there is no silent fallback.
 from torch import Tensor, nn
 
 from uncork.loss.call import build_call
-from uncork.loss.implementations import choose
+from uncork.loss.operator import implementation
 from uncork.loss.reduction import TokenStatistics, answer_statistics, check_reduction, reduce_loss
 
 __all__ = [
@@ -102,7 +102,7 @@ def linear_cross_entropy(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
     )
-    return reduce_loss(choose(impl, call), call, leading, token_weight, reduction, z_loss)
+    return reduce_loss(implementation(impl, call), call, leading, token_weight, reduction, z_loss)
 
 
 def mixture_cross_entropy(
@@ -157,7 +157,7 @@ def mixture_cross_entropy(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
     )
-    return reduce_loss(choose(impl, call), call, leading, token_weight, reduction, 0.0)
+    return reduce_loss(implementation(impl, call), call, leading, token_weight, reduction, 0.0)
 
 
 def token_statistics(
@@ -197,7 +197,7 @@ def token_statistics(
         memory_budget=memory_budget,
         details=True,
     )
-    return answer_statistics(choose(impl, call), call, leading)
+    return answer_statistics(implementation(impl, call), call, leading)
 
 
 def mixture_token_statistics(
@@ -231,7 +231,7 @@ def mixture_token_statistics(
         memory_budget=memory_budget,
         details=True,
     )
-    return answer_statistics(choose(impl, call), call, leading)
+    return answer_statistics(implementation(impl, call), call, leading)
 
 
 def _given(prior_logits: Tensor | None) -> Tensor:
