@@ -2,7 +2,8 @@
 
 Four functions and their contracts. `uncork.loss.implementations` lists what can compute them: `impl=None` takes the
 fastest implementation that supports the call, and warns once if the compiled one is missing; under torch.func's
-transforms (vmap, grad, jacrev, jvp, hessian) it takes "reference". An implementation asked for by name that does not
+transforms (vmap, grad, jacrev, jvp, hessian) it takes "reference". In a graph of torch.compile or torch.export stands one
+operator, which chooses so when it runs (`uncork.loss.operator`). An implementation asked for by name that does not
 support the call raises: there is no silent fallback.
 """
 

@@ -115,14 +115,20 @@ def check_number(name: str, value: object, kind: type = Real) -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that F.linear would compute in under the autocast in force, if any."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside; some devices (meta) have none to switch off."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+def _has_autocast(device: torch.device) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.6 cannot trace the query
+        return device.type != "meta"
+    return torch.amp.is_autocast_available(device.type)
 
 
 def _checked_matrix(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.library import CustomOpDef
 
 from uncork.logit_functions.base import LogitFunction, table_dtype
 from uncork.logit_functions.operations import OPERATIONS, Operation, first_order
@@ -89,7 +90,7 @@ class _Tabled(LogitFunction, registered=False):
 
 
 class _Arguments(NamedTuple):
-    """A `Call` in the types of torch's schemas. of_target: kept, c, class weights; uniform: the smoothing's part."""
+    """A `Call` in the types of torch's schemas."""
 
     input: Tensor
     weight: Tensor
@@ -131,7 +132,7 @@ class _Arguments(NamedTuple):
             word_weight,
             smoothing,
             operations_text(function) or "",
-            all([f.increasing for f in modules if isinstance(f, LogitFunction)]),
+            all(f.increasing for f in modules if isinstance(f, LogitFunction)),
             call.details,
             call.chunk_size,
             call.memory_budget,
@@ -174,7 +175,7 @@ _SCHEMA = (
 _COUNT = len(_Arguments._fields)
 
 
-def _operator(name: str, more: str) -> Callable[..., Any]:
+def _operator(name: str, more: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     return torch.library.custom_op(f"uncork::{name}", mutates_args=(), schema=f"({_SCHEMA}{more}) -> Tensor[]")
 
 
@@ -248,8 +249,7 @@ def _linear_cross_entropy(*arguments: Any) -> list[Tensor]:
     return [total, ce, square, *_returned(made, index, given)]
 
 
-@_linear_cross_entropy.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _shape_of_loss(*arguments: Any) -> list[Tensor]:
     given, needs = _Arguments(*arguments[:_COUNT]), arguments[-1]
     dtype, tokens = loss_dtype(given.input), given.input.shape[0]
     total, ce, square = (given.input.new_empty(shape, dtype=dtype) for shape in ((), (tokens,), (tokens,)))
@@ -274,6 +274,7 @@ def _scale_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]
     return _answer(_cast([grad * g for g in made], ctx.dtypes, _asked(ctx)), *factors, None)
 
 
+_linear_cross_entropy.register_fake(_shape_of_loss)
 _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
@@ -294,8 +295,7 @@ def _token_statistics(*arguments: Any) -> list[Tensor]:
     return [x.new_zeros(given.input.shape[0]).index_copy_(0, index, x) for x in found]
 
 
-@_token_statistics.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _shape_of_statistics(*arguments: Any) -> list[Tensor]:
     given = _Arguments(*arguments)
     dtype = loss_dtype(given.input)
     dtypes = [dtype] * (1 + (given.target is not None)) + [dtype, torch.int64] * given.details
@@ -318,8 +318,7 @@ def _token_statistics_backward(*arguments: Any) -> list[Tensor]:
     return _returned(made, index, given)
 
 
-@_token_statistics_backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _shape_of_gradients(*arguments: Any) -> list[Tensor]:
     return _shaped(_Arguments(*arguments[:_COUNT]), arguments[-1])
 
 
@@ -337,8 +336,8 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 @first_order
 def _recompute(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
-    *first, target, kept, hit, word_weight = ctx.saved_tensors
-    given = _Arguments(*first[:4], list(first[4:]), target, kept, hit, word_weight, *ctx.rest)
+    saved = ctx.saved_tensors
+    given = _Arguments(*saved[:4], list(saved[4:-4]), *saved[-4:], *ctx.rest)
     grad_lse, *others = upstream
     grad_ce = others.pop(0) if ctx.has_target else None
     grad_entropy = others[0] if given.details else None
@@ -347,6 +346,8 @@ def _recompute(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     return _answer(_cast(made, ctx.dtypes, asked))
 
 
+_token_statistics.register_fake(_shape_of_statistics)
+_token_statistics_backward.register_fake(_shape_of_gradients)
 _token_statistics.register_autograd(_recompute, setup_context=_keep_inputs)
 
 
