@@ -2,9 +2,9 @@
 
 Four functions and their contracts. `uncork.loss.implementations` lists what can compute them: `impl=None` takes the
 fastest implementation that supports the call, and warns once if the compiled one is missing; under torch.func's
-transforms (vmap, grad, jacrev, jvp, hessian) it takes "reference". In a graph of torch.compile or torch.export stands one
-operator, which chooses so when it runs (`uncork.loss.operator`). An implementation asked for by name that does not
-support the call raises: there is no silent fallback.
+transforms (vmap, grad, jacrev, jvp, hessian) it takes "reference". An implementation asked for by name that does not
+support the call raises: there is no silent fallback. In a graph of torch.compile or torch.export the loss is one
+operator, which chooses likewise when it runs (`uncork.loss.operator`).
 """
 
 from torch import Tensor, nn

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.library import CustomOpDef
 
 from uncork.logit_functions.base import LogitFunction, table_dtype
 from uncork.logit_functions.operations import OPERATIONS, Operation, first_order
@@ -175,7 +174,7 @@ _SCHEMA = (
 _COUNT = len(_Arguments._fields)
 
 
-def _operator(name: str, more: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def _operator(name: str, more: str) -> Callable[[Callable[..., Any]], Any]:
     return torch.library.custom_op(f"uncork::{name}", mutates_args=(), schema=f"({_SCHEMA}{more}) -> Tensor[]")
 
 
@@ -265,13 +264,19 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 
 @first_order
-def _scale_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
-    grad = upstream[0]
+def _scaled(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients to inputs and tables, then to the two factors."""
     if grad is None:
-        return _answer([None] * len(ctx.dtypes), None, None, None)
+        return (None,) * (len(ctx.dtypes) + 2)
     ce, square, *made = ctx.saved_tensors
-    factors = [grad * x if ask else None for x, ask in zip((ce, square), ctx.needs_input_grad[_COUNT:], strict=False)]
-    return _answer(_cast([grad * g for g in made], ctx.dtypes, _asked(ctx)), *factors, None)
+    ask_ce, ask_square, _ = ctx.needs_input_grad[_COUNT:]
+    factors = grad * ce if ask_ce else None, grad * square if ask_square else None
+    return (*_cast([grad * g for g in made], ctx.dtypes, _asked(ctx)), *factors)
+
+
+def _scale_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    *grads, grad_ce_factor, grad_lse_factor = _scaled(ctx, upstream[0])
+    return _answer(grads, grad_ce_factor, grad_lse_factor, None)
 
 
 _linear_cross_entropy.register_fake(_shape_of_loss)
@@ -335,15 +340,19 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 
 @first_order
-def _recompute(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+def _computed_again(ctx: Any, grad_lse: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    given = _Arguments(*saved[:4], list(saved[4:-4]), *saved[-4:], *ctx.rest)
-    grad_lse, *others = upstream
+    parts: list[Any] = [*saved[:4], list(saved[4:-4]), *saved[-4:], *ctx.rest]
+    given, others = _Arguments(*parts), list(upstream)
     grad_ce = others.pop(0) if ctx.has_target else None
     grad_entropy = others[0] if given.details else None
     asked = _asked(ctx)
     made = _token_statistics_backward(*given, grad_ce, grad_lse, grad_entropy, asked)
-    return _answer(_cast(made, ctx.dtypes, asked))
+    return tuple(_cast(made, ctx.dtypes, asked))
+
+
+def _recompute(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    return _answer(_computed_again(ctx, *upstream))
 
 
 _token_statistics.register_fake(_shape_of_statistics)
