@@ -234,23 +234,3 @@ def test_what_serves_a_meta_call(make_problem):
     assert implementations.title(call) == "torch"
     with pytest.raises(ValueError, match='impl="native" cannot serve this call: it works on the CPU, not on meta'):
         implementations.choose("native", call)
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's own
-@pytest.mark.parametrize("name", ["none", "softcap", "plif", "monotone-relu", "module", "monotone-tanh"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(name, reduction, make_problem):
-    """One graph where the function is made of primitives; a user's module breaks it, and keeps its gradients."""
-    problem = make_problem(name)
-    by_autograd = name in ("module", "monotone-tanh")
-    torch._dynamo.reset()
-
-    def loss():
-        return problem.loss(None, reduction=reduction)
-
-    upstream = torch.randn_like(loss())
-    wanted = torch.autograd.grad(problem.loss("reference", reduction=reduction), problem.operands(), upstream)
-    one_graph = not by_autograd and not torch.__version__.startswith("2.6.")  # which cannot trace dataclasses.replace
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=one_graph)
-    for _ in range(2):
-        torch.testing.assert_close(torch.autograd.grad(compiled(), problem.operands(), upstream), wanted)

@@ -191,7 +191,7 @@ class Head(SelfDescribing, ABC):
         reason = self._seen_by()
         if not reason:
             return self(input, self._scores)
-        if type(self).forward is not Head.forward or "forward" in vars(self):
+        if type(self).forward is not Head.forward or "forward" in self.__dict__:
             return Head.forward(self, input, self._scores)
         found: list[Tensor] = []
 

@@ -71,7 +71,7 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
     """
     if type(head).forward is not forward:
         return f"{type(head).__name__} overrides forward"
-    if "forward" in vars(head):
+    if "forward" in head.__dict__:
         return "the head's forward was replaced"
     function = cast("nn.Module | None", head.logit_function)
     for kind, hook in _local(head):
@@ -87,7 +87,7 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
 def on_module(module: nn.Module) -> str:
     """Which hook or replaced forward of a module may see or change its input or output, in words; empty if none."""
     for name in ("forward", "_old_forward"):  # accelerate's hooks replace a forward and keep the one that they found
-        forward = vars(module).get(name)
+        forward = module.__dict__.get(name)
         own = getattr(forward, "__func__", None) is type(module).forward
         if forward is not None and not own and not _only_looks(forward):
             return _named("replaced forward", forward)
@@ -101,7 +101,7 @@ def function_changed_by(function: nn.Module) -> str:
     Fused paths do not call the function, so they may be used only if there is none.
     """
     for module in function.modules():
-        if "forward" in vars(module):
+        if "forward" in module.__dict__:
             return f"the forward of {type(module).__name__} in logit_function was replaced"
         for kind, hook in _local(module):
             return f"{_named(kind, hook)} stands on {type(module).__name__} in logit_function"
@@ -133,7 +133,7 @@ def check_plain(linear: object) -> nn.Linear:
             "than its weight and bias: merge the adapter (or dequantise, or unwrap) first, or copy the effective "
             "weight into a new nn.Linear"
         )
-    if "forward" in vars(linear):
+    if "forward" in linear.__dict__:
         raise ValueError(
             "linear: expected a plain nn.Linear, got one whose forward was replaced: take that back first, or copy the "
             "effective weight into a new nn.Linear"

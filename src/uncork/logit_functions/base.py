@@ -63,8 +63,10 @@ class LogitFunction(nn.Module, ABC):
     start_options: ClassVar[frozenset[str]] = frozenset()
     """Options that say where the parameters start or whether they train, and do not decide f given their values."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not registered:
+            return
         # torch.nn.utils.parametrize and fully_shard give a module a subclass of its class, made by type(), whose
         # __module__ is then the metaclass's. It is the same function: not registered, and `spec` names its parent.
         if cls.__module__ == ABC.__module__ and not _DEFINITION & vars(cls).keys():

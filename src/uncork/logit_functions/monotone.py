@@ -1,13 +1,14 @@
 """The monotone network: one hidden layer with positive weights."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from uncork.functional import monotone_tanh, sech2, tanh
-from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, checked_scores, positive, positive_int, table_dtype
-from uncork.logit_functions.operations import Operation, PiecewiseLinear, first_order, function_transforms, total
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, table_dtype
+from uncork.logit_functions.operations import Operation, PiecewiseLinear, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 
 __all__ = ["MonotoneNetwork"]
@@ -29,8 +30,7 @@ class MonotoneNetwork(LogitFunction):
 
         f(z) = (z - g_0(z)) + g(z),    g(z) = sum_u w_u tanh(r_u (z - t_u)),    w_u, r_u > 0
 
-    where g_0 is g at the start, of slope at most 0.52. It costs U passes over the scores, and only autograd computes
-    its gradients: it is not made of the kernels' primitives.
+    where g_0 is g at the start, of slope at most 0.52. It costs U passes over the scores, and has no native kernel.
 
     Either starts as the identity to the bit, or at random (`init="random"`: weights scattered by `spread`).
 
@@ -102,11 +102,7 @@ class MonotoneNetwork(LogitFunction):
 
     def transform(self, scores: Tensor) -> Tensor:
         if self.units == "tanh":
-            units = tuple(t.to(scores.device) for t in self._tanh_units(scores.dtype))
-            if function_transforms():
-                t, w, r, t0, w0, r0 = units
-                return scores + (monotone_tanh(scores, t, w, r) - monotone_tanh(scores, t0, w0, r0))
-            return _TanhNetwork.apply(scores, *units)
+            return super().transform(scores)
         # z + r(z) is inf - inf at z = inf.
         return torch.where(scores == torch.inf, scores, super().transform(scores))
 
@@ -119,27 +115,17 @@ class MonotoneNetwork(LogitFunction):
         rates = rates0 * self.raw_rates.to(dtype).exp()
         return self.thresholds.to(dtype), weights, rates, start, weights0, rates0
 
-    def derivative(self, scores: Tensor) -> Tensor:
-        if self.units == "relu":
-            return super().derivative(scores)
-        x = checked_scores(scores)
-        t, w, r, t0, w0, r0 = (p.to(x.device) for p in self._tanh_units(x.dtype))
-        slope = torch.ones_like(x)
-        for u in range(self.num_units):
-            slope = slope + (w[u] * r[u] * sech2(r[u] * (x - t[u])) - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u])))
-        return slope
-
     def _inverse(self, logits: Tensor) -> Tensor:
         if self.units == "tanh":
             return super()._inverse(logits)
         return piecewise_inverse(logits, *(t.to(logits.device) for t in self.tables(logits.dtype)))
 
-    def operations(self) -> tuple[Operation, ...] | None:
-        return (PiecewiseLinear(),) if self.units == "relu" else None
+    def operations(self) -> tuple[Operation, ...]:
+        return (PiecewiseLinear() if self.units == "relu" else TanhUnits(),)
 
     def tables(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, ...]:
         if self.units == "tanh":
-            return ()
+            return self._tanh_units(dtype)
         thresholds, order = self.thresholds.sort()
         wide = thresholds.dtype
         right = excess_slope(self.raw_right.to(wide))[order] / self.num_units
@@ -172,29 +158,40 @@ def _sum_after(x: Tensor) -> Tensor:
     return torch.cat([x.flip(0).cumsum(0).flip(0), torch.zeros_like(x[:1])])
 
 
-class _TanhNetwork(torch.autograd.Function):
-    """z + g(z) - g_0(z), unit by unit in both directions: nothing of size N x V x U is ever kept."""
+@dataclass(frozen=True)
+class TanhUnits(Operation):
+    """y = x + g(x) - g_0(x), g = sum_u w_u tanh(r_u (x - t_u)). Tables: t, w, r of g, then of g_0, of shape (U,) each.
 
-    @staticmethod
-    def forward(ctx, x, t, w, r, t0, w0, r0):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, t, w, r, t0, w0, r0)
+    Unit by unit in both directions: nothing of size N x V x U is ever kept. g_0 is a constant and gets no gradient.
+    """
+
+    num_tables: ClassVar[int] = 6
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
+        t, w, r, t0, w0, r0 = tables
+        if function_transforms():
+            return x + (monotone_tanh(x, t, w, r) - monotone_tanh(x, t0, w0, r0))
         y = torch.zeros_like(x)
         for u in range(t.numel()):
             y += w[u] * tanh(r[u] * (x - t[u])) - w0[u] * tanh(r0[u] * (x - t0[u]))
         return y.add_(x)
 
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, grad):  # type: ignore[no-untyped-def]
-        x, t, w, r, t0, w0, r0 = saved
+    def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
+        t, w, r, t0, w0, r0 = tables
         slope = torch.ones_like(x)
-        sums = torch.zeros(3, t.numel(), dtype=torch.float64, device=x.device)
+        for u in range(t.numel()):
+            slope += w[u] * r[u] * sech2(r[u] * (x - t[u])) - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u]))
+        return slope
+
+    def table_gradients(
+        self, x: Tensor, grad: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        t, w, r, *_ = tables
+        sums = torch.zeros(3, t.numel(), dtype=table_dtype(x.device), device=x.device)
         for u in range(t.numel()):
             distance = x - t[u]
-            bend = sech2(r[u] * distance)
-            slope += w[u] * r[u] * bend - w0[u] * r0[u] * sech2(r0[u] * (x - t0[u]))
-            grad_unit = grad * bend
+            grad_unit = grad * sech2(r[u] * distance)
             sums[0, u] = -w[u] * r[u] * total(grad_unit)
             sums[1, u] = total(grad * tanh(r[u] * distance))
             sums[2, u] = w[u] * total(grad_unit * distance)
-        return (grad * slope, *sums.to(t.dtype), None, None, None)
+        return (*sums, *torch.zeros_like(sums))

@@ -61,10 +61,21 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not recorded()
 
 
+OPERATIONS: dict[str, type["Operation"]] = {}
+"""This package's operations by name."""
+
+
 class Operation(ABC):
     """One elementwise primitive y = f(x; tables)."""
 
     num_tables: ClassVar[int]
+    settings: ClassVar[tuple[str, ...]] = ()
+    """The constructor's arguments, which are plain numbers, truth values or None."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(f"{__package__}."):
+            OPERATIONS[cls.__name__] = cls
 
     def locate(self, x: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the three methods below share (the pieces, say), for callers to keep and pass on; most share nothing."""
@@ -114,6 +125,7 @@ class Tanh(Operation):
 
     symmetric: bool = False
     num_tables: ClassVar[int] = 1
+    settings: ClassVar = ("symmetric",)
 
     def _cap(self, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
         lower, upper = tables[0]
@@ -197,6 +209,7 @@ class PiecewiseLinear(Operation):
 
     bound: float | None = None
     num_tables: ClassVar[int] = 3
+    settings: ClassVar = ("bound",)
 
     def locate(self, x: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Every element's piece (int64; NaN goes to an end piece, its value stays NaN) and its distance to the knot."""
@@ -262,6 +275,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
             return grads
         made = [g for g in grads if g is not None]
         sources = [t for t in (*saved, *upstream) if t is not None and t.requires_grad]
+        sources = sources or [torch.zeros((), requires_grad=True)]  # of an operator that does not keep its inputs
         refused = iter(torch._C._functions.DelayedError(_SECOND, len(made) + len(sources))(*made, *sources))
         return tuple(None if g is None else next(refused) for g in grads)
 

@@ -3,13 +3,14 @@
 Four functions and their contracts. `uncork.loss.implementations` lists what can compute them: `impl=None` takes the
 fastest implementation that supports the call, and warns once if the compiled one is missing; under torch.func's
 transforms (vmap, grad, jacrev, jvp, hessian) it takes "reference". An implementation asked for by name that does not
-support the call raises: there is no silent fallback.
+support the call raises: there is no silent fallback. In a graph of torch.compile or torch.export the loss is one
+operator, which chooses likewise when it runs (`uncork.loss.operator`).
 """
 
 from torch import Tensor, nn
 
 from uncork.loss.call import build_call
-from uncork.loss.implementations import choose
+from uncork.loss.operator import implementation
 from uncork.loss.reduction import TokenStatistics, answer_statistics, check_reduction, reduce_loss
 
 __all__ = [
@@ -102,7 +103,7 @@ def linear_cross_entropy(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
     )
-    return reduce_loss(choose(impl, call), call, leading, token_weight, reduction, z_loss)
+    return reduce_loss(implementation(impl, call), call, leading, token_weight, reduction, z_loss)
 
 
 def mixture_cross_entropy(
@@ -157,7 +158,7 @@ def mixture_cross_entropy(
         chunk_size=chunk_size,
         memory_budget=memory_budget,
     )
-    return reduce_loss(choose(impl, call), call, leading, token_weight, reduction, 0.0)
+    return reduce_loss(implementation(impl, call), call, leading, token_weight, reduction, 0.0)
 
 
 def token_statistics(
@@ -197,7 +198,7 @@ def token_statistics(
         memory_budget=memory_budget,
         details=True,
     )
-    return answer_statistics(choose(impl, call), call, leading)
+    return answer_statistics(implementation(impl, call), call, leading)
 
 
 def mixture_token_statistics(
@@ -231,7 +232,7 @@ def mixture_token_statistics(
         memory_budget=memory_budget,
         details=True,
     )
-    return answer_statistics(choose(impl, call), call, leading)
+    return answer_statistics(implementation(impl, call), call, leading)
 
 
 def _given(prior_logits: Tensor | None) -> Tensor:

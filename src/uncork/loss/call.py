@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -23,6 +23,11 @@ class Statistics(NamedTuple):
     argmax: Tensor | None
 
 
+def loss_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of scores, function, softmax and loss of an input."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Call:
     """Flattened arguments. N tokens, D features, K components, V vocabulary."""
@@ -41,7 +46,7 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of scores, function, softmax and loss."""
-        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+        return loss_dtype(self.input)
 
     @property
     def tokens(self) -> int:
@@ -110,14 +115,20 @@ def check_number(name: str, value: object, kind: type = Real) -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that F.linear would compute in under the autocast in force, if any."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside; some devices (meta) have none to switch off."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+def _has_autocast(device: torch.device) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.6 cannot trace the query
+        return device.type != "meta"
+    return torch.amp.is_autocast_available(device.type)
 
 
 def _checked_matrix(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str) -> None:
@@ -165,14 +176,18 @@ def _checked_target(
     # In int64: a short integer dtype would wrap V or ignore_index around.
     flat = target.reshape(-1).long()
     if readable(flat):
-        wrong = ((flat < 0) | (flat >= vocab_size)) & (flat != ignore_index)
-        if bool(wrong.any()):
-            where = int(wrong.int().argmax())
-            raise IndexError(
-                f"target: expected classes in [0, {vocab_size}) or ignore_index {ignore_index}, "
-                f"got {int(flat[where])} at position {where}"
-            )
+        check_classes(flat, flat != ignore_index, vocab_size, f" or ignore_index {ignore_index}")
     return flat
+
+
+def check_classes(target: Tensor, kept: Tensor, vocab_size: int, other: str = "") -> None:
+    """Raises an IndexError unless the targets (N,) that count are in [0, V); other: what else may be there."""
+    wrong = ((target < 0) | (target >= vocab_size)) & kept
+    if bool(wrong.any()):
+        where = int(wrong.int().argmax())
+        raise IndexError(
+            f"target: expected classes in [0, {vocab_size}){other}, got {int(target[where])} at position {where}"
+        )
 
 
 def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -244,25 +259,25 @@ def build_call(
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)
     flat = input.reshape(-1, *input.shape[-2:]) if mixture else input.reshape(-1, features)
+    prepared: Target | None = None
+    if target is not None:
+        dtype = loss_dtype(input)
+        rows = _checked_target(_tensor("target", target), leading, vocab_size, ignore_index, input.device)
+        class_weight = _checked_weight(weight, vocab_size, dtype, input.device)
+        if rows.is_floating_point():
+            prepared = ProbabilityTarget.build(rows, class_weight, label_smoothing, dtype)
+        else:
+            like = torch.empty((), dtype=dtype, device=input.device)
+            prepared = IndexTarget.build(rows, ignore_index, class_weight, label_smoothing, vocab_size, like)
     call = Call(
         flat,
         linear_weight,
         linear_bias,
         prior_logits,
         logit_function,
-        None,
+        prepared,
         details,
         chunk_size,
         memory_budget,
     )
-    if target is None:
-        return call, leading
-    rows = _checked_target(_tensor("target", target), leading, vocab_size, ignore_index, input.device)
-    class_weight = _checked_weight(weight, vocab_size, call.dtype, input.device)
-    prepared: Target
-    if rows.is_floating_point():
-        prepared = ProbabilityTarget.build(rows, class_weight, label_smoothing, call.dtype)
-    else:
-        like = torch.empty((), dtype=call.dtype, device=input.device)
-        prepared = IndexTarget.build(rows, ignore_index, class_weight, label_smoothing, vocab_size, like)
-    return replace(call, target=prepared), leading
+    return call, leading

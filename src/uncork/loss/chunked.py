@@ -22,7 +22,7 @@ from uncork.loss.tile import TileResult, Tiles, Upstream
 
 
 @dataclass
-class _Gradients:
+class Gradients:
     """Gradients of one call, in the loss's dtype or better; None where none is asked for."""
 
     input: Tensor | None
@@ -68,7 +68,7 @@ class Walk(Generic[T]):
     def statistics(self, span: slice) -> TileResult:
         return self.tiles.statistics(self.scores(self.rows(span)), span)
 
-    def gradients(self) -> _Gradients:
+    def gradients(self) -> Gradients:
         """Memory for the gradients: zeros; not filled for input and prior, of which each chunk writes its own rows."""
         call = self.call
 
@@ -76,7 +76,7 @@ class Walk(Generic[T]):
             return make(tensor.shape, dtype=call.dtype, device=tensor.device) if tensor is not None and need else None
 
         need_input, need_weight, need_bias, need_prior, *need_parameters = self.needs
-        return _Gradients(
+        return Gradients(
             of(call.input, need_input, torch.empty),
             of(call.weight, need_weight, torch.zeros),
             of(call.bias, need_bias, torch.zeros),
@@ -87,7 +87,7 @@ class Walk(Generic[T]):
             ],
         )
 
-    def add_gradients(self, into: _Gradients, span: slice, upstream: Upstream) -> TileResult:
+    def add_gradients(self, into: Gradients, span: slice, upstream: Upstream) -> TileResult:
         """Adds a chunk's gradients; returns its statistics."""
         x = self.rows(span)
         result = self.tiles.gradient(self.scores(x), span, upstream)
@@ -131,7 +131,8 @@ def _join(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return torch.cat([like[:0], *parts])  # type: ignore[list-item]
 
 
-def _forward_statistics(walk: Walk[Tiles]) -> Statistics:
+def forward_statistics(walk: Walk[Tiles]) -> Statistics:
+    """The statistics of a call, per token."""
     call = walk.call
     results = [walk.statistics(span) for span in walk.spans()]
     empty = torch.zeros(0, dtype=call.dtype, device=call.input.device)
@@ -144,6 +145,19 @@ def _forward_statistics(walk: Walk[Tiles]) -> Statistics:
         for name, like in (("entropy", empty), ("argmax", empty.long()))
     )
     return Statistics(ce, lse, entropy, argmax)
+
+
+def backward_statistics(
+    walk: Walk[Tiles], grad_ce: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None
+) -> Gradients:
+    """The gradients of the statistics, from upstream gradients per token."""
+    into, target = walk.gradients(), walk.call.target
+    if target is not None and grad_ce is not None:
+        grad_ce = torch.where(target.kept, grad_ce, 0)
+    for span in walk.spans():
+        own = [None if g is None else g[span] for g in (grad_ce, grad_lse, grad_entropy)]
+        walk.add_gradients(into, span, Upstream(own[0], own[1], None, own[2]))
+    return into
 
 
 def _cast(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -173,12 +187,11 @@ class _WeightedSum(torch.autograd.Function):
         # needs_input_grad is True under no_grad too.
         ctx.needs = [grad_mode and need for need in ctx.needs_input_grad[5:]]
         ctx.tiles = tiles
-        ce, square, ctx.made = _weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
+        total, ce, square, ctx.made = weighted(call, tiles, ctx.needs, ce_factor, lse_factor, inputs[4:])
         empty = call.input.new_empty(0)
         ctx.call = replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         ctx.save_for_backward(ce, square, ce_factor, lse_factor, *inputs, *_given(call))
-        total = (ce_factor.detach() * ce).sum()
-        return total if lse_factor is None else total + (lse_factor.detach() * square).sum()
+        return total
 
     @staticmethod
     @first_order
@@ -189,7 +202,7 @@ class _WeightedSum(torch.autograd.Function):
             x, weight, bias, prior_logits, *parameters = inputs
             call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
             with without_autocast(x.device):
-                *_, made = _weighted(call, ctx.tiles, ctx.needs, ce_factor, lse_factor, parameters)
+                *_, made = weighted(call, ctx.tiles, ctx.needs, ce_factor, lse_factor, parameters)
         grads = made.in_order()
         if not _is_one(grad):
             grads = [None if g is None else g.mul_(grad) for g in grads]
@@ -203,15 +216,15 @@ def _is_one(grad: Tensor) -> bool:
     return readable(grad) and bool(grad == 1)
 
 
-def _weighted(
+def weighted(
     call: Call,
     tiles: type[Tiles],
     needs: Sequence[bool],
     ce_factor: Tensor,
     lse_factor: Tensor | None,
     parameters: Sequence[Any],
-) -> tuple[Tensor, Tensor, _Gradients]:
-    """CE_n, lse_n^2 and the gradients of their weighted sum."""
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """sum_n a_n CE_n + b_n lse_n^2, CE_n, lse_n^2, and the gradients of the sum."""
     walk = Walk(call, tiles, parameters, needs)
     into = walk.gradients()
     empty = ce_factor.new_zeros(0, dtype=call.dtype)
@@ -226,7 +239,11 @@ def _weighted(
         ce.append(result.cross_entropy)
         lse.append(result.lse)
     assert call.target is not None
-    return torch.cat(ce), torch.where(call.target.kept, torch.cat(lse), 0).square(), into
+    each, square = torch.cat(ce), torch.where(call.target.kept, torch.cat(lse), 0).square()
+    total = (ce_factor.detach() * each).sum()
+    if lse_factor is not None:
+        total = total + (lse_factor.detach() * square).sum()
+    return total, each, square, into
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -239,7 +256,7 @@ class _TokenStatistics(torch.autograd.Function):
         ctx.tiles, ctx.call = tiles, replace(call, input=empty, weight=empty, bias=None, prior_logits=None)
         ctx.save_for_backward(*inputs, *_given(call))
         ctx.set_materialize_grads(False)
-        result = _forward_statistics(Walk(call, tiles, inputs[4:]))  # type: ignore[arg-type]
+        result = forward_statistics(Walk(call, tiles, inputs[4:]))  # type: ignore[arg-type]
         if result.argmax is not None:
             ctx.mark_non_differentiable(result.argmax)
         return tuple(result)
@@ -252,14 +269,7 @@ class _TokenStatistics(torch.autograd.Function):
         x, weight, bias, prior_logits, *parameters = inputs
         call = replace(ctx.call, input=x, weight=weight, bias=bias, prior_logits=prior_logits)
         with without_autocast(call.input.device):
-            walk = Walk(call, ctx.tiles, parameters, needs)
-            into = walk.gradients()
-            grad_ce, grad_lse, grad_entropy, _ = grads
-            if call.target is not None and grad_ce is not None:
-                grad_ce = torch.where(call.target.kept, grad_ce, 0)
-            for span in walk.spans():
-                own = [None if g is None else g[span] for g in (grad_ce, grad_lse, grad_entropy)]
-                walk.add_gradients(into, span, Upstream(own[0], own[1], None, own[2]))
+            into = backward_statistics(Walk(call, ctx.tiles, parameters, needs), *grads[:3])
         return (None, None, *_cast(into.in_order(), inputs))
 
 
@@ -274,7 +284,7 @@ def _applied(function: type[torch.autograd.Function], call: Call) -> Callable[..
     return torch.compiler.disable(function.apply)
 
 
-def _kept(call: Call) -> Tensor | None:
+def kept_tokens(call: Call) -> Tensor | None:
     """The indices of the tokens that are not ignored; None for all. Read on a CPU only: a GPU would synchronise."""
     target = call.target
     if target is None or not readable(target.kept) or bool(target.kept.all()):
@@ -282,7 +292,8 @@ def _kept(call: Call) -> Tensor | None:
     return target.kept.nonzero().squeeze(1)
 
 
-def _select(call: Call, index: Tensor) -> Call:
+def select(call: Call, index: Tensor) -> Call:
+    """The call of some of its tokens."""
     assert call.target is not None
     prior = None if call.prior_logits is None else call.prior_logits.index_select(0, index)
     rows = call.input.index_select(0, index)
@@ -312,8 +323,8 @@ class Chunked(Implementation):
 
         Without details, a CPU skips ignored tokens; their logsumexp is then 0.
         """
-        if not call.details and (index := _kept(call)) is not None:
-            ce, lse, *_ = self.statistics(_select(call, index))
+        if not call.details and (index := kept_tokens(call)) is not None:
+            ce, lse, *_ = self.statistics(select(call, index))
             assert ce is not None
             nothing = ce.new_zeros(call.tokens)
             return Statistics(nothing.index_copy(0, index, ce), nothing.index_copy(0, index, lse), None, None)
@@ -323,8 +334,8 @@ class Chunked(Implementation):
 
     def weighted_sum(self, call: Call, ce_factor: Tensor, lse_factor: Tensor | None) -> Tensor:
         """sum_n ce_factor_n CE_n + lse_factor_n lse_n^2; a CPU skips ignored tokens."""
-        if (index := _kept(call)) is not None:
-            call, ce_factor = _select(call, index), ce_factor[index]
+        if (index := kept_tokens(call)) is not None:
+            call, ce_factor = select(call, index), ce_factor[index]
             lse_factor = None if lse_factor is None else lse_factor[index]
         call = replace(call, module_state=module_state(call.function))
         factors = (torch.is_grad_enabled(), ce_factor, lse_factor)
