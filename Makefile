@@ -113,6 +113,7 @@ examples: $(READY) ## run the examples at their full size: ten minutes on 2 core
 	$(BIN)/python examples/recommender.py
 	$(BIN)/python examples/classifier.py
 	$(BIN)/python examples/finetune_trainer.py --out-dir runs/finetuned
+	$(BIN)/jupyter-execute examples/bottleneck.ipynb
 
 # Built from the sdist, whose bytes and the wheel's depend on the commit alone. auditwheel says which Linux the wheel fits.
 dist: ## the sdist and the wheel for this kind of Linux machine, in dist/
