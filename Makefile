@@ -106,13 +106,14 @@ docs: $(READY) ## write the tables of README and docs from results/, check links
 	$(BIN)/python docs/build.py
 
 site: $(READY) ## the documentation site, in build/site
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
 
 examples: $(READY) ## run the examples at their full size: ten minutes on 2 cores
 	for output in plain softmax mos; do $(BIN)/python examples/train_gpt.py --output $$output || exit; done
 	$(BIN)/python examples/recommender.py
 	$(BIN)/python examples/classifier.py
 	$(BIN)/python examples/finetune_trainer.py --out-dir runs/finetuned
+	OMP_NUM_THREADS=1 $(BIN)/jupyter-execute examples/bottleneck.ipynb
 
 # Built from the sdist, whose bytes and the wheel's depend on the commit alone. auditwheel says which Linux the wheel fits.
 dist: ## the sdist and the wheel for this kind of Linux machine, in dist/

@@ -124,6 +124,7 @@ def main() -> int:
                 wrong.append(f"{page.relative_to(ROOT)}: its tables are not those of results/; run `make docs`")
             else:
                 page.write_text(text, encoding="utf-8")
+    for page in [*PAGES, *sorted((ROOT / "examples").glob("*.ipynb"))]:
         wrong += [f"dead link in {link}" for link in dead_links(page)]
     print("\n".join(wrong) or "docs: tables and links are right")
     return 1 if wrong else 0

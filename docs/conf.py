@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -12,7 +14,7 @@ import uncork
 
 project, version = "uncork", uncork.__version__
 copyright, release = "The uncork maintainers", version
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["build.py", "keep.py"]
 html_theme, html_title = "furo", f"uncork {version}"
 html_theme_options = {"navigation_with_keys": True}
@@ -22,6 +24,10 @@ html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
 myst_heading_anchors = 3
+
+# The notebook of examples/ is a page too, copied since Sphinx follows links, and run by the build.
+shutil.copy2(Path(__file__).parents[1] / "examples" / "bottleneck.ipynb", Path(__file__).parent)
+nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 300
 
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -36,6 +42,7 @@ _FUNCTION = re.compile(r"(<mi>(?:exp|log|max|min|tanh)</mi>)(?=<(?!mo\b))")
 def _page(app: Sphinx, name: str, source: list[str]) -> None:
     """Pages link to files of the repository that are not pages: they are named instead. Fenced math is a directive."""
     source[0] = source[0].replace("```math", "```{math}")
+    source[0] = re.sub(r"\]\(\.\./(?:docs/|examples/(?=\w+\.ipynb))", "](", source[0])  # from and to the notebook
     out = re.escape("../" * (name.count("/") + 1))
     outside = re.compile(rf"\[([^\]]+)\]\({out}([^)#]+)[^)]*\)")
     source[0] = outside.sub(lambda m: m[1] if m[1].strip("`") == m[2] else f"{m[1]} (`{m[2]}`)", source[0])
