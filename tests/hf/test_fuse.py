@@ -305,10 +305,6 @@ def test_other_sizes_of_the_vocabulary(name):
         each.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     ids = batch()["input_ids"]
     assert torch.equal(fused(ids).logits, model(ids).logits)
-    if name == "softcap":
-        with pytest.raises(RuntimeError, match=r"replaced since.*resize_token_embeddings.*put it on again"):
-            fused(**batch())
-        fuse_loss(unfuse_loss(fused))
     assert_same(fused, model, batch(VOCAB + 8))
     assert fused(**batch()).logits.shape[-1] == VOCAB + 8
 

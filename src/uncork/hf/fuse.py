@@ -19,7 +19,7 @@ from uncork.hf.fusion import (
     start_recording,
     stop_recording,
 )
-from uncork.hf.methods import FusedForward
+from uncork.hf.methods import FusedForward, Resize
 from uncork.hf.record import NotRecordable
 from uncork.logit_functions import LogitFunction
 
@@ -56,7 +56,7 @@ def plain_head(model: Any) -> nn.Linear:
 
 def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
     """Puts a fusion under a model, and reads the function of its logits. The model is as it was if that fails."""
-    replaced = {"forward": FusedForward(model), "_loss_function": fusion.loss}
+    replaced = {"forward": FusedForward(model), "_loss_function": fusion.loss, Resize.name: Resize(model)}
     fusion.inner = {name: vars(model).get(name) for name in replaced}
     start_recording(head, fusion)
     object.__setattr__(model, KEY, fusion)
