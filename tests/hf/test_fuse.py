@@ -128,6 +128,15 @@ def test_positions_to_keep():
     assert fused(**last).logits.shape == (2, 3, VOCAB)
 
 
+def test_labels_of_other_positions_than_those_kept_are_said():
+    _, fused = pair()
+    with pytest.raises(ValueError, match=r"labels: expected .* the \(2, 3\) logits, got \(2, 7\); with logits_to_keep"):
+        fused(**batch(), logits_to_keep=3)
+    inputs = batch()
+    with pytest.raises(ValueError, match=r"shift_labels: expected .* the \(2, 7\) logits, got \(2, 6\)"):
+        fused(**inputs, shift_labels=inputs["labels"][:, 1:])
+
+
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):

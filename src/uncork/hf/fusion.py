@@ -154,6 +154,12 @@ class Fusion:
         if vocab_size is not None and vocab_size != record.shape[-1]:
             raise ValueError(f"vocab_size: expected the {record.shape[-1]} words of the logits, got {vocab_size}")
         target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        if target.numel() != record.hidden.shape[:-1].numel():
+            given = "labels" if shift_labels is None else "shift_labels"
+            raise ValueError(
+                f"{given}: expected one for each of the {tuple(record.hidden.shape[:-1])} logits, got "
+                f"{tuple(target.shape)}; with logits_to_keep, give shift_labels of the positions that are kept"
+            )
         target = target.reshape(record.hidden.shape[:-1]).to(record.hidden.device)
         total = self.cross_entropy(
             record, target, ignore_index=ignore_index, reduction="mean" if num_items_in_batch is None else "sum"
