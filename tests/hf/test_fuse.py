@@ -8,13 +8,30 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import uncork
 from tests.hf.small import NEWEST, VOCAB, batch, build
 from tests.hf.walk import difference, gradients
-from uncork.hf import NotRecordable, fuse_loss, read_logit_function, unfuse_loss
+from uncork.hf import (
+    NotRecordable,
+    attach_head,
+    detach_head,
+    fuse_loss,
+    merge_head,
+    read_logit_function,
+    unfuse_loss,
+    verify,
+)
 
 # With and without a function of the logits, a bias, and a weight that the embedding shares.
 MODELS = {
@@ -265,6 +282,10 @@ def test_what_cannot_be_fused_is_said():
         (AutoModelForSequenceClassification.from_config(model.config), "get_output_embeddings.. is None"),
         (
             build("T5GemmaForConditionalGeneration"),
+            r"causal \(decoder-only\) language model, got T5GemmaForConditionalGeneration, an encoder-decoder",
+        ),
+        (
+            BertForMaskedLM(build("BertLMHeadModel").config),
             "loss_function: expected transformers' ForCausalLMLoss, got ForMasked",
         ),
         (build("DoryForCausalLM"), "output layer: expected an nn.Linear itself, got .*DoryLMHead"),
@@ -279,6 +300,41 @@ def test_what_cannot_be_fused_is_said():
     with pytest.raises(TypeError, match=r"expected an nn.Linear itself, got .*Other"):
         fuse_loss(model)
     assert type(model.lm_head) is Other
+
+
+@pytest.mark.parametrize(
+    "take", [fuse_loss, unfuse_loss, read_logit_function, detach_head, merge_head, verify,
+             lambda model: attach_head(model, "plif")],
+)  # fmt: skip
+def test_what_is_no_model_is_said(take):
+    class Around(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            setattr(self, name, MODELS["plain"]())
+
+    for bad, match in (
+        ("a/folder", "expected a transformers PreTrainedModel, got 'a/folder': load it with from_pretrained"),
+        (PreTrainedModel, "expected a transformers PreTrainedModel, got the class PreTrainedModel itself"),
+        (None, "expected a transformers PreTrainedModel, got NoneType$"),
+        (Around("model"), r"got Around \(give its model\)"),
+        (Around("module"), r"got Around \(give its module\)"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            take(bad)
+
+
+@pytest.mark.parametrize("take", [fuse_loss, read_logit_function, lambda model: attach_head(model, "plif")])
+def test_an_encoder_decoder_is_said_before_it_is_run(take):
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(TypeError, match=r"expected a causal \(decoder-only\) .*got T5ForConditionalGeneration"):
+        take(T5ForConditionalGeneration(T5Config(**sizes)))
+
+
+def test_a_head_in_place_of_its_name_is_said():
+    with pytest.raises(
+        TypeError, match=r"name: expected the name of a head, one of softmax.*, got LinearHead: the head"
+    ):
+        attach_head(MODELS["plain"](), uncork.build_head("plif", 16, VOCAB))
 
 
 def test_a_model_that_does_not_run_on_token_ids_is_said():

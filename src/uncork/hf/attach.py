@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from uncork.heads import Head, LinearHead
 from uncork.heads.build import head_from_spec
-from uncork.heads.spec import HeadSpec
+from uncork.heads.spec import HEAD_NAMES, HeadSpec
 from uncork.hf.fuse import (
     fuse_loss,
     install,
@@ -72,6 +72,11 @@ def attach_head(
     >>> torch.equal(attach_head(model, "plif")(ids).logits, before), model.lm_head.logit_function.num_pieces
     (True, 100)
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name: expected the name of a head, one of {', '.join(HEAD_NAMES)}, got {type(name).__name__}: the head "
+            "is built here, over the model's own weight; give its options as keywords"
+        )
     if compose not in _COMPOSE:
         raise ValueError(f"compose: expected one of {', '.join(_COMPOSE)}, got {compose!r}")
     if not is_fused(model):

@@ -33,6 +33,8 @@ def plain_head(model: Any) -> nn.Linear:
     name = type(require_model(model)).__name__
     if is_fused(model):
         raise TypeError("model: expected one without a fused loss or an attached head, got one that has it already")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"model: expected a causal (decoder-only) language model, got {name}, an encoder-decoder")
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(
