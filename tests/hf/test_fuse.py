@@ -8,13 +8,30 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import uncork
 from tests.hf.small import NEWEST, VOCAB, batch, build
 from tests.hf.walk import difference, gradients
-from uncork.hf import NotRecordable, fuse_loss, read_logit_function, unfuse_loss
+from uncork.hf import (
+    NotRecordable,
+    attach_head,
+    detach_head,
+    fuse_loss,
+    merge_head,
+    read_logit_function,
+    unfuse_loss,
+    verify,
+)
 
 # With and without a function of the logits, a bias, and a weight that the embedding shares.
 MODELS = {
@@ -126,6 +143,15 @@ def test_positions_to_keep():
     last = inputs | {"logits_to_keep": 3, "shift_labels": shift_labels[:, -3:].contiguous()}
     assert_same(fused, model, last)
     assert fused(**last).logits.shape == (2, 3, VOCAB)
+
+
+def test_labels_of_other_positions_than_those_kept_are_said():
+    _, fused = pair()
+    with pytest.raises(ValueError, match=r"labels: expected .* the \(2, 3\) logits, got \(2, 7\); with logits_to_keep"):
+        fused(**batch(), logits_to_keep=3)
+    inputs = batch()
+    with pytest.raises(ValueError, match=r"shift_labels: expected .* the \(2, 7\) logits, got \(2, 6\)"):
+        fused(**inputs, shift_labels=inputs["labels"][:, 1:])
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -256,6 +282,10 @@ def test_what_cannot_be_fused_is_said():
         (AutoModelForSequenceClassification.from_config(model.config), "get_output_embeddings.. is None"),
         (
             build("T5GemmaForConditionalGeneration"),
+            r"causal \(decoder-only\) language model, got T5GemmaForConditionalGeneration, an encoder-decoder",
+        ),
+        (
+            BertForMaskedLM(build("BertLMHeadModel").config),
             "loss_function: expected transformers' ForCausalLMLoss, got ForMasked",
         ),
         (build("DoryForCausalLM"), "output layer: expected an nn.Linear itself, got .*DoryLMHead"),
@@ -270,6 +300,41 @@ def test_what_cannot_be_fused_is_said():
     with pytest.raises(TypeError, match=r"expected an nn.Linear itself, got .*Other"):
         fuse_loss(model)
     assert type(model.lm_head) is Other
+
+
+@pytest.mark.parametrize(
+    "take", [fuse_loss, unfuse_loss, read_logit_function, detach_head, merge_head, verify,
+             lambda model: attach_head(model, "plif")],
+)  # fmt: skip
+def test_what_is_no_model_is_said(take):
+    class Around(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            setattr(self, name, MODELS["plain"]())
+
+    for bad, match in (
+        ("a/folder", "expected a transformers PreTrainedModel, got 'a/folder': load it with from_pretrained"),
+        (PreTrainedModel, "expected a transformers PreTrainedModel, got the class PreTrainedModel itself"),
+        (None, "expected a transformers PreTrainedModel, got NoneType$"),
+        (Around("model"), r"got Around \(give its model\)"),
+        (Around("module"), r"got Around \(give its module\)"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            take(bad)
+
+
+@pytest.mark.parametrize("take", [fuse_loss, read_logit_function, lambda model: attach_head(model, "plif")])
+def test_an_encoder_decoder_is_said_before_it_is_run(take):
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(TypeError, match=r"expected a causal \(decoder-only\) .*got T5ForConditionalGeneration"):
+        take(T5ForConditionalGeneration(T5Config(**sizes)))
+
+
+def test_a_head_in_place_of_its_name_is_said():
+    with pytest.raises(
+        TypeError, match=r"name: expected the name of a head, one of softmax.*, got LinearHead: the head"
+    ):
+        attach_head(MODELS["plain"](), uncork.build_head("plif", 16, VOCAB))
 
 
 def test_a_model_that_does_not_run_on_token_ids_is_said():
@@ -305,10 +370,6 @@ def test_other_sizes_of_the_vocabulary(name):
         each.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     ids = batch()["input_ids"]
     assert torch.equal(fused(ids).logits, model(ids).logits)
-    if name == "softcap":
-        with pytest.raises(RuntimeError, match=r"replaced since.*resize_token_embeddings.*put it on again"):
-            fused(**batch())
-        fuse_loss(unfuse_loss(fused))
     assert_same(fused, model, batch(VOCAB + 8))
     assert fused(**batch()).logits.shape[-1] == VOCAB + 8
 

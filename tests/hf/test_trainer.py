@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import uncork
 from tests.hf.small import NEWEST, VOCAB, build
 from tests.hf.test_fuse import fused_calls
-from uncork.hf import LazyLogits, fuse_loss
+from uncork.hf import LazyLogits, attach_head, fuse_loss
 
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainingArguments
@@ -163,6 +164,35 @@ def test_evaluation_and_checkpoints_between_steps(tmp_path):
         assert measured(found, *ALL) == pytest.approx(measured(own, *ALL), rel=1e-4)
     loaded = type(model).from_pretrained(tmp_path / "fused" / "checkpoint-3")
     torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight, rtol=1e-4, atol=1e-5)
+
+
+class WithoutDecay(Trainer):
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if "logit_function" not in name]
+
+
+@pytest.mark.parametrize("recipe", ["groups", "method", "none"])
+def test_decay_of_a_learned_function(recipe, tmp_path):
+    """What docs/huggingface.md says of weight_decay: without one of the two recipes it reaches the slopes."""
+    model = attach_head(build("LlamaForCausalLM"), "plif")
+    slopes = model.lm_head.logit_function.raw_slopes
+    args = TrainingArguments(
+        str(tmp_path), weight_decay=0.1, learning_rate=0.05, max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    options = {"data_collator": padded, "train_dataset": rows()}
+    if recipe == "groups":
+        groups = uncork.parameter_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay)
+        training = Trainer(model, args, optimizers=(torch.optim.AdamW(groups), None), **options)
+    else:
+        training = (WithoutDecay if recipe == "method" else Trainer)(model, args, **options)
+    before = slopes.detach().clone()
+    training.train()
+    assert not torch.equal(slopes, before)
+    decay = {id(p): group["weight_decay"] for group in training.optimizer.param_groups for p in group["params"]}
+    assert decay[id(slopes)] == (0.1 if recipe == "none" else 0.0)
+    assert decay[id(model.model.layers[0].self_attn.q_proj.weight)] == 0.1
+    assert decay.keys() == {id(p) for p in model.parameters()}
 
 
 @pytest.mark.filterwarnings("ignore")  # trl's own

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from uncork.heads import Head, LinearHead
 from uncork.heads.build import head_from_spec
-from uncork.heads.spec import HeadSpec
+from uncork.heads.spec import HEAD_NAMES, HeadSpec
 from uncork.hf.fuse import (
     fuse_loss,
     install,
@@ -24,13 +24,12 @@ from uncork.hf.fuse import (
     require_outermost,
     unfuse_loss,
 )
-from uncork.hf.fusion import Fusion, fusion_of, is_fused
+from uncork.hf.fusion import CONFIG_FIELD, Fusion, fusion_of, is_fused, require_model
+from uncork.hf.methods import plain_layer
 from uncork.hf.record import Step
 from uncork.hf.report import held_report, only_unexpected
 from uncork.logit_functions import Compose, Identity, LogitFunction, Scale, Softcap
 
-CONFIG_FIELD = "uncork_head"
-"""The field of config.json that says which head the saved weights are for."""
 _ABOUT = (
     "Trained with an output layer of uncork. uncork.hf.from_pretrained loads it. Plain transformers loads the body and "
     "the projection alone and reports the head's other tensors as unexpected: its logits are then those of a plain "
@@ -74,6 +73,11 @@ def attach_head(
     >>> torch.equal(attach_head(model, "plif")(ids).logits, before), model.lm_head.logit_function.num_pieces
     (True, 100)
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name: expected the name of a head, one of {', '.join(HEAD_NAMES)}, got {type(name).__name__}: the head "
+            "is built here, over the model's own weight; give its options as keywords"
+        )
     if compose not in _COMPOSE:
         raise ValueError(f"compose: expected one of {', '.join(_COMPOSE)}, got {compose!r}")
     if not is_fused(model):
@@ -105,9 +109,7 @@ def detach_head(model: PreTrainedModel) -> PreTrainedModel:
     fusion = _attached(model)
     require_outermost(model)
     remove(model)
-    head, plain = fusion.head, cast(nn.Linear, fusion.plain)
-    plain.weight, plain.bias = cast(Any, head.weight), cast(Any, head.bias)
-    model.set_output_embeddings(plain)
+    model.set_output_embeddings(plain_layer(fusion))
     vars(model.config).pop(CONFIG_FIELD, None)
     return model
 
@@ -257,7 +259,7 @@ def _install(model: PreTrainedModel, linear: nn.Linear, head: Head, steps: tuple
 
 
 def _attached(model: PreTrainedModel) -> Fusion:
-    fusion = fusion_of(model) if is_fused(model) else None
+    fusion = fusion_of(model) if is_fused(require_model(model)) else None
     if fusion is None or not fusion.owns_function:
         raise TypeError("model: expected one with an attached head; attach_head first")
     return fusion

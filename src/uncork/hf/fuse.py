@@ -1,8 +1,5 @@
 """Puts the fused loss under a transformers model, through its two public seams: its head, and its loss function."""
 
-import functools
-import inspect
-import types
 from typing import Any, cast
 
 import torch
@@ -12,8 +9,17 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from uncork.heads import hooks
-from uncork.hf import trl
-from uncork.hf.fusion import KEY, Fusion, RecordingLinear, fusion_of, is_fused, recording_class, recording_subclass
+from uncork.hf.fusion import (
+    KEY,
+    Fusion,
+    fusion_of,
+    is_fused,
+    recording_subclass,
+    require_model,
+    start_recording,
+    stop_recording,
+)
+from uncork.hf.methods import FusedForward, Resize
 from uncork.hf.record import NotRecordable
 from uncork.logit_functions import LogitFunction
 
@@ -24,14 +30,17 @@ def plain_head(model: Any) -> nn.Linear:
     Raises:
         TypeError: the model is no transformers model, is fused already, or has another output layer or a hook on it.
     """
-    if not isinstance(model, PreTrainedModel):
-        wrapped = " (of PEFT? give its get_base_model())" if hasattr(model, "get_base_model") else ""
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{wrapped}")
+    name = type(require_model(model)).__name__
     if is_fused(model):
         raise TypeError("model: expected one without a fused loss or an attached head, got one that has it already")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"model: expected a causal (decoder-only) language model, got {name}, an encoder-decoder")
     head = model.get_output_embeddings()
     if head is None:
-        raise TypeError(f"model: expected an output layer, and {type(model).__name__}.get_output_embeddings() is None")
+        raise TypeError(
+            "model: expected a causal language model (as AutoModelForCausalLM loads it), with an output layer, and "
+            f"{name}.get_output_embeddings() is None"
+        )
     # fully_shard puts a class of its own before the module's.
     kinds = [c for c in type(head).__mro__ if not c.__module__.startswith("torch.distributed.")]
     if kinds[0] is not nn.Linear and not (isinstance(head, nn.Linear) and kinds[0].__name__ == "FSDPLinear"):
@@ -49,32 +58,12 @@ def plain_head(model: Any) -> nn.Linear:
 
 def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
     """Puts a fusion under a model, and reads the function of its logits. The model is as it was if that fails."""
-    signature = inspect.signature(model.forward)
-    position = list(signature.parameters).index("labels") if "labels" in signature.parameters else None
-    if position is None:
-        raise TypeError(f"model: expected a forward with labels, got {type(model).__name__}.forward{signature}")
-
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mine: Fusion = getattr(self, KEY)
-        if kwargs.pop(trl.ASKED, False):
-            return trl.fused_output(mine, self, args, kwargs)
-        labels = kwargs.get("labels", args[position] if len(args) > position else None)
-        if labels is None and not mine.owns_function:
-            return mine.run(self, args, kwargs)
-        return mine.finish(mine.recorded(self, args, kwargs), lazily=labels is not None)
-
-    forward.fusing = True  # type: ignore[attr-defined]
-    fusion.inner = vars(model).get("forward")
-    fusion.inner_loss = vars(model).get("_loss_function")
-    fusion.head_class = type(head)
-    object.__setattr__(head, KEY, fusion)
+    replaced = {"forward": FusedForward(model), "_loss_function": fusion.loss, Resize.name: Resize(model)}
+    fusion.inner = {name: vars(model).get(name) for name in replaced}
+    start_recording(head, fusion)
     object.__setattr__(model, KEY, fusion)
-    head.__class__ = recording_class(head)
-    if "_old_forward" in vars(head):  # accelerate's hooks call what they found there
-        head._old_forward = types.MethodType(RecordingLinear.forward, head)  # type: ignore[assignment]
-    model.forward = types.MethodType(forward, model)
-    model.loss_function = fusion.loss
+    for name, value in replaced.items():
+        setattr(model, name, value)
     try:
         probe(model, fusion)
     except BaseException:
@@ -85,13 +74,9 @@ def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
 def remove(model: PreTrainedModel) -> None:
     """Takes a fusion from a model."""
     fusion = fusion_of(model)
-    head = fusion.head
-    head.__class__ = fusion.head_class
-    if "_old_forward" in vars(head):
-        head._old_forward = types.MethodType(type(head).forward, head)  # type: ignore[assignment]
-    for module in (head, model):
-        delattr(module, KEY)
-    for name, value in (("forward", fusion.inner), ("_loss_function", fusion.inner_loss)):
+    stop_recording(fusion)
+    delattr(model, KEY)
+    for name, value in fusion.inner.items():
         if value is None:
             vars(model).pop(name, None)
         else:
@@ -189,8 +174,7 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
 
 def require_outermost(model: PreTrainedModel) -> None:
     """Raises RuntimeError if somebody has replaced the model's forward or its head's class since it was fused."""
-    forward = getattr(vars(model).get("forward"), "__func__", None)
-    if not getattr(forward, "fusing", False):
+    if not isinstance(vars(model).get("forward"), FusedForward):
         raise RuntimeError("model.forward was replaced since the loss was fused: take that back first")
     fusion = fusion_of(model)
     if type(fusion.head) not in (fusion.head_class, recording_subclass(fusion.head_class)):

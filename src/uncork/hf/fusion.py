@@ -4,12 +4,15 @@ Shapes in comments: B batch, T time, D features, V vocabulary.
 """
 
 import functools
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from uncork.heads import Head, hooks
@@ -22,10 +25,21 @@ from uncork.loss.call import autocast_dtype
 _SAMPLE = 64  # tokens
 KEY = "_uncork"
 """The attribute of a fused model and of its head that holds their Fusion."""
+CONFIG_FIELD = "uncork_head"
+"""The field of config.json that says which head the saved weights are for."""
 
 
 class Recording:
     """Mixed into a head's class: while the model's forward records, a call gives a stand-in for the logits."""
+
+    _stands_for: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the class that it stands for, since its own is made anew in every process."""
+        found = super().__reduce_ex__(max(protocol, 2))
+        if type(self) is not recording_subclass(cast(Any, self._stands_for)):
+            return found  # a class that somebody has put before ours
+        return (_new_recording, (self._stands_for,), *found[2:])
 
     def __call__(self, input: Tensor, answer: Any = None) -> Any:
         call = super().__call__  # type: ignore[misc]
@@ -58,7 +72,32 @@ def recording_subclass(base: type) -> type:
     """The recording class that stands for a class of modules."""
     ours = RecordingLinear if issubclass(base, nn.Linear) else Recording
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (ours, base) if ours is Recording or base is not nn.Linear else (ours,), names)
+    bases = (ours, base) if ours is Recording or base is not nn.Linear else (ours,)
+    return type(base.__name__, bases, {**names, "_stands_for": base})
+
+
+def _new_recording(base: type) -> Any:
+    """An empty instance of the recording class that stands for a class, for pickle and copy."""
+    kind: Any = recording_subclass(cast(Any, base))
+    return kind.__new__(kind)
+
+
+def start_recording(head: nn.Module, fusion: "Fusion") -> None:
+    """Makes a head the one that a fusion records."""
+    fusion.head, fusion.head_class = head, type(head)
+    object.__setattr__(head, KEY, fusion)
+    head.__class__ = recording_class(head)
+    if "_old_forward" in vars(head):  # accelerate's hooks call what they found there
+        head._old_forward = types.MethodType(RecordingLinear.forward, head)  # type: ignore[assignment]
+
+
+def stop_recording(fusion: "Fusion") -> None:
+    """Gives the head its class back."""
+    head = fusion.head
+    head.__class__ = fusion.head_class
+    if "_old_forward" in vars(head):
+        head._old_forward = types.MethodType(type(head).forward, head)  # type: ignore[assignment]
+    delattr(head, KEY)
 
 
 class Fusion:
@@ -79,9 +118,9 @@ class Fusion:
         self.sample: Tensor | None = None  # of the last loss's hidden states, where a callback asks for it
         self.seen: tuple[tuple[Step, ...], bool] | None = None  # of the first loss: steps, whether words are cut off
         self.plain: nn.Linear | None = None  # the model's own output layer, where the head replaces it
-        self.inner: Any = None  # the forward, loss function and class of the head that were there before
-        self.inner_loss: Any = None
-        self.head_class: type = type(head)
+        self.inner: dict[str, Any] = {}  # what the model had of its own under the names that are replaced
+        self.head_class: type = type(head)  # before it was a recording one
+        self.layers = 1  # how many output layers it has had, of other sizes
 
     @property
     def own_head(self) -> Head | None:
@@ -115,6 +154,12 @@ class Fusion:
         if vocab_size is not None and vocab_size != record.shape[-1]:
             raise ValueError(f"vocab_size: expected the {record.shape[-1]} words of the logits, got {vocab_size}")
         target = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        if target.numel() != record.hidden.shape[:-1].numel():
+            given = "labels" if shift_labels is None else "shift_labels"
+            raise ValueError(
+                f"{given}: expected one for each of the {tuple(record.hidden.shape[:-1])} logits, got "
+                f"{tuple(target.shape)}; with logits_to_keep, give shift_labels of the positions that are kept"
+            )
         target = target.reshape(record.hidden.shape[:-1]).to(record.hidden.device)
         total = self.cross_entropy(
             record, target, ignore_index=ignore_index, reduction="mean" if num_items_in_batch is None else "sum"
@@ -169,10 +214,10 @@ class Fusion:
         with torch.no_grad():
             return self.statistics(record, None).argmax
 
-    def version(self) -> int:
-        """Changes whenever the head's weight is written; 0 for one made under inference_mode, which has no count."""
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the head's weight is written or replaced; one made under inference_mode has no count."""
         weight = cast(Tensor, self.head.weight)
-        return 0 if weight.is_inference() else weight._version
+        return self.layers, 0 if weight.is_inference() else weight._version
 
     def function_of(self, record: Record) -> LogitFunction | None:
         """The logit function that the model's forward applied."""
@@ -189,15 +234,20 @@ class Fusion:
 
     def run(self, model: Any, args: Any, kwargs: Any) -> Any:
         """The model's own forward."""
-        return type(model).forward(model, *args, **kwargs) if self.inner is None else self.inner(*args, **kwargs)
+        inner = self.inner.get("forward")
+        return type(model).forward(model, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+
+    def require_head(self, model: Any) -> None:
+        """Raises RuntimeError if the model has another output layer than the one that was fused."""
+        if model.get_output_embeddings() is not self.head:
+            raise RuntimeError(
+                "the model's output layer was replaced since its loss was fused (by set_output_embeddings?): "
+                "take the fused loss or the head back, and put it on again"
+            )
 
     def recorded(self, model: Any, args: Any, kwargs: Any) -> Any:
         """The outputs of the model's own forward, with a stand-in for the logits."""
-        if model.get_output_embeddings() is not self.head:
-            raise RuntimeError(
-                "the model's output layer was replaced since its loss was fused (by resize_token_embeddings?): "
-                "take the fused loss or the head back, and put it on again"
-            )
+        self.require_head(model)
         self.recording = True
         try:
             return self.run(model, args, kwargs)
@@ -234,16 +284,29 @@ def shifted(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
+def require_model(model: object) -> PreTrainedModel:
+    """Returns its argument if it is a transformers model; raises TypeError with what to give instead."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(model, str | Path):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {model!r}: load it with from_pretrained")
+    if isinstance(model, type):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got the class {model.__name__} itself")
+    hint = " (of PEFT? give its get_base_model())" if hasattr(model, "get_base_model") else ""
+    for name in ("model", "module", "_orig_mod"):  # of a pipeline or a Trainer, of DDP, of torch.compile
+        if not hint and isinstance(getattr(model, name, None), PreTrainedModel):
+            hint = f" (give its {name})"
+    raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
+
+
 def fusion_of(model: nn.Module) -> Fusion:
     """What `fuse_loss` or `attach_head` put there. Raises TypeError if nothing did."""
-    found = vars(model).get(KEY)
-    if not isinstance(found, Fusion):
-        raise TypeError(
-            f"model: expected one with a fused loss, got a plain {type(model).__name__}; call fuse_loss first"
-        )
-    return found
+    if not is_fused(model):
+        name = type(require_model(model)).__name__
+        raise TypeError(f"model: expected one with a fused loss, got a plain {name}; call fuse_loss first")
+    return cast(Fusion, vars(model)[KEY])
 
 
-def is_fused(model: nn.Module) -> bool:
+def is_fused(model: object) -> bool:
     """Whether `fuse_loss` or `attach_head` has been called on it."""
-    return KEY in vars(model)
+    return isinstance(getattr(model, "__dict__", {}).get(KEY), Fusion)

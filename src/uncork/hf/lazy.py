@@ -28,7 +28,7 @@ _SELECTING = {"__getitem__", "view", "reshape", "flatten", "split", "squeeze", "
 class _Moment:
     """How the model's forward ran: the version of the head's weight, whether with a graph, and under which autocast."""
 
-    version: int
+    version: tuple[int, int]
     graph: bool
     autocast: torch.dtype | None
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from uncork.heads import hooks
 from uncork.hf.attach import from_pretrained
-from uncork.hf.fusion import KEY, Fusion
+from uncork.hf.fusion import KEY, Fusion, require_model
 from uncork.hf.load import quiet
 from uncork.hf.proof.checks import Labelled, check_forward, check_generation, check_given, compare_logits, logits_of
 from uncork.hf.proof.drive import Drive, NotDriven, untouched
@@ -114,10 +114,7 @@ def verify(
 
 
 def _head_of(model: Any) -> tuple[nn.Module, Fusion | None]:
-    if not isinstance(model, PreTrainedModel):
-        wrapped = " (of PEFT? give its get_base_model())" if hasattr(model, "get_base_model") else ""
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{wrapped}")
-    fusion = vars(model).get(KEY)
+    fusion = vars(require_model(model)).get(KEY)
     head = model.get_output_embeddings() if fusion is None else fusion.head
     if not isinstance(getattr(head, "weight", None), Tensor):
         raise TypeError(f"model: expected an output layer with a weight, got {type(head).__name__}")
