@@ -25,7 +25,7 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "html_image"]
 myst_heading_anchors = 3
 
-# The notebook of examples/ is a page too, copied since Sphinx follows links, and run by the build.
+# The notebook of examples/ is a page too; Sphinx follows links, so it is copied. The build runs it: it has no outputs.
 shutil.copy2(Path(__file__).parents[1] / "examples" / "bottleneck.ipynb", Path(__file__).parent)
 nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 300
 
