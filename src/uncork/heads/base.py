@@ -82,10 +82,21 @@ class Head(SelfDescribing, ABC):
         self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
         self.bias = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
         self.logit_function = logit_function
-        reach = 1 / math.sqrt(projected)  # nn.Linear's start
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as nn.Linear does, and writes `head_spec`: the start that the constructor makes.
+
+        As everywhere in torch, submodules (a mixture's latent and prior, a function with parameters) have their own, so
+        what builds on meta, `to_empty()` and then `reset_parameters()` of every module that has one (FSDP2's recipe)
+        gives a head at its start. What was put on top of the start is not drawn again: the parameters of `from_linear`,
+        a fit of `PLIF.from_function`, the prior of `bias_init`, which `uncork.heads.start_at_unigram` sets anew.
+        """
+        reach = 1 / math.sqrt(self._projected)
         nn.init.uniform_(self.weight, -reach, reach)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -reach, reach)
+        self._write_definition()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP1 puts flat pieces of one dimension there: their shape is checked when they are used.
