@@ -93,12 +93,27 @@ def expect(logits: torch.Tensor, answer: str) -> tuple[torch.Tensor, ...]:
     return (log_prob if answer == "log_prob" else log_prob.argmax(-1),)
 
 
+def unpacking(module, args):
+    (input,) = args
+    return (2 * input,)
+
+
+# What torch documents that a forward pre-hook may return; the last leaves out the keywords that it was given.
+BEFORE = {
+    "before": (lambda module, args: (2 * args[0], *args[1:]), False),
+    "before, input": (lambda module, args: 2 * args[0], False),
+    "before, tuple": (unpacking, False),
+    "before, keywords": (lambda module, args, kwargs: ((2 * args[0],), kwargs), True),
+    "before, no keywords": (lambda module, args, kwargs: ((2 * args[0],), {}), True),
+}
+
+
 def hooked(head: uncork.Head, hook: str) -> str:
     """Registers the hook; returns what to expect of a fused implementation."""
     if hook == "mask":
         head.register_forward_hook(mask)
-    elif hook == "before":
-        head.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    elif hook in BEFORE:
+        head.register_forward_pre_hook(BEFORE[hook][0], with_kwargs=BEFORE[hook][1])
     elif hook == "function":
         if head.logit_function is None:
             head.logit_function = uncork.Identity()
@@ -113,11 +128,11 @@ def hooked(head: uncork.Head, hook: str) -> str:
     elif hook == "latent" and hasattr(head, "latent"):
         head.latent.register_forward_hook(lambda module, args, output: 0.5 * output)
         head.prior.register_forward_hook(lambda module, args, output: 2 * output)
-    return "fused" if hook in ("none", "before", "latent") else "refused"
+    return "refused" if hook in ("mask", "function", "before function", "part", "before, no keywords") else "fused"
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("hook", ["none", "mask", "before", "function", "before function", "part", "latent"])
+@pytest.mark.parametrize("hook", ["none", "mask", *BEFORE, "function", "before function", "part", "latent"])
 @pytest.mark.parametrize("name", ["softmax", "temperature", "softcap", "monotone", "plif", "mos", "mop", "moc"])
 def test_every_answer_is_that_of_the_logits(name, hook, grad):
     head = scattered(name)
@@ -141,7 +156,7 @@ def test_every_answer_is_that_of_the_logits(name, hook, grad):
         assert not head.implementation().startswith("reference")
 
 
-@pytest.mark.parametrize("hook", ["none", "mask", "before", "function"])
+@pytest.mark.parametrize("hook", ["none", "mask", *BEFORE, "function"])
 @pytest.mark.parametrize("name", ["softmax", "plif", "mop", "moc"])
 def test_gradients_are_those_of_the_logits(name, hook):
     head = scattered(name)
@@ -159,15 +174,47 @@ def test_gradients_are_those_of_the_logits(name, hook):
 
 
 @pytest.mark.parametrize("name", ["plif", "mos", "moc"])
-@pytest.mark.parametrize("hook", ["none", "mask", "before"])
+@pytest.mark.parametrize("hook", ["none", "mask", *BEFORE])
 def test_scores_are_what_stands_before_the_function(name, hook):
     head = scattered(name)
     h = torch.randn(N, D, dtype=torch.float64)
-    expected = head.scores(2 * h if hook == "before" else h)
+    expected = head.scores(2 * h if hook in BEFORE else h)
     hooked(head, hook)
+    if hook == "before, no keywords":
+        with pytest.raises(RuntimeError, match="scores: a forward pre-hook on the head left out the keywords"):
+            head.scores(h)
+        return
     torch.testing.assert_close(head.scores(h), expected)
     with torch.no_grad():
         torch.testing.assert_close(head.scores(h), expected)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mos"])
+def test_a_pre_hook_sees_the_input_alone(name):
+    head, h, seen = scattered(name), torch.randn(N, D, dtype=torch.float64), list[Any]()
+    head.register_forward_pre_hook(lambda module, args: seen.append(args))
+    for answer in ANSWERS:
+        ask(head, answer, h)
+    head.scores(h)
+    assert len(seen) == len(ANSWERS) + 1
+    assert all(len(args) == 1 and args[0] is h for args in seen)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="cannot trace dataclasses.replace")
+def test_a_compiled_loss_runs_a_pre_hook_in_its_one_graph():
+    head = build_head("softcap", D, V)
+    h, target = torch.randn(N, D), target_without_masked(N)
+    expected = head.loss(2 * h, target)
+    head.register_forward_pre_hook(unpacking)
+    compiled = torch.compile(lambda h: head.loss(h, target), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(h), expected)
+
+
+def test_a_target_given_to_the_head_itself_is_told_where_it_belongs():
+    for name in ("softmax", "mos"):
+        with pytest.raises(TypeError, match=r"got 2 positional arguments; head\.loss\(input, target\) gives the loss"):
+            build_head(name, D, V)(torch.randn(N, D), target_without_masked(N))  # type: ignore[call-overload]
 
 
 def test_a_global_hook_of_ones_own_is_seen_and_torchs_is_not():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+from typing import cast
 
 import pytest
 import torch
@@ -387,3 +388,70 @@ def test_a_damaged_spec_is_a_value_error():
     for spec in ({"name": "LinearHead"}, {"name": "LinearHead", "options": 3}):
         with pytest.raises(ValueError, match="spec: expected options"):
             head_from_spec(spec)
+
+
+def started(name: str, **options) -> uncork.Head:
+    """Built on meta, without values, then as FSDP2's recipe starts a model."""
+    with torch.device("meta"):
+        head = build_head(name, D, 2000, **options)
+    head.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*head.parameters(), *head.buffers()):
+            tensor.fill_(7)  # whatever was in memory
+    torch.manual_seed(11)
+    for module in head.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return head
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in HEAD_NAMES), ("monotone", {"units": "tanh", "init": "random"}),
+     ("softmax", {"bias": False}), ("gss", {"learnable": True}),
+     ("plif", {"scale": 4.0, "init": "random", "num_pieces": 4000})],
+)  # fmt: skip
+def test_reset_parameters_starts_a_head_that_was_built_on_meta(name, options):
+    head, made = started(name, **options), build_head(name, D, 2000, **options)
+    for (key, p), (other, q) in zip(head.named_parameters(), made.named_parameters(), strict=True):
+        assert key == other
+        assert p.requires_grad == q.requires_grad
+        if q.unique().numel() == 1:  # a fixed start
+            assert torch.equal(p, q)
+        elif p.numel() >= 1000:  # drawn: of the same mean, deviation and reach
+            deviation = q.std().item()
+            assert abs(p.mean() - q.mean()) < 6 * deviation * (2 / p.numel()) ** 0.5
+            assert p.std().item() == pytest.approx(deviation, rel=0.1)
+        else:
+            assert p.abs().max() < 5
+            assert p.std() > 0
+    for (key, buffer), (other, same) in zip(head.named_buffers(), made.named_buffers(), strict=True):
+        assert key == other
+        assert torch.equal(buffer, same)
+    h, target = torch.randn(64, D), torch.randint(2000, (64,))
+    assert head.loss(h, target).item() == pytest.approx(
+        made.loss(h, target).item(), rel=0.05 if "units" not in options else 0.5
+    )
+    torch.manual_seed(11)
+    assert all(torch.equal(p, q) for p, q in zip(head.parameters(), started(name, **options).parameters(), strict=True))
+
+
+def test_reset_parameters_makes_a_learned_function_the_identity_again():
+    head = scattered("plif")
+    cast(uncork.PLIF, head.logit_function).reset_parameters()
+    z = torch.linspace(-30, 30, 101)
+    assert torch.equal(head.logit_function(z), z)
+    fitted = uncork.PLIF.from_function(uncork.Softcap(30.0))
+    fitted.reset_parameters()
+    assert torch.equal(fitted(z), z)
+    assert fitted.fit_error is None
+
+
+def test_a_bias_prior_is_not_lost_on_meta():
+    counts = torch.arange(V)
+    for name in ("softmax", "plif"):
+        with torch.device("meta"), pytest.raises(ValueError, match=r"bias_init: .*meta device.*start_at_unigram"):
+            build_head(name, D, V, bias_init=torch.arange(V, device="cpu"))
+        head, made = build_head(name, D, V), build_head(name, D, V, bias_init=counts)
+        uncork.heads.start_at_unigram(head, counts)
+        assert torch.equal(head.bias, made.bias)

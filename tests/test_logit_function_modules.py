@@ -17,6 +17,7 @@ from uncork import (
     ScaledSigmoid,
     Softcap,
 )
+from uncork.logit_functions.base import examples
 
 F64 = torch.float64
 
@@ -143,3 +144,15 @@ def test_tables_stand_on_the_device_of_the_scores():
         assert {t.device.type for t in function.tables(device=torch.device("meta"))} == {"meta"}
     for function in (PLIF(3), MonotoneNetwork(3), Scale(learnable=True), AsymmetricSoftcap(learnable=True)):
         assert {t.device.type for t in function.to("meta").tables()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", examples())
+def test_a_function_with_parameters_can_be_reset(name):
+    function = examples()[name]()
+    with torch.no_grad():
+        for p in function.parameters():
+            p.fill_(7)
+    for module in function.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not any((p == 7).any() for p in function.parameters())

@@ -8,4 +8,5 @@ from uncork.heads.layers import LinearHead as LinearHead
 from uncork.heads.layers import MixtureHead as MixtureHead
 from uncork.heads.spec import HEAD_NAMES as HEAD_NAMES
 from uncork.heads.spec import HeadSpec as HeadSpec
+from uncork.heads.spec import start_at_unigram as start_at_unigram
 from uncork.heads.state import convert_state_0_1 as convert_state_0_1

@@ -35,11 +35,23 @@ T = TypeVar("T")
 Answer = Callable[[Tensor, Projection], T]
 
 
+class Answered(NamedTuple):
+    """What a head's call gives in place of logits; a call that gives something else has lost the request."""
+
+    value: Any
+
+
+def _answered(answer: Answer[Any], input: Tensor, projection: Projection) -> Answered:
+    return Answered(answer(input, projection))
+
+
 class Head(SelfDescribing, ABC):
     """Base class of the output layers, which project with `weight` (V, features) and `bias` (V,) or None, as nn.Linear.
 
     `loss`, `statistics`, `log_prob`, `predict`, `topk` and `scores` go through `head(input)`'s own call: forward
-    pre-hooks, parametrisations, pruning, weight_norm and wrappers that shard the head (FSDP2) work for all of them.
+    pre-hooks, parametrisations, pruning, weight_norm and wrappers that shard the head (FSDP2) work for all of them. A
+    pre-hook sees `(input,)`; one registered with_kwargs also sees a keyword that says what is computed, and if it
+    leaves that out the answer is computed from `head(input)`.
     If the logits are seen by a forward or backward hook of yours (on the head, on its function, or a global one) or by
     a subclass that overrides `forward`, every method computes from `head(input)`, with its (N, V) matrix, the same with
     and without gradients; an `impl` that cannot do so raises.
@@ -70,10 +82,21 @@ class Head(SelfDescribing, ABC):
         self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
         self.bias = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
         self.logit_function = logit_function
-        reach = 1 / math.sqrt(projected)  # nn.Linear's start
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as nn.Linear does, and writes `head_spec`: the start that the constructor makes.
+
+        As everywhere in torch, submodules (a mixture's latent and prior, a function with parameters) have their own, so
+        what builds on meta, `to_empty()` and then `reset_parameters()` of every module that has one (FSDP2's recipe)
+        gives a head at its start. What was put on top of the start is not drawn again: the parameters of `from_linear`,
+        a fit of `PLIF.from_function`, the prior of `bias_init`, which `uncork.heads.start_at_unigram` sets anew.
+        """
+        reach = 1 / math.sqrt(self._projected)
         nn.init.uniform_(self.weight, -reach, reach)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -reach, reach)
+        self._write_definition()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP1 puts flat pieces of one dimension there: their shape is checked when they are used.
@@ -106,19 +129,26 @@ class Head(SelfDescribing, ABC):
         @overload
         def __call__(self, input: Tensor) -> Tensor: ...
         @overload
-        def __call__(self, input: Tensor, answer: Answer[T]) -> T: ...
-        def __call__(self, input: Tensor, answer: Answer[Any] | None = None) -> Any: ...
+        def __call__(self, input: Tensor, *, answer: Answer[T]) -> T: ...
+        def __call__(self, input: Tensor, *, answer: Answer[Any] | None = None) -> Any: ...
 
-    def forward(self, input: Tensor, answer: Answer[Any] | None = None) -> Any:
+    def forward(self, input: Tensor, *others: object, answer: Answer[Any] | None = None) -> Any:
         """Softmax-ready logits (..., V); a mixture's are log-probabilities. float32 unless f is the identity.
 
         Args:
             input: (..., D), of the weight's dtype and device (under autocast any floating dtype).
-            answer: private; the other methods pass what to compute in place of the logits.
+            others: none; a target belongs to `loss`.
+            answer: private; the other methods pass what to compute in place of the logits. It is a keyword, so that
+                pre-hooks see the input alone.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        if others:
+            raise TypeError(
+                f"head(input): expected the input alone, got {1 + len(others)} positional arguments; "
+                "head.loss(input, target) gives the loss"
+            )
         projection = self._projection(input)
         return self._logits(input, projection) if answer is None else answer(input, projection)
 
@@ -146,13 +176,22 @@ class Head(SelfDescribing, ABC):
     def _seen_by(self) -> str:
         return hooks.seen_by(self, Head.forward)
 
-    def _whole(self, input: Tensor, reason: str) -> Tensor:
-        """head(input), checked, since a hook or an overridden forward may have returned it."""
-        logits: Any = self(input)
-        if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != (self.vocab_size,):
-            got = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+    def _answer(self, input: Tensor, fused: Answer[T], of_logits: Callable[[Tensor, str], T]) -> T:
+        """What is asked of the head: fused, within its own call, or from its logits where others see or change them.
+
+        Args:
+            fused: computes it from the input (as pre-hooks left it) and the projection.
+            of_logits: computes it from logits (..., V) and the reason why all of them are computed.
+        """
+        reason = self._seen_by()
+        given: Any = self(input) if reason else self(input, answer=partial(_answered, fused))
+        if isinstance(given, Answered):
+            return cast(T, given.value)
+        reason = reason or "a forward pre-hook on the head left out the keywords that it was given"
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.shape[-1:] != (self.vocab_size,):
+            got = f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"head(input): expected floating logits (..., {self.vocab_size}), got {got}: {reason}")
-        return logits
+        return of_logits(given, reason)
 
     @abstractmethod
     def _logits(self, input: Tensor, projection: Projection) -> Tensor:
@@ -188,18 +227,18 @@ class Head(SelfDescribing, ABC):
 
     def scores(self, input: Tensor) -> Tensor:
         """W h + b before the function: (..., V), of a mixture (..., K, V). No forward hook changes them."""
-        reason = self._seen_by()
-        if not reason:
-            return self(input, self._scores)
         if type(self).forward is not Head.forward or "forward" in self.__dict__:
-            return Head.forward(self, input, self._scores)
+            return cast(Tensor, Head.forward(self, input, answer=self._scores))
         found: list[Tensor] = []
+        seen = bool(self._seen_by())
 
-        def logits_and_keep(input: Tensor, projection: Projection) -> Tensor:
+        def keep(input: Tensor, projection: Projection) -> Tensor:
             found.append(self._scores(input, projection))
-            return self._logits(input, projection)
+            return self._logits(input, projection) if seen else found[0]
 
-        self(input, logits_and_keep)
+        self(input, answer=keep)
+        if not found:
+            raise RuntimeError("scores: a forward pre-hook on the head left out the keywords that it was given")
         return found[0]
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -223,9 +262,11 @@ class Head(SelfDescribing, ABC):
         >>> torch.allclose(head.loss(input, target), expected)
         True
         """
-        if reason := self._seen_by():
-            return from_logits.cross_entropy(self._whole(input, reason), target, reason=reason, **options)
-        return self(input, partial(self._loss, target=target, options=options))
+        return self._answer(
+            input,
+            partial(self._loss, target=target, options=options),
+            lambda logits, reason: from_logits.cross_entropy(logits, target, reason=reason, **options),
+        )
 
     def statistics(self, input: Tensor, target: Tensor | None = None, **options: Any) -> TokenStatistics:
         """Log-probability of the target, logsumexp, entropy and argmax of each token, without the (N, V) matrix.
@@ -234,9 +275,11 @@ class Head(SelfDescribing, ABC):
             input: (..., D). target: (...) indices, (..., V) probabilities, or None.
             options: impl, chunk_size, memory_budget of `uncork.token_statistics`, which says what is returned.
         """
-        if reason := self._seen_by():
-            return from_logits.token_statistics(self._whole(input, reason), target, reason=reason, **options)
-        return self(input, partial(self._statistics, target=target, options=options))
+        return self._answer(
+            input,
+            partial(self._statistics, target=target, options=options),
+            lambda logits, reason: from_logits.token_statistics(logits, target, reason=reason, **options),
+        )
 
     def implementation(self) -> str:
         """The implementation that `impl=None` takes for the loss on the weights' device: "torch", "native (avx512)".
@@ -248,7 +291,11 @@ class Head(SelfDescribing, ABC):
             return f"reference ({reason})"
         with torch.no_grad():
             nothing = torch.empty(0, self.in_features, dtype=self.weight.dtype, device=self.weight.device)
-            return self(nothing, lambda input, projection: implementations.title(self._fused(input, projection)))
+            return self._answer(
+                nothing,
+                lambda input, projection: implementations.title(self._fused(input, projection)),
+                lambda _, reason: f"reference ({reason})",
+            )
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities (..., V), float32 or better: ``head(input).float().log_softmax(-1)``.
@@ -256,9 +303,7 @@ class Head(SelfDescribing, ABC):
         Args:
             input: (..., D).
         """
-        if reason := self._seen_by():
-            return _log_softmax(self._whole(input, reason))
-        return self(input, self._log_prob_chunked)
+        return self._answer(input, self._log_prob_chunked, lambda logits, _: _log_softmax(logits))
 
     def _log_prob_chunked(self, input: Tensor, projection: Projection) -> Tensor:
         if (inference := self._inference(input, projection)) is not None:
@@ -274,9 +319,7 @@ class Head(SelfDescribing, ABC):
         Args:
             input: (..., D).
         """
-        if reason := self._seen_by():
-            return self._whole(input, reason).argmax(-1)
-        return self(input, self._predict)
+        return self._answer(input, self._predict, lambda logits, _: logits.argmax(-1))
 
     def _predict(self, input: Tensor, projection: Projection) -> Tensor:
         if (inference := self._inference(input, projection)) is not None:
@@ -311,12 +354,16 @@ class Head(SelfDescribing, ABC):
         """
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.vocab_size:
             raise ValueError(f"k: expected a whole number in [1, {self.vocab_size}], got {k}")
-        if reason := self._seen_by():
-            logits = self._whole(input, reason)
-            leading, rows = logits.shape[:-1], logits.reshape(-1, self.vocab_size)
-            ids = best(rows, k, self._exclusion(exclude, logits, k), slice(0, rows.shape[0]))
-            return take(_log_softmax(rows), ids).view(*leading, k), ids.view(*leading, k)
-        return self(input, partial(self._topk, k=k, exclude=exclude))
+        return self._answer(
+            input,
+            partial(self._topk, k=k, exclude=exclude),
+            lambda logits, _: self._topk_of_logits(logits, k, exclude),
+        )
+
+    def _topk_of_logits(self, logits: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        leading, rows = logits.shape[:-1], logits.reshape(-1, self.vocab_size)
+        ids = best(rows, k, self._exclusion(exclude, logits, k), slice(0, rows.shape[0]))
+        return take(_log_softmax(rows), ids).view(*leading, k), ids.view(*leading, k)
 
     def _topk(self, input: Tensor, projection: Projection, *, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         exclusion, shape = self._exclusion(exclude, input, k), (*input.shape[:-1], k)

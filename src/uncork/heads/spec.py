@@ -282,9 +282,26 @@ def layer_classes() -> dict[str, Callable[..., Head]]:
 def start_at_unigram(head: Head, counts: Tensor) -> None:
     """Sets the bias so that f(bias) is log(counts / total) up to a constant, with 1/2 in place of a count of 0.
 
+    It is what `bias_init` of `build_head` does, for a head that was built without it: on the meta device, say, once it
+    has values and its function is at its start.
+
     Args:
-        head: with a bias. counts: (V,), at least 0, not all 0.
+        head: with a bias; before its parameters are sharded. counts: (V,), at least 0, not all 0.
+
+    >>> from uncork import build_head
+    >>> head = build_head("softmax", 1, 2)
+    >>> start_at_unigram(head, torch.tensor([3, 1]))
+    >>> head.bias.softmax(-1).detach()
+    tensor([0.7500, 0.2500])
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    if head.weight.is_meta:
+        raise ValueError(
+            "bias_init: expected a head with values, got one on the meta device, where the prior would be lost: build "
+            "it without, and after to_empty() and reset_parameters() call uncork.heads.start_at_unigram(head, counts)"
+        )
     if head.bias is None:
         raise ValueError("bias_init: expected a head with a bias, got bias=False")
     if not isinstance(counts, Tensor):

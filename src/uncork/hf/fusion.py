@@ -41,23 +41,23 @@ class Recording:
             return found  # a class that somebody has put before ours
         return (_new_recording, (self._stands_for,), *found[2:])
 
-    def __call__(self, input: Tensor, answer: Any = None) -> Any:
+    def __call__(self, input: Tensor, *others: Any, answer: Any = None) -> Any:
         call = super().__call__  # type: ignore[misc]
         if answer is not None:
-            return call(input, answer)
+            return call(input, *others, answer=answer)
         fusion: Fusion = getattr(self, KEY)
         if fusion.driver is not None:
             input = fusion.driver(input)
         # Where somebody's hook changes or sees the logits, the model computes them as ever.
-        if not fusion.recording or hooks.on_module(cast(nn.Module, self)):
-            return call(input)
+        if others or not fusion.recording or hooks.on_module(cast(nn.Module, self)):
+            return call(input, *others)
         return fusion.record(input)
 
 
 class RecordingLinear(Recording, nn.Linear):
     """An nn.Linear that can be asked to compute something else from its input, weight and bias, under its hooks."""
 
-    def forward(self, input: Tensor, answer: Callable[..., Any] | None = None) -> Any:
+    def forward(self, input: Tensor, *, answer: Callable[..., Any] | None = None) -> Any:
         return F.linear(input, self.weight, self.bias) if answer is None else answer(input, self.weight, self.bias)
 
 
@@ -195,7 +195,7 @@ class Fusion:
             rows = None if target is None else target.to(input.device)  # where offloading has moved the input
             return compute(input, weight, rows, linear_bias=bias, logit_function=function, **options)
 
-        return self.head(record.hidden, answer)
+        return self.head(record.hidden, answer=answer)
 
     def logits(self, record: Record) -> Tensor:
         """The recorded logits, computed as the model would."""

@@ -338,6 +338,18 @@ def with_tables(
     return pairs
 
 
+def start_at(parameter: Tensor, spread: float) -> None:
+    """Draws a parameter from N(0, spread^2), in place; 0 where spread is."""
+    with torch.no_grad():
+        parameter.normal_().mul_(spread) if spread else parameter.zero_()
+
+
+def start_at_zero(function: nn.Module) -> None:
+    """Sets a function's own parameters to 0, where most functions start."""
+    for parameter in function.parameters(recurse=False):
+        nn.init.zeros_(parameter)
+
+
 def constants(dtype: torch.dtype, device: torch.device | None, *values: float) -> Tensor:
     """A table of numbers, filled in on the device itself: copying it from the host would synchronise a GPU."""
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

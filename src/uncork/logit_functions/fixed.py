@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork import functional
-from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive, table_dtype
+from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive, start_at_zero, table_dtype
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
 
 __all__ = [
@@ -69,7 +69,12 @@ class Scale(LogitFunction):
     def __init__(self, factor: float = 1.0, *, learnable: bool = False) -> None:
         super().__init__()
         self.factor, self.learnable = positive("factor", factor), bool(learnable)
-        self.log_gain = nn.Parameter(torch.zeros(())) if learnable else None
+        self.log_gain = nn.Parameter(torch.empty(())) if learnable else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets what is trained to its start, 0."""
+        start_at_zero(self)
 
     def _slope(self, dtype: torch.dtype) -> Tensor | float:
         return self.factor if self.log_gain is None else self.factor * self.log_gain.to(dtype).exp()
@@ -146,7 +151,12 @@ class AsymmetricSoftcap(LogitFunction):
         super().__init__()
         self.lower, self.upper = positive("lower", lower), positive("upper", upper)
         self.learnable = bool(learnable)
-        self.log_gain = nn.Parameter(torch.zeros(2)) if learnable else None
+        self.log_gain = nn.Parameter(torch.empty(2)) if learnable else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets what is trained to its start, 0."""
+        start_at_zero(self)
 
     def _inverse(self, logits: Tensor) -> Tensor:
         lower, upper = self.tables(logits.dtype, logits.device)[0]
@@ -235,8 +245,13 @@ class GeneralizedSigsoftmax(LogitFunction):
         if not math.isfinite(self.center):
             raise ValueError(f"center: expected a finite number, got {center!r}")
         self.learnable = bool(learnable)
-        self.log_gain = nn.Parameter(torch.zeros(())) if learnable else None
-        self.shift = nn.Parameter(torch.zeros(())) if learnable else None
+        self.log_gain = nn.Parameter(torch.empty(())) if learnable else None
+        self.shift = nn.Parameter(torch.empty(())) if learnable else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets what is trained to its start, 0."""
+        start_at_zero(self)
 
     @property
     def nonlinear(self) -> bool:  # type: ignore[override]

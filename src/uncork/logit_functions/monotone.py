@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork.functional import monotone_tanh, sech2, tanh
-from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, table_dtype
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, start_at, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 
@@ -53,8 +53,9 @@ class MonotoneNetwork(LogitFunction):
     }
     start_options = frozenset({"init", "spread", "frozen"})
 
-    # Two of them exist, depending on `units`. Not declared as parameters, since torch.func.functional_call and
+    # Two of the last four exist, depending on `units`. Not declared as parameters, since torch.func.functional_call and
     # parametrisations put plain tensors in their place.
+    threshold_shifts: Tensor
     raw_right: Tensor
     raw_left: Tensor
     raw_weights: Tensor
@@ -77,13 +78,20 @@ class MonotoneNetwork(LogitFunction):
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.units, self.init, self.spread, self.frozen = units, init, positive("spread", spread), bool(frozen)
-        scatter = self.spread if init == "random" else 0.0
-        trained = not self.frozen
         # Thresholds are held as shifts from their start, so that the identity stays one after a cast to half precision.
-        self.threshold_shifts = nn.Parameter(torch.zeros(self.num_units), requires_grad=trained)
-        for name in ("raw_right", "raw_left") if units == "relu" else ("raw_weights", "raw_rates"):
-            start = torch.randn(self.num_units) * scatter if scatter else torch.zeros(self.num_units)
-            self.register_parameter(name, nn.Parameter(start, requires_grad=trained))
+        for name in ("threshold_shifts", *self._weights()):
+            start = torch.empty(self.num_units)
+            self.register_parameter(name, nn.Parameter(start, requires_grad=not self.frozen))
+        self.reset_parameters()
+
+    def _weights(self) -> tuple[str, str]:
+        return ("raw_right", "raw_left") if self.units == "relu" else ("raw_weights", "raw_rates")
+
+    def reset_parameters(self) -> None:
+        """Sets thresholds and weights to their start, the identity or newly drawn."""
+        start_at(self.threshold_shifts, 0.0)
+        for name in self._weights():
+            start_at(getattr(self, name), self.spread if self.init == "random" else 0.0)
 
     @property
     def thresholds(self) -> Tensor:

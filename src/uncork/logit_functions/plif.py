@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, table_dtype
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, start_at, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
 
 __all__ = ["PLIF"]
@@ -86,8 +86,12 @@ class PLIF(LogitFunction):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)
         self.unit_slope = bool(unit_slope)
-        start = torch.randn(self.num_pieces) * self.spread if init == "random" else torch.zeros(self.num_pieces)
-        self.raw_slopes = nn.Parameter(start, requires_grad=not frozen)
+        self.raw_slopes = nn.Parameter(torch.empty(self.num_pieces), requires_grad=not frozen)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the slopes to their start, the identity or newly drawn; a fit of `from_function` is lost."""
+        start_at(self.raw_slopes, self.spread if self.init == "random" else 0.0)
         self.fit_error: float | None = None
 
     @classmethod
