@@ -235,3 +235,18 @@ def test_a_subclass_and_a_parametrized_head_exchange_states_and_specs():
     assert isinstance(head_from_spec(plain.spec()), LinearHead)
     with pytest.raises(RuntimeError, match="Softcap"):
         plain.load_state_dict(build_head("softcap", D, V, cap=1.0).state_dict(), strict=False)
+
+
+def test_a_strict_load_of_an_nn_linear_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*strict=False loads it into a head that keeps its logits"):
+        build_head("plif", D, V).load_state_dict(nn.Linear(D, V).state_dict())
+
+
+def test_states_can_be_averaged():
+    a, b = build_head("plif", D, V), build_head("plif", D, V)
+    mean = {k: 0.9 * t + 0.1 * b.state_dict()[k] for k, t in a.state_dict().items()}
+    a.load_state_dict(mean)
+    assert torch.equal(a.weight, mean["weight"])
+    half = {k: (t + t + t) / 3 for k, t in b.state_dict().items()}  # bytes overflow
+    with pytest.raises(RuntimeError, match="when averaging states, copy head_spec unchanged"):
+        a.load_state_dict(half)

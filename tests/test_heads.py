@@ -7,6 +7,7 @@ import os
 import pickle
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -455,3 +456,60 @@ def test_a_bias_prior_is_not_lost_on_meta():
         head, made = build_head(name, D, V), build_head(name, D, V, bias_init=counts)
         uncork.heads.start_at_unigram(head, counts)
         assert torch.equal(head.bias, made.bias)
+
+
+@pytest.mark.parametrize("name", ["softmax", "mos"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_loss_without_a_target_names_it(name, hooked):
+    head = build_head(name, D, V)
+    if hooked:
+        head.register_forward_hook(lambda module, args, output: 2 * output)
+    for reduction in ("mean", "none"):
+        with pytest.raises(TypeError, match="target: expected a Tensor, got NoneType"):
+            head.loss(torch.randn(2, D), None, reduction=reduction)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    n = np.int64
+    made = [
+        build_head("mos", n(D), n(V), num_components=n(2), latent_features=n(3)),
+        build_head("plif", n(D), n(V), num_pieces=n(4), scale=np.float32(2)),
+        build_head("monotone", D, V, num_units=n(4)),
+    ]
+    h, target = torch.randn(2, D), torch.tensor([0, 1])
+    for head in made:
+        assert head.topk(h, n(3))[1].shape == (2, 3)
+        assert torch.equal(head.topk(h, torch.tensor(3))[1], head.topk(h, 3)[1])
+        head.loss(h, target, chunk_size=n(1), ignore_index=n(1))
+        head.loss(h, target, memory_budget=n(4096), reduction="none")
+        assert head_from_spec(json.loads(json.dumps(head.spec()))).spec() == head.spec()
+    spec = uncork.heads.HeadSpec("plif", {"num_pieces": n(4), "scale": np.float32(2)})
+    assert str(spec) == "plif:num_pieces=4,scale=2"
+
+
+@pytest.mark.parametrize("bad", [3.0, np.float64(3), "3", True, None, [3]])
+def test_what_is_no_whole_number_is_told_with_its_type(bad):
+    head, h = build_head("softmax", D, V), torch.randn(2, D)
+    kind = f"got .* of type {type(bad).__name__.removesuffix('64')}"
+    for call in (lambda: head.topk(h, bad), lambda: build_head("softmax", D, bad), lambda: build_head("mos", bad, V),
+                 lambda: build_head("plif", D, V, num_pieces=bad)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"expected a whole number .*{kind}"):
+            call()
+    if bad is not None:
+        with pytest.raises(ValueError, match="chunk_size: expected a whole number"):
+            head.loss(h, torch.tensor([0, 1]), chunk_size=bad)
+
+
+@pytest.mark.parametrize("name", ["linear_bias", "logit_function", "linear_weight", "prior_logits"])
+def test_what_the_head_has_is_not_taken_again(name):
+    for head in (build_head("softmax", D, V), build_head("mos", D, V)):
+        for call in (head.loss, head.statistics):
+            with pytest.raises(TypeError, match=f"{name}: the head has its own"):
+                call(torch.randn(2, D), torch.tensor([0, 1]), **{name: None})
+
+
+def test_a_head_whose_weight_was_taken_away_says_so():
+    head = build_head("softmax", D, V)
+    head.weight = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"weight: expected a parameter of shape .*got NoneType"):
+        head(torch.randn(2, D))

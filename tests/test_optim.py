@@ -213,3 +213,9 @@ def test_a_rate_for_the_output_layer_where_there_is_none_says_so():
     for model in (nn.Linear(D, V), build_head("plif", D, V).requires_grad_(False)):
         with pytest.raises(ValueError, match="output_lr_scale: expected a model with a head"):
             uncork.parameter_groups(model, lr=0.1, output_lr_scale=4.0)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "function_lr_scale", "output_lr_scale"])
+def test_a_rate_that_is_no_number_is_named(name):
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got 'a'"):
+        parameter_groups(build_head("plif", 4, 9), **{"lr": 1e-3, name: "a"})

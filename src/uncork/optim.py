@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from uncork.logit_functions import LogitFunction
 
@@ -74,7 +75,8 @@ def parameter_groups(
     [('rest', 1, 0.001), ('function', 1, 0.001), ('own', 1, 0.0)]
 
     Raises:
-        TypeError: `model` is neither a module nor named parameters, or one of `groups` is no mapping with "params".
+        TypeError: a rate or decay is no number; `model` is neither a module nor named parameters, or one of `groups` is
+            no mapping with "params".
         ValueError: a negative number; an unknown `decay`; an output_lr_scale where no head trains its weight or bias; a
             parameter in two of `groups`, or in one but not in the model; a name given to two parameters.
     """
@@ -84,6 +86,9 @@ def parameter_groups(
         "function_lr_scale": function_lr_scale,
         "output_lr_scale": output_lr_scale,
     }
+    for name, number in numbers.items():
+        if not isinstance(number, Real | Tensor):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
     if not all(0 <= number < float("inf") for number in numbers.values()):
         raise ValueError(
             f"{', '.join(numbers)}: expected numbers of at least 0, got {', '.join(map(str, numbers.values()))}"

@@ -106,6 +106,8 @@ class Head(SelfDescribing, ABC):
 
     def _check_weight(self, weight: Tensor) -> None:
         expected = (self.vocab_size, self._projected)
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a parameter of shape {expected}, got {type(weight).__name__}")
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"weight: expected shape {expected} (vocab_size, features of the projection), got "
@@ -241,6 +243,13 @@ class Head(SelfDescribing, ABC):
             raise RuntimeError("scores: a forward pre-hook on the head left out the keywords that it was given")
         return found[0]
 
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in ("linear_weight", "linear_bias", "logit_function", "prior_logits"):
+            if name in options:
+                raise TypeError(
+                    f"{name}: the head has its own; leave it out, or call uncork.linear_cross_entropy with all of yours"
+                )
+
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """F.cross_entropy(head(input).flatten(0, -2), target.flatten(), ...), fused.
 
@@ -262,6 +271,7 @@ class Head(SelfDescribing, ABC):
         >>> torch.allclose(head.loss(input, target), expected)
         True
         """
+        self._check_options(options)
         return self._answer(
             input,
             partial(self._loss, target=target, options=options),
@@ -275,6 +285,7 @@ class Head(SelfDescribing, ABC):
             input: (..., D). target: (...) indices, (..., V) probabilities, or None.
             options: impl, chunk_size, memory_budget of `uncork.token_statistics`, which says what is returned.
         """
+        self._check_options(options)
         return self._answer(
             input,
             partial(self._statistics, target=target, options=options),
@@ -352,8 +363,7 @@ class Head(SelfDescribing, ABC):
         >>> head.topk(torch.ones(1), 2)[1], head.topk(torch.ones(1), 2, exclude=torch.tensor([1]))[1]
         (tensor([1, 2]), tensor([2, 0]))
         """
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= self.vocab_size:
-            raise ValueError(f"k: expected a whole number in [1, {self.vocab_size}], got {k}")
+        k = positive_int("k", k, self.vocab_size)
         return self._answer(
             input,
             partial(self._topk, k=k, exclude=exclude),

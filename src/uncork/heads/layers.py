@@ -136,8 +136,9 @@ class _LatentHead(Head):
         logit_function: nn.Module | None = None,
         bias: bool = True,
     ) -> None:
-        width = in_features if latent_features is None else latent_features
-        super().__init__(in_features, vocab_size, positive_int("latent_features", width), bias, logit_function)
+        in_features = positive_int("in_features", in_features)
+        width = in_features if latent_features is None else positive_int("latent_features", latent_features)
+        super().__init__(in_features, vocab_size, width, bias, logit_function)
         self.num_components = positive_int("num_components", num_components)
         if latent_activation not in ("tanh", None):
             raise ValueError(f'latent_activation: expected "tanh" or None, got {latent_activation!r}')

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
@@ -131,7 +132,7 @@ class HeadSpec:
         if unknown := [key for key in self.options if key not in defaults]:
             known = ", ".join(f"{key}={value_text(value)}" for key, value in defaults.items())
             raise TypeError(f"{self.name} has no option {', '.join(unknown)}; expected some of {known}")
-        own = {key: self.options[key] for key in defaults if key in self.options}
+        own = {key: _plain(self.options[key]) for key in defaults if key in self.options}
         own = {key: value for key, value in own.items() if not _same(value, defaults[key])}
         object.__setattr__(self, "options", own)
 
@@ -397,6 +398,13 @@ def _joined(values: Mapping[str, Any], separator: str) -> str:
 def _same(value: Any, default: Any) -> bool:
     """Equal, but True is not 1."""
     return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's, which JSON can hold."""
+    if isinstance(value, bool | int | float) and type(value) in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def _defaults(maker: Callable[..., Any]) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from uncork.loss.function import apply_function, check_function
 KEY = "head_spec"
 Definition = dict[str, Any]
 _FUNCTION = "logit_function."
+_OF_A_LINEAR = (
+    "A state without head_spec is of an nn.Linear or a plain softmax: strict=False loads it into a head that keeps its "
+    "logits, and leaves the function at its start (in a whole model too)."
+)
 
 
 class SelfDescribing(nn.Module):
@@ -92,6 +96,15 @@ class SelfDescribing(nn.Module):
         assigned = first is not None and local_metadata.get("assign_to_params_buffers", False)
         self._write_definition(first.device if assigned and first is not None else None)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module's; where a strict load lacks what an nn.Linear's state cannot have, the error says what to do."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if strict and KEY not in state_dict and self._definition() is not None and "Missing key" in str(error):
+                raise RuntimeError(f"{error}\n\t{_OF_A_LINEAR}") from None
+            raise
+
     def _problem(self, state_dict: Mapping[str, Any], prefix: str) -> str:
         """Why the head would not give the logits that the state was trained with; empty if it would."""
         own = {k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)}
@@ -103,7 +116,10 @@ class SelfDescribing(nn.Module):
         try:
             theirs = _decode(state_dict[prefix + KEY])
         except ValueError as error:
-            return f"{prefix}{KEY}: cannot be read ({error}): the state is damaged, or was cast to another dtype"
+            return (
+                f"{prefix}{KEY}: cannot be read ({error}): the state is damaged; when averaging states, copy head_spec "
+                "unchanged"
+            )
         if theirs is not None and theirs != mine:
             return (
                 f"{prefix}{KEY}: the state was trained as {told(theirs)}, this head is {told(mine)}, and would give "
@@ -202,7 +218,8 @@ def _decode(stored: Any) -> Definition | None:
         raise ValueError(f"expected a Tensor, got {type(stored).__name__}")
     if stored.device.type == "meta" or isinstance(stored, torch._subclasses.FakeTensor):
         return None
-    definition = json.loads(bytes(int(byte) % 256 for byte in stored.flatten().tolist()).decode())
+    # Rounded: a weighted mean of equal states is off by the last digits.
+    definition = json.loads(bytes(round(byte) % 256 for byte in stored.flatten().tolist()).decode())
     if not isinstance(definition, dict):
         raise ValueError(f"expected an object, got {definition!r}")
     return definition

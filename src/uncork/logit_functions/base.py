@@ -1,8 +1,10 @@
 """What every logit function is: elementwise, increasing, continuous, one for all words."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -42,7 +44,9 @@ class LogitFunction(nn.Module, ABC):
     """An increasing function f on the logits: softmax(f(W h + b)).
 
     An increasing function never changes which word is likeliest; it changes how likely. A subclass gives its equation
-    (`transform`), its derivative, what a kernel needs (`tables`, `operations`) and its hyper-parameters (`options`).
+    (`transform`), its derivative, what a kernel needs (`tables`, `operations`) and its hyper-parameters (`options`,
+    which it must define: specs and states say with them which function it is). Where none of that is needed, a plain
+    nn.Module with a forward works as `logit_function` too; autograd then differentiates it.
 
     Class attributes say which of the five properties of a useful function hold:
 
@@ -363,15 +367,23 @@ def table_dtype(device: torch.device) -> torch.dtype:
 
 def positive(name: str, value: Any) -> float:
     """The value as a float if it is finite and above 0; a ValueError that names it otherwise."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     return float(value)
 
 
 def positive_int(name: str, value: Any, limit: int | None = None) -> int:
-    """The value if it is a whole number of at least 1 (and at most `limit`); a ValueError that names it otherwise."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 1 <= value < float("inf") or int(value) != value or (limit is not None and value > limit):
+    """The value as an int if it is a whole number of at least 1 (and at most `limit`); else a ValueError that names it.
+
+    Whole numbers are those that Python takes for an index: its own, numpy's, integer tensors of one element. A float is
+    none, and neither is a bool.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < 1 or (limit is not None and number > limit):
         expected = "of at least 1" if limit is None else f"in [1, {limit}]"
-        raise ValueError(f"{name}: expected a whole number {expected}, got {value!r}")
-    return int(value)
+        kind = "" if number is not None else f" of type {type(value).__name__}"
+        raise ValueError(f"{name}: expected a whole number {expected}, got {value!r}{kind}")
+    return number

@@ -201,8 +201,8 @@ def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, 
 
 def _check_chunk(chunk_size: int | None, memory_budget: int | None) -> None:
     for key, size, unit in (("chunk_size", chunk_size, "rows of scores"), ("memory_budget", memory_budget, "bytes")):
-        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", size)
+        whole = isinstance(size, Integral) and not isinstance(size, bool) and size > 0
+        _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", repr(size))
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
 
@@ -247,9 +247,12 @@ def build_call(
     check_function(logit_function)
     ignore_index = -100 if ignore_index is None else ignore_index
     check_number("ignore_index", ignore_index, Integral)
+    ignore_index = int(ignore_index)
     check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
     _check_chunk(chunk_size, memory_budget)
+    chunk_size = None if chunk_size is None else int(chunk_size)  # numpy's too
+    memory_budget = None if memory_budget is None else int(memory_budget)
     leading = tuple(input.shape[:-1])
     if prior_logits is not None:
         prior_logits, leading = _checked_prior(prior_logits, input), leading[:-1]

@@ -53,7 +53,8 @@ def reduce_loss(
         leading: shape of the call's tokens. The rest is as in `linear_cross_entropy`.
     """
     token_weight = _checked_token_weight(token_weight, call, leading)
-    assert call.target is not None
+    if call.target is None:
+        raise TypeError("target: expected a Tensor, got NoneType")
     kept = call.target.kept
     if reduction == "none":
         result = implementation.statistics(call)
