@@ -438,10 +438,10 @@ def test_reset_parameters_starts_a_head_that_was_built_on_meta(name, options):
 
 
 def test_reset_parameters_makes_a_learned_function_the_identity_again():
-    head = scattered("plif")
-    cast(uncork.PLIF, head.logit_function).reset_parameters()
+    function = cast(uncork.PLIF, scattered("plif").logit_function)
+    function.reset_parameters()
     z = torch.linspace(-30, 30, 101)
-    assert torch.equal(head.logit_function(z), z)
+    assert torch.equal(function(z), z)
     fitted = uncork.PLIF.from_function(uncork.Softcap(30.0))
     fitted.reset_parameters()
     assert torch.equal(fitted(z), z)
