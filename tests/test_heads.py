@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-from typing import cast
 
 import numpy as np
 import pytest
@@ -438,10 +437,11 @@ def test_reset_parameters_starts_a_head_that_was_built_on_meta(name, options):
 
 
 def test_reset_parameters_makes_a_learned_function_the_identity_again():
-    function = cast(uncork.PLIF, scattered("plif").logit_function)
-    function.reset_parameters()
-    z = torch.linspace(-30, 30, 101)
-    assert torch.equal(function(z), z)
+    z, learned = torch.linspace(-30, 30, 101), uncork.PLIF()
+    nn.init.normal_(learned.raw_slopes)
+    assert not torch.equal(learned(z), z)
+    learned.reset_parameters()
+    assert torch.equal(learned(z), z)
     fitted = uncork.PLIF.from_function(uncork.Softcap(30.0))
     fitted.reset_parameters()
     assert torch.equal(fitted(z), z)
@@ -466,7 +466,7 @@ def test_a_loss_without_a_target_names_it(name, hooked):
         head.register_forward_hook(lambda module, args, output: 2 * output)
     for reduction in ("mean", "none"):
         with pytest.raises(TypeError, match="target: expected a Tensor, got NoneType"):
-            head.loss(torch.randn(2, D), None, reduction=reduction)  # type: ignore[arg-type]
+            head.loss(torch.randn(2, D), None, reduction=reduction)
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers():
@@ -510,6 +510,6 @@ def test_what_the_head_has_is_not_taken_again(name):
 
 def test_a_head_whose_weight_was_taken_away_says_so():
     head = build_head("softmax", D, V)
-    head.weight = None  # type: ignore[assignment]
+    head.weight = None
     with pytest.raises(TypeError, match=r"weight: expected a parameter of shape .*got NoneType"):
         head(torch.randn(2, D))

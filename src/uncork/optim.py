@@ -80,7 +80,7 @@ def parameter_groups(
         ValueError: a negative number; an unknown `decay`; an output_lr_scale where no head trains its weight or bias; a
             parameter in two of `groups`, or in one but not in the model; a name given to two parameters.
     """
-    numbers = {
+    numbers: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
         "function_lr_scale": function_lr_scale,

@@ -367,7 +367,7 @@ def table_dtype(device: torch.device) -> torch.dtype:
 
 def positive(name: str, value: Any) -> float:
     """The value as a float if it is finite and above 0; a ValueError that names it otherwise."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     return float(value)
 

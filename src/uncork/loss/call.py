@@ -199,9 +199,9 @@ def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, 
     return weight.to(dtype)
 
 
-def _check_chunk(chunk_size: int | None, memory_budget: int | None) -> None:
+def _check_chunk(chunk_size: object, memory_budget: object) -> None:
     for key, size, unit in (("chunk_size", chunk_size, "rows of scores"), ("memory_budget", memory_budget, "bytes")):
-        whole = isinstance(size, Integral) and not isinstance(size, bool) and size > 0
+        whole = not isinstance(size, bool) and isinstance(size, Integral) and int(size) > 0
         _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", repr(size))
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
