@@ -78,7 +78,9 @@ def test_an_attached_head(name, size, head, tmp_path):
     torch.testing.assert_close(model(**inputs).loss, expected)
     # Saved and loaded, copied, taken off.
     model.save_pretrained(tmp_path)
-    assert torch.equal(from_pretrained(tmp_path).eval()(inputs["input_ids"]).logits, logits)
+    loaded = from_pretrained(tmp_path).eval()  # with another implementation of attention
+    torch.testing.assert_close(loaded(inputs["input_ids"]).logits, logits, rtol=1e-4, atol=1e-3)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert torch.equal(copy.deepcopy(model)(inputs["input_ids"]).logits, logits)
     assert_same(detach_head(model), twin, inputs)
     assert set(vars(model)) == set(vars(twin))
