@@ -134,4 +134,4 @@ def test_an_output_layer_that_somebody_replaced_is_said_before_anything_changes(
     model.set_output_embeddings(nn.Linear(16, VOCAB))
     with pytest.raises(RuntimeError, match="output layer was replaced since its loss was fused"):
         resize(model, VOCAB + 8)
-    assert model.get_input_embeddings().weight.shape[0] == VOCAB
+    assert model.model.embed_tokens.num_embeddings == VOCAB
