@@ -1,7 +1,6 @@
 """resize_token_embeddings, the model's own, on fused models and on models with a head."""
 
 import copy
-from typing import cast
 
 import pytest
 import torch
@@ -79,8 +78,10 @@ def test_an_attached_head(name, size, head, tmp_path):
     torch.testing.assert_close(model(**inputs).loss, expected)
     # Saved and loaded, copied, taken off.
     model.save_pretrained(tmp_path)
-    for other in (from_pretrained(tmp_path).eval(), copy.deepcopy(model)):
-        torch.testing.assert_close(other(inputs["input_ids"]).logits, logits)  # products round by where memory lies
+    loaded = from_pretrained(tmp_path).eval()  # with another implementation of attention
+    torch.testing.assert_close(loaded(inputs["input_ids"]).logits, logits, rtol=1e-4, atol=1e-3)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(copy.deepcopy(model)(inputs["input_ids"]).logits, logits)
     assert_same(detach_head(model), twin, inputs)
     assert set(vars(model)) == set(vars(twin))
 
@@ -133,4 +134,4 @@ def test_an_output_layer_that_somebody_replaced_is_said_before_anything_changes(
     model.set_output_embeddings(nn.Linear(16, VOCAB))
     with pytest.raises(RuntimeError, match="output layer was replaced since its loss was fused"):
         resize(model, VOCAB + 8)
-    assert len(cast(nn.Embedding, model.get_input_embeddings()).weight) == VOCAB
+    assert model.model.embed_tokens.num_embeddings == VOCAB
