@@ -217,7 +217,8 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_once(text, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.strip() == "uncork: interrupted; the same command goes on from what is kept"
+    again = shlex.join(["uncork", *map(str, command[3:])])
+    assert error.strip() == f"uncork: interrupted; to go on from what is kept: {again}"
     for name in names:
         assert list((out / "runs" / f"{name}-seed0" / "checkpoints").glob("last-*"))
     for _ in range(50):  # Python's own helper process ends a moment after the others
@@ -341,6 +342,24 @@ def test_the_completion_for_bash_knows_the_commands(capsys, tmp_path):
         assert "complete" in script
         assert all(kind.__name__.lower() in script for kind in cli._COMMANDS)
         assert "--function-lr-scale" in script
+
+
+def test_a_refused_run_leaves_its_folder_to_the_corrected_command(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    train = ["train", "--corpus", text, "--out-dir", out, *SMALL]
+    assert run(*train, "--batch-size", "1000000") == 2
+    assert "too few for 1000000 streams" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(*train) == 0
+
+
+def test_a_comparison_does_not_write_over_a_run(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run("compare", "--corpus", text, "--out-dir", out, "--seeds", "1", *SMALL) == 2
+    assert "is a run of `uncork train`: choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_the_next_command_after_a_comparison_names_one_of_its_runs(text, tmp_path, capsys):

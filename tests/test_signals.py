@@ -75,7 +75,7 @@ def test_every_signal_leaves_a_checkpoint_that_goes_on_to_the_same_numbers(text,
             _, error = process.communicate(timeout=60)
         assert process.returncode == code, error
         assert len(error.strip().splitlines()) == 1, error
-        assert "goes on from what is kept" in error
+        assert "to go on from what is kept: uncork train" in error
         assert list((broken / "checkpoints").glob("last-*"))
     assert not (broken / "result.json").exists()
     subprocess.run(

@@ -93,6 +93,7 @@ def compare(command: Compare) -> dict[str, Any]:
     cells = make_cells(command.heads, range(command.seeds), base)
     store, texts = RunStore(command.out_dir / "runs"), Texts(command.data_dir)
     check_stored(store.root, cells, texts)
+    _require_no_run(command.out_dir)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = cells[0].config.load_corpus(data_dir=command.data_dir)
     features = cells[0].config.in_features
@@ -152,7 +153,9 @@ def train(command: Train) -> dict[str, Any]:
         say(f"{out_dir} was trained before, with the same settings on the same text: nothing is trained")
     elif command.resume and run.last_step() is None:
         say(f"{out_dir} holds no checkpoint yet: training starts at the beginning")
-    elif not command.resume and run.last_step() is not None:
+    elif command.resume:
+        say(f"going on after step {run.last_step()} of {out_dir}")
+    elif run.last_step() is not None:
         raise LabError(f"{out_dir} holds an unfinished run: --resume goes on with it; or choose another --out-dir")
     torch.set_num_threads(command.threads or cores())
     announce("preparing the training")
@@ -192,6 +195,12 @@ def presets(command: Presets) -> dict[str, Any]:
         say(f"{flag(key)} {setting.value}" if key in flags else f"--set {key}={value}")
         say(f"    {setting.about}")
     return {"command": "presets", "name": command.name, "settings": {k: s.value for k, s in settings.items()}}
+
+
+def _require_no_run(path: Path) -> None:
+    """Raise LabError if the folder is that of a run, whose settings a comparison would write over."""
+    if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+        raise LabError(f"--out-dir: {path} is a run of `uncork train`: choose another folder for the comparison")
 
 
 def _require_run(path: Path) -> None:
@@ -346,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
-        complain(f"\nuncork: {_stopped(command, signum)}")
+        complain(f"\nuncork: {_stopped(command, signum, arguments)}")
         return 128 + signum
     except Exception as error:
         said = in_one_line(error)
@@ -359,15 +368,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _stopped(command: Any, signum: int) -> str:
-    """How the command ended, and how to go on; for `train`, only if it has written a checkpoint."""
+def _stopped(command: Any, signum: int, arguments: list[str]) -> str:
+    """How the command ended, and the command that goes on; for `train`, only if it has written a checkpoint."""
     how = "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
+    more: list[str] = []
     if isinstance(command, Train):
         if not list((command.out_dir / "checkpoints").glob("last-*")):
             return f"{how}; no checkpoint was written yet"
-        again = "" if command.resume else " with --resume added"
-        return f"{how}; the same command{again} goes on from what is kept"
-    return how + "; the same command goes on from what is kept" * isinstance(command, TrainingFlags | Synthetic | Study)
+        more = [] if command.resume else ["--resume"]
+    elif not isinstance(command, TrainingFlags | Synthetic | Study):
+        return how
+    return f"{how}; to go on from what is kept: {shlex.join(['uncork', *arguments, *more])}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -227,6 +228,12 @@ class Run:
             remove_temporaries(path.parent)
             new = commit(path, write)
         self._prune(name, step, new, keep)
+
+    def discard_unused(self) -> None:
+        """Remove the folder if it holds the settings alone, so that a run with others may have its place."""
+        with suppress(OSError):
+            if {path.name for path in self.path.iterdir()} <= {_CONFIG, _LOCK}:
+                shutil.rmtree(self.path)
 
     def last_step(self, name: str = "last") -> int | None:
         """The step of the newest committed checkpoint of this name; None when there is none."""

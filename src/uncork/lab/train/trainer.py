@@ -102,8 +102,12 @@ def train(
     ):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        trainer = Trainer(config, corpus, run, accelerator, interrupt, on_progress)
-        trainer.start(resume)
+        try:
+            trainer = Trainer(config, corpus, run, accelerator, interrupt, on_progress)
+            trainer.start(resume)
+        except Exception:
+            run.discard_unused()
+            raise
         with tensorboard_writer(
             run, tensorboard and accelerator.is_main_process, trainer.state.step + 1
         ) as trainer.board:
