@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -164,10 +164,11 @@ def spread_blocks(tokens: Tensor, number: int) -> Tensor:
 
 def head_on(weight: Tensor, arm: Arm) -> Any:
     """The arm's head as `attach_head` puts it on an output layer with this W, which is copied."""
-    size = dict(zip(("vocab_size", "hidden_size"), weight.shape, strict=True))
+    vocab_size, width = weight.shape
     config: Any = LlamaConfig(
-        **size, intermediate_size=1, num_hidden_layers=0, num_attention_heads=1, tie_word_embeddings=False
-    )
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=1, num_hidden_layers=0, num_attention_heads=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
     model.lm_head.weight = nn.Parameter(weight.clone())
     torch.manual_seed(0)  # a mixture's noise
@@ -242,7 +243,7 @@ def best_rate(rows: pd.DataFrame, arm: str, rates: Sequence[float] | None = None
         if not set(rates) <= set(tuned.index):
             return None
         tuned = tuned[list(rates)]
-    return float(tuned.idxmin())
+    return float(cast(float, tuned.idxmin()))
 
 
 def rates_of(rows: pd.DataFrame, arm: str) -> tuple[float, ...]:
