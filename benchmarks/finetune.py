@@ -18,6 +18,9 @@ The protocol, fixed before the first run:
   rate beyond that end (3e-6 or 1e-3) is tried. The test split is not looked at.
 - `test`: each arm at its rate, seeds 1 to 5. Differences to the softmax and to the temperature of the same seeds, two-
   sided paired t-test, Holm's correction over all nine. Beside it the loss on 16 of the run's own training blocks.
+- Added when the runs of the above were done: a mixture of one, which is a softmax of A h + b with a learned map A that
+  starts at the identity. It tells what a mixture has from its maps from what it has from mixing. With its differences
+  to the softmax and the temperature, and the mixture's of two to it, Holm's correction is over twelve.
 
 The hidden states of every block are computed once and kept in --cache: with a frozen body they are the same in all
 runs, and a head trained on them is the head trained in the model (tests/hf/test_finetune.py). Writes a row of runs.csv
@@ -70,7 +73,14 @@ ARMS = {
     "softcap-30": Arm("softcap", {"cap": 30.0}, "softcap at 30"),
     "plif": Arm("plif", {}, "PLIF"),
     "mos-2": Arm("mos", {"num_components": 2}, "MoS, 2 softmaxes"),
+    "mos-1": Arm("mos", {"num_components": 1}, "linear map (MoS of 1)"),
 }
+CONTROLS = {
+    "softmax": [arm for arm in ARMS if arm != "softmax"],
+    "temperature": [arm for arm in ARMS if arm not in ("softmax", "temperature")],
+    "mos-1": ["mos-2"],
+}
+"""What is compared with what."""
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 BEYOND = (3e-6, 1e-3)
 """Tried where the best of RATES is the lowest, or the highest."""
@@ -292,12 +302,14 @@ def tune_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every arm against softmax and temperature: mean and deviation of the paired differences in nats, p, Holm's p."""
+    """Every arm against softmax and temperature, mos-2 against mos-1: mean and deviation of the paired differences in
+    nats, p, Holm's p.
+    """
     after = {arm: own.set_index("seed")["test_after"] for arm, own in rows[rows["stage"] == "test"].groupby("arm")}
     made = []
-    for control in ("softmax", "temperature"):
-        for arm in ARMS:
-            if arm in ("softmax", control) or not {arm, control} <= after.keys():
+    for control, arms in CONTROLS.items():
+        for arm in arms:
+            if not {arm, control} <= after.keys():
                 continue
             both = paired(after[arm], after[control])
             # The test is made on logarithms of perplexities: on nats.
@@ -340,6 +352,7 @@ def test_table(rows: pd.DataFrame) -> pd.DataFrame:
                 "test after": plus_minus(own["test_after"].mean(), own["test_after"].std(), 4),
                 "against softmax": against(str(arm), "softmax"),
                 "against temperature": against(str(arm), "temperature"),
+                "against the linear map": against(str(arm), "mos-1"),
             }
         )
     return pd.DataFrame(lines)
