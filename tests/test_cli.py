@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,6 +360,21 @@ def test_a_comparison_does_not_write_over_a_run(text, tmp_path, capsys):
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run("compare", "--corpus", text, "--out-dir", out, "--seeds", "1", *SMALL) == 2
     assert "is a run of `uncork train`: choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    for path in out.iterdir():  # what an interruption before the first checkpoint leaves
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run("compare", "--corpus", text, "--out-dir", out, "--seeds", "1", *SMALL) == 2
+    assert (out / "config.json").read_bytes() == before[out / "config.json"]
+
+
+def test_a_run_does_not_take_the_place_of_a_comparison(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("compare", "--corpus", text, "--out-dir", out, "--seeds", "1", "--heads", "softmax",
+               "--contexts", "20", *SMALL) == 0  # fmt: skip
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 2
+    assert "Use another --out-dir" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

@@ -199,7 +199,9 @@ def presets(command: Presets) -> dict[str, Any]:
 
 def _require_no_run(path: Path) -> None:
     """Raise LabError if the folder is that of a run, whose settings a comparison would write over."""
-    if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+    from uncork.lab.run.store import Run
+
+    if (path / "config.json").exists() and "heads" not in Run.open(path).config:
         raise LabError(f"--out-dir: {path} is a run of `uncork train`: choose another folder for the comparison")
 
 

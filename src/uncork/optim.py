@@ -80,19 +80,9 @@ def parameter_groups(
         ValueError: a negative number; an unknown `decay`; an output_lr_scale where no head trains its weight or bias; a
             parameter in two of `groups`, or in one but not in the model; a name given to two parameters.
     """
-    numbers: dict[str, Any] = {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "function_lr_scale": function_lr_scale,
-        "output_lr_scale": output_lr_scale,
-    }
-    for name, number in numbers.items():
-        if not isinstance(number, Real | Tensor):
-            raise TypeError(f"{name}: expected a number, got {number!r}")
-    if not all(0 <= number < float("inf") for number in numbers.values()):
-        raise ValueError(
-            f"{', '.join(numbers)}: expected numbers of at least 0, got {', '.join(map(str, numbers.values()))}"
-        )
+    _check_numbers(
+        lr=lr, weight_decay=weight_decay, function_lr_scale=function_lr_scale, output_lr_scale=output_lr_scale
+    )
     if decay not in DECAYS:
         raise ValueError(f'decay: expected "matrices" or "all", got {decay!r}')
     named = _named(model)
@@ -133,6 +123,16 @@ def parameter_groups(
         if params
     ]
     return made + own
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, Real | Tensor):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
+    if not all(0 <= number < float("inf") for number in numbers.values()):
+        raise ValueError(
+            f"{', '.join(numbers)}: expected numbers of at least 0, got {', '.join(map(str, numbers.values()))}"
+        )
 
 
 def _named(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> Named:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -405,7 +406,17 @@ def test_operations_as_text(function, make_function):
 
 def test_nothing_of_this_in_eager(monkeypatch, make_problem):
     """Eager mode keeps its path: neither operator nor its arguments are made."""
-    monkeypatch.setattr(operator._Arguments, "of", None)
+    made, real = list[Any](), operator._Arguments.of
+
+    def spied(*given: Any) -> Any:
+        made.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(operator._Arguments, "of", spied)
     problem = make_problem("plif")
     problem.loss(None).backward()
     problem.statistics(None)
+    assert not made
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    problem.loss(None).backward()
+    assert len(made) == 1

@@ -106,7 +106,8 @@ def train(
             trainer = Trainer(config, corpus, run, accelerator, interrupt, on_progress)
             trainer.start(resume)
         except Exception:
-            run.discard_unused()
+            if accelerator.is_main_process:
+                run.discard_unused()
             raise
         with tensorboard_writer(
             run, tensorboard and accelerator.is_main_process, trainer.state.step + 1
