@@ -180,7 +180,7 @@ def test_a_mistake_names_what_the_user_wrote(arguments, said, place, capsys):
 
 
 BAD_RUNS = {
-    "config.json": ("{}", "is damaged: expected a JSON object with names and values, got {}"),
+    "config.json": ("{}", "is damaged: expected the settings of a run, its head among them, got {}"),
     "config.json ": ('{"a": 1}', "is damaged: expected the settings of a run, its head among them, got only a"),
     "checkpoints": (None, "holds no file best-*.safetensors, although the run was validated: the file was removed"),
 }
@@ -203,6 +203,10 @@ def test_a_damaged_result_does_not_keep_a_run_from_being_evaluated(trained, tmp_
     run = shutil.copytree(trained / "out", tmp_path / "run")
     (run / "result.json").write_text("{bad")
     assert cli.main(["evaluate", str(run)]) == 0, capsys.readouterr().err
+    (run / "result.json").write_text("{}")
+    monkeypatch.chdir(trained)
+    assert cli.main(["train", *STARTS["train"], "--out-dir", str(run)]) == 2
+    assert "result.json: is damaged: expected the numbers of a run that is done, got {}" in capsys.readouterr().err
 
 
 def test_the_only_checkpoint_has_none_before_it(trained, tmp_path, caplog, capsys):
@@ -246,6 +250,26 @@ def test_what_the_text_lacks_is_said_with_its_name(trained, tmp_path, monkeypatc
     assert "--split and --text: give one of them" in capsys.readouterr().err
     assert cli.main(["generate", run, "--prompt", "the zzz, zzz cat", "--max-tokens", "2"]) == 0
     assert capsys.readouterr().err == "note: the model does not know zzz , and reads <unk> instead\n"
+
+
+def test_train_does_not_go_on_in_the_folder_of_a_comparison(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "config.json").write_text('{"heads": ["softmax"]}')
+    assert cli.main(["train", *STARTS["train"]]) == 2
+    assert "out was made by `uncork compare`: choose another folder for `uncork train`" in capsys.readouterr().err
+
+
+def test_the_help_breaks_lines_at_the_width_alone(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["train", "--help"]) == 0
+    assert "transformer-gpu, lookup," in capsys.readouterr().out
+
+
+def test_the_help_keeps_its_form_without_unicode():
+    settings = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "40"}
+    command = [sys.executable, "-m", "uncork", "evaluate", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=settings).stdout
+    assert re.search(r"^\W*--split", shown, re.M), shown
 
 
 @pytest.mark.parametrize("width", [40, 80])

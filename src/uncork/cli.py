@@ -17,7 +17,7 @@ from typing import Any
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.machine import cores
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
-from uncork.lab.run.names import check_folder
+from uncork.lab.run.names import check_folder, require_settings
 from uncork.lab.run.progress import Meter, announce, listening, tell_terminal
 from uncork.lab.terminal import NobodyReads, complain, ready_streams, say
 
@@ -130,6 +130,7 @@ def compare(command: Compare) -> dict[str, Any]:
 def train(command: Train) -> dict[str, Any]:
     """Trains one run; returns its result."""
     check_folder(command.out_dir.absolute())
+    _require_free(command.out_dir, command)
     import torch
 
     from uncork.lab.report.page import write_report
@@ -206,6 +207,8 @@ def _require_free(path: Path, command: Any) -> None:
         return
     config, own = read_json(path / "config.json"), type(command).__name__.lower()
     made_by = "synthetic" if "targets" in config else "compare" if "heads" in config else "train"
+    if made_by == "train":
+        require_settings(path / "config.json", config)
     if made_by != own:
         raise LabError(f"--out-dir: {path} was made by `uncork {made_by}`: choose another folder for `uncork {own}`")
 

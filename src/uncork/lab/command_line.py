@@ -1,9 +1,13 @@
 """Parses a command line into a command. Defaults in the help can be copied, and a mistake is reported in one line."""
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
+import inspect
 import io
+import itertools
 import re
 import shutil
 import sys
@@ -26,6 +30,9 @@ def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> An
     Raises:
         LabError: arguments that cannot be understood.
     """
+    if {"-h", "--help"} & set(arguments):
+        for kind in kinds.values():
+            _explain(kind)
     out, err = _Captured(sys.stdout), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -44,12 +51,33 @@ def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> An
 
 
 def _wrapped(text: str) -> str:
-    """A help whose paragraphs before the first box fill the lines of the terminal; tyro leaves them as written."""
-    box = re.search(r"^(?:\x1b\[[0-9;]*m)*(?:╭|\+-)", text, re.M)
-    start = box.start() if box else len(text)
-    usage, *paragraphs = text[:start].rstrip("\n").split("\n\n")
+    """A help whose paragraphs fit into the terminal; tyro leaves those above the boxes as they are in the source."""
     width = max(20, shutil.get_terminal_size().columns)
-    return "\n\n".join([usage, *(textwrap.fill(" ".join(p.split()), width) for p in paragraphs), text[start:]])
+
+    def filled(paragraph: str) -> str:
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", paragraph)
+        fits = all(len(line) <= width for line in shown.split("\n"))
+        kept = fits or "│" in shown or shown.startswith("usage:")
+        return paragraph if kept else textwrap.fill(" ".join(shown.split()), width)
+
+    return "\n\n".join(map(filled, text.split("\n\n")))
+
+
+@functools.cache
+def _explain(kind: type) -> None:
+    """Give tyro the docstrings of the command's fields as one line each: it breaks lines where the source does."""
+    for owner in kind.__mro__[:-1]:
+        hints = typing.get_type_hints(owner, include_extras=True)
+        (found,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        body = found.body if isinstance(found, ast.ClassDef) else []
+        for field, doc in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+                text = ast.literal_eval(doc.value)
+                if "\n" in text:
+                    name, help_ = field.target.id, tyro.conf.arg(help=" ".join(text.split()))
+                    hint: Any = typing.Annotated[hints[name], help_]
+                    owner.__annotations__[name] = hint
+                    kind.__dataclass_fields__[name].type = hint  # type: ignore[attr-defined]
 
 
 def flag(name: str) -> str:

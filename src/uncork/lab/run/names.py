@@ -1,7 +1,9 @@
-"""Which names folders of runs may have; in a module that imports no torch, so that a bad name is refused at once."""
+"""What the folder of a run may be called and holds; without torch, so that a wrong one is refused at once."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from uncork.lab.errors import LabError
 
@@ -26,3 +28,10 @@ def check_folder(path: Path) -> None:
     check_name(path.name, "out_dir: its last part")
     if path.is_dir() and not (path / "config.json").exists() and any(path.iterdir()):
         raise LabError(f"out_dir: the folder {path} holds files, but no run: give one that is new or empty")
+
+
+def require_settings(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise LabError if the content of this config.json is not the settings of a run."""
+    if "head" not in config:
+        names = f"only {', '.join(config)}" if config else "{}"
+        raise LabError(f"{path}: is damaged: expected the settings of a run, its head among them, got {names}")

@@ -272,7 +272,10 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What `finish` was given, None before. Raises LabError when result.json is damaged."""
         path = self.path / _RESULT
-        return _read_object(path) if path.exists() else None
+        result = _read_object(path) if path.exists() else None
+        if result == {}:
+            raise LabError(f"{path}: is damaged: expected the numbers of a run that is done, got {{}}")
+        return result
 
     def _checkpoints(self, name: str) -> list[tuple[int, Path]]:
         """(step, file) of the committed checkpoints of this name, the newest first."""
@@ -385,8 +388,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     obj = read_json(path)
     if not isinstance(obj, dict):
         raise LabError(f"{path}: is damaged, not a JSON object")
-    if not obj:
-        raise LabError(f"{path}: is damaged: expected a JSON object with names and values, got {{}}")
     return obj
 
 

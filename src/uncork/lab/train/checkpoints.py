@@ -26,6 +26,7 @@ from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel, build_model
 from uncork.lab.run import key as run_key
 from uncork.lab.run.files import plain, read_json, write_json
+from uncork.lab.run.names import require_settings
 from uncork.lab.run.store import Checkpoint, Run
 from uncork.lab.train.config import TrainConfig
 
@@ -266,11 +267,7 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
         raise LabError(
             f"{run.path}: holds no trained model yet; it has one after the first validation of `uncork train`"
         )
-    if "head" not in run.config:
-        raise LabError(
-            f"{run.path / 'config.json'}: is damaged: expected the settings of a run, its head among them, got only "
-            f"{', '.join(run.config)}"
-        )
+    require_settings(run.path / "config.json", run.config)
     tokenizer_path = run.path / TOKENIZER_FILE
     spec = read_json(tokenizer_path)
     try:
