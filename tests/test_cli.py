@@ -374,7 +374,7 @@ def test_a_run_does_not_take_the_place_of_a_comparison(text, tmp_path, capsys):
                "--contexts", "20", *SMALL) == 0  # fmt: skip
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 2
-    assert "Use another --out-dir" in capsys.readouterr().err
+    assert "choose another folder for `uncork train`" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
