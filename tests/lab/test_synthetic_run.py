@@ -285,7 +285,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--beta", "0"], "targets: expected a number above 0 in dirichlet, got 'dirichlet:0.0'"),
+        (["--beta", "0"], "--beta: expected finite numbers above 0, got 0"),
         (["--beta", "-0.5"], "expected a number above 0"),
         (["--num-words", "0", "--in-features", "0"], "in-features: expected some below num-words"),
         (["--num-words", "5", "--in-features", "0"], "in-features: expected at least 1, got 0"),
