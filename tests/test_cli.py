@@ -262,7 +262,7 @@ def test_resume_of_nothing_is_an_error(text, tmp_path, capsys, monkeypatch):
         assert run(*command) == 130
     assert "no checkpoint was written yet" in capsys.readouterr().err
     assert run(*command, "--resume") == 0
-    assert "holds no checkpoint yet: training starts at the beginning" in capsys.readouterr().out
+    assert "holds no checkpoint: training starts at the beginning" in capsys.readouterr().out
     assert run(*command) == 0
     assert "was trained before, with the same settings on the same text: nothing is trained" in capsys.readouterr().out
     text.write_text(text.read_text().replace("mat", "hat"))
@@ -359,7 +359,7 @@ def test_a_comparison_does_not_write_over_a_run(text, tmp_path, capsys):
     assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run("compare", "--corpus", text, "--out-dir", out, "--seeds", "1", *SMALL) == 2
-    assert "is a run of `uncork train`: choose another folder" in capsys.readouterr().err
+    assert "was made by `uncork train`: choose another folder for `uncork compare`" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     for path in out.iterdir():  # what an interruption before the first checkpoint leaves
         if path.name != "config.json":
@@ -374,7 +374,7 @@ def test_a_run_does_not_take_the_place_of_a_comparison(text, tmp_path, capsys):
                "--contexts", "20", *SMALL) == 0  # fmt: skip
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run("train", "--corpus", text, "--out-dir", out, *SMALL) == 2
-    assert "Use another --out-dir" in capsys.readouterr().err
+    assert "choose another folder for `uncork train`" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

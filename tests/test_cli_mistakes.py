@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
@@ -141,9 +142,30 @@ def test_a_number_that_only_training_meets_is_one_line(given, trained, tmp_path,
         (["train", "--out-dir", "x", "--set", "clip=-1"], "uncork: --set clip: clip must be"),
         (
             ["train", "--out-dir", "x", "--head", "plif:lr=0"],
-            "uncork: head plif:lr=0: lr must be a finite number above 0, got 0",
+            "uncork: --head plif:lr=0: lr must be a finite number above 0, got 0",
         ),
         (["train", "--out-dir", "x", "--head", "plif:num_pieces=1e12"], "uncork: "),
+        (["train", "--out-dir", ""], "uncork train: --out-dir: expected a path, got ''"),
+        (["train", "--out-dir=x", "--data-dir="], "uncork train: --data-dir: expected a path, got ''"),
+        (["train", "--out-dir", "."], "holds files, but no run: give one that is new or empty"),
+        (["train", "--out-dir", "x", "--bias-prior", "maybe"], "--bias-prior: expected True, False or None, got"),
+        (["train", "--out-dir", "x", "--device", "cuda"], "option --device: training takes the GPU where there is one"),
+        (
+            ["train", "--out-dir", "x", "--corpus", "ptb", "--data-dir", "file"],
+            "--data-dir: expected a folder, and file",
+        ),
+        (["train", "--out-dir", "x", "--corpus", "/dev/null"], "uncork: --corpus: expected a text file or a folder"),
+        (["train", "--out-dir", "x", "--epochs", "1e300"], "uncork: --epochs must be a number above 0 and at most 1,0"),
+        (["compare", "--out-dir", "x", "--heads", "nosuch"], "uncork: --heads must be one of softmax,"),
+        (["compare", "--out-dir", "x", "--heads", "plif:lr=0"], "uncork: --heads plif:lr=0: lr must be"),
+        (["synthetic", "--num-words", "1"], "uncork: --num-words: expected at least 2, got 1"),
+        (["synthetic", "--in-features", "0"], "uncork: --in-features: expected at least 1, got 0"),
+        (["synthetic", "--beta", "-1"], "uncork: --beta: expected finite numbers above 0, got -1"),
+        (["synthetic", "--workers", "9999"], "uncork: --workers: expected at least 1 and at most 1024, got 9999"),
+        (["study", "--workers", "9999"], "uncork: --workers: expected at least 1 and at most 1024, got 9999"),
+        (["bench", "--impl", "nosuch"], "uncork: --impl: expected one of native, torch, reference or None, got"),
+        (["bench", "--threads", "9999"], "uncork: --threads: expected at least 1 and at most 1024, got 9999"),
+        (["bench", "--shapes", "999999999999,400,10"], "uncork: --shapes: 999999999999, 400, 10 needs at least"),
         (
             ["train", "--out-dir", "x", "--set", "model_options.dropout=0.1"],
             "uncork: --set model_options.dropout: lstm-laptop has no such setting; did you mean model_options.input",
@@ -155,6 +177,114 @@ def test_a_mistake_names_what_the_user_wrote(arguments, said, place, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+BAD_RUNS = {
+    "config.json": ("{}", "is damaged: expected the settings of a run, its head among them, got {}"),
+    "config.json ": ('{"a": 1}', "is damaged: expected the settings of a run, its head among them, got only a"),
+    "checkpoints": (None, "holds no file best-*.safetensors, although the run was validated: the file was removed"),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_RUNS)
+def test_a_damaged_run_is_refused_with_what_was_expected(damage, trained, tmp_path, capsys):
+    content, said = BAD_RUNS[damage]
+    run = shutil.copytree(trained / "out", tmp_path / "run")
+    if content is None:
+        shutil.rmtree(run / damage)
+    else:
+        (run / damage.strip()).write_text(content)
+    assert cli.main(["evaluate", str(run)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_result_does_not_keep_a_run_from_being_evaluated(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNCORK_CACHE", str(trained / "cache"))
+    run = shutil.copytree(trained / "out", tmp_path / "run")
+    (run / "result.json").write_text("{bad")
+    assert cli.main(["evaluate", str(run)]) == 0, capsys.readouterr().err
+    (run / "result.json").write_text("{}")
+    monkeypatch.chdir(trained)
+    assert cli.main(["train", *STARTS["train"], "--out-dir", str(run)]) == 2
+    assert "result.json: is damaged: expected the numbers of a run that is done, got {}" in capsys.readouterr().err
+
+
+def test_the_only_checkpoint_has_none_before_it(trained, tmp_path, caplog, capsys):
+    run = shutil.copytree(trained / "out", tmp_path / "run")
+    (best,) = (run / "checkpoints").glob("best-*")
+    best.write_bytes(best.read_bytes() + b"x")
+    assert cli.main(["evaluate", str(run)]) == 2
+    assert "no intact checkpoint" in capsys.readouterr().err
+    assert "trying the one before it" not in caplog.text
+
+
+@pytest.mark.parametrize("command", ["bench", "synthetic", "compare", "study"])
+def test_no_command_writes_over_a_run(command, trained, place, capsys):
+    run = shutil.copytree(trained / "out", place / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    given = [*STARTS.get(command, []), "--out-dir", str(run)]
+    assert cli.main([command, *given]) == 2
+    assert f"was made by `uncork train`: choose another folder for `uncork {command}`" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("UNCORK_CACHE", str(trained / "cache"))
+    code = cli.main(["train", *STARTS["train"], "--out-dir", str(tmp_path / "run"), "--in-features", "9999999999"])
+    assert code == 2
+    assert "--in-features 9999999999 with V = " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_text_lacks_is_said_with_its_name(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNCORK_CACHE", str(trained / "cache"))
+    for name, text in (("blank.txt", " \n\n"), ("one.txt", "a line\n")):
+        (tmp_path / name).write_text(text)
+    run = str(trained / "out")
+    assert cli.main(["evaluate", run, "--text", str(tmp_path / "blank.txt")]) == 2
+    assert "blank.txt: holds no words" in capsys.readouterr().err
+    assert cli.main(["train", "--out-dir", str(tmp_path / "x"), "--corpus", str(tmp_path / "one.txt")]) == 2
+    assert "one.txt has 1 line of text" in capsys.readouterr().err
+    assert cli.main(["evaluate", run, "--text", "x", "--split", "valid"]) == 2
+    assert "--split and --text: give one of them" in capsys.readouterr().err
+    assert cli.main(["generate", run, "--prompt", "the zzz, zzz cat", "--max-tokens", "2"]) == 0
+    assert capsys.readouterr().err == "note: the model does not know zzz , and reads <unk> instead\n"
+
+
+def test_train_does_not_go_on_in_the_folder_of_a_comparison(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "config.json").write_text('{"heads": ["softmax"]}')
+    assert cli.main(["train", *STARTS["train"]]) == 2
+    assert "out was made by `uncork compare`: choose another folder for `uncork train`" in capsys.readouterr().err
+
+
+def test_the_help_breaks_lines_at_the_width_alone(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["train", "--help"]) == 0
+    assert "transformer-gpu, lookup," in capsys.readouterr().out
+
+
+def test_the_help_keeps_its_form_without_unicode():
+    settings = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "40"}
+    command = [sys.executable, "-m", "uncork", "evaluate", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=settings).stdout
+    assert re.search(r"^\W*--split", shown, re.M), shown
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_the_help_fits_the_terminal(name, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert cli.main([*([name] if name else []), "--help"]) == 0
+    lines = capsys.readouterr().out.partition("The default of --")[0].splitlines()
+    start = next(number for number, line in enumerate(lines) if not line)  # after the usage
+    assert [line for line in lines[start:] if len(line) > width] == []
+
+
+def test_the_usage_names_what_the_errors_name(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "usage: uncork evaluate [-h] [EVALUATE OPTIONS] RUN"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

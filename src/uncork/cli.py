@@ -17,6 +17,7 @@ from typing import Any
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.machine import cores
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
+from uncork.lab.run.names import check_folder, require_settings
 from uncork.lab.run.progress import Meter, announce, listening, tell_terminal
 from uncork.lab.terminal import NobodyReads, complain, ready_streams, say
 
@@ -93,7 +94,7 @@ def compare(command: Compare) -> dict[str, Any]:
     cells = make_cells(command.heads, range(command.seeds), base)
     store, texts = RunStore(command.out_dir / "runs"), Texts(command.data_dir)
     check_stored(store.root, cells, texts)
-    _require_no_run(command.out_dir)
+    _require_free(command.out_dir, command)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = cells[0].config.load_corpus(data_dir=command.data_dir)
     features = cells[0].config.in_features
@@ -128,12 +129,14 @@ def compare(command: Compare) -> dict[str, Any]:
 
 def train(command: Train) -> dict[str, Any]:
     """Trains one run; returns its result."""
+    check_folder(command.out_dir.absolute())
+    _require_free(command.out_dir, command)
     import torch
 
     from uncork.lab.report.page import write_report
     from uncork.lab.report.records import read_records
     from uncork.lab.run.progress import progress_line
-    from uncork.lab.run.store import RunStore, check_name
+    from uncork.lab.run.store import RunStore
     from uncork.lab.train.config import text_record
     from uncork.lab.train.head import with_head
     from uncork.lab.train.result import epochs_told
@@ -143,7 +146,6 @@ def train(command: Train) -> dict[str, Any]:
     config = with_head(command.base(), command.head, command.seed)
     _announce_preset(command, config)
     out_dir = command.out_dir.absolute()
-    check_name(out_dir.name, "out_dir: its last part")
     if command.resume and not (out_dir / "config.json").exists():
         raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
     corpus = config.load_corpus(data_dir=command.data_dir)
@@ -152,7 +154,7 @@ def train(command: Train) -> dict[str, Any]:
     if run.result is not None:
         say(f"{out_dir} was trained before, with the same settings on the same text: nothing is trained")
     elif command.resume and run.last_step() is None:
-        say(f"{out_dir} holds no checkpoint yet: training starts at the beginning")
+        say(f"{out_dir} holds no checkpoint: training starts at the beginning")
     elif command.resume:
         say(f"going on after step {run.last_step()} of {out_dir}")
     elif run.last_step() is not None:
@@ -197,12 +199,18 @@ def presets(command: Presets) -> dict[str, Any]:
     return {"command": "presets", "name": command.name, "settings": {k: s.value for k, s in settings.items()}}
 
 
-def _require_no_run(path: Path) -> None:
-    """Raise LabError if the folder is that of a run, whose settings a comparison would write over."""
-    from uncork.lab.run.store import Run
+def _require_free(path: Path, command: Any) -> None:
+    """Raise LabError if another command has made this folder, whose files this one would write over."""
+    from uncork.lab.run.files import read_json
 
-    if (path / "config.json").exists() and "heads" not in Run.open(path).config:
-        raise LabError(f"--out-dir: {path} is a run of `uncork train`: choose another folder for the comparison")
+    if not (path / "config.json").exists():
+        return
+    config, own = read_json(path / "config.json"), type(command).__name__.lower()
+    made_by = "synthetic" if "targets" in config else "compare" if "heads" in config else "train"
+    if made_by == "train":
+        require_settings(path / "config.json", config)
+    if made_by != own:
+        raise LabError(f"--out-dir: {path} was made by `uncork {made_by}`: choose another folder for `uncork {own}`")
 
 
 def _require_run(path: Path) -> None:
@@ -217,11 +225,14 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     from uncork.lab.train.evaluation import evaluate_run
 
     _require_run(command.run)
-    found = evaluate_run(command.run, command.split, text=command.text, data_dir=command.data_dir)
+    if command.split is not None and command.text is not None:
+        raise LabError("split and text: give one of them")
+    split = command.split or "test"
+    found = evaluate_run(command.run, split, text=command.text, data_dir=command.data_dir)
     unknown = "" if found.unknown is None else f"; {100 * found.unknown:.1f} % of the words are unknown to the model"
     say(f"perplexity {found.perplexity:.2f} per word, {found.cross_entropy:.4f} nats per token{unknown}")
     _say_next(["generate", command.run])
-    where = command.split if command.text is None else str(command.text)
+    where = split if command.text is None else str(command.text)
     return {"command": "evaluate", "run": str(command.run), "on": where, **found.to_dict()}
 
 
@@ -229,10 +240,13 @@ def generate(command: Generate) -> dict[str, Any]:
     """Prints text sampled from the model; returns it."""
     from uncork.lab.train.checkpoints import load_trained
     from uncork.lab.train.generation import generate as sample
+    from uncork.lab.train.generation import unknown_words
 
     _require_counts(command, "max_tokens")
     _require_run(command.run)
     trained = load_trained(command.run)
+    if unknown := unknown_words(trained.tokenizer, command.prompt):
+        complain(f"note: the model does not know {' '.join(unknown)} and reads <unk> instead")
     text = sample(
         trained.model,
         trained.tokenizer,
@@ -254,7 +268,11 @@ def bench(command: Bench) -> dict[str, Any]:
     from uncork.lab.experiments.bench.tables import median_ratios, narrow_table
     from uncork.lab.report.tables import terminal_table
 
-    tables = run(command, plan_of(command), _command_line())
+    _require_counts(command, "threads")
+    plan = plan_of(command)
+    if command.out_dir is not None:
+        _require_free(command.out_dir, command)
+    tables = run(command, plan, _command_line())
     say(f"\n{terminal_table(narrow_table(tables), blocks='N, D, V')}\n")
     if command.out_dir is None:
         _say_next(["bench", "--out-dir", "bench"])
@@ -265,6 +283,9 @@ def synthetic(command: Synthetic) -> dict[str, Any]:
     """Fits heads to given distributions; returns where the tables are."""
     from uncork.lab.experiments.synthetic import experiment
 
+    _require_counts(command, "workers")
+    for folder in (command.out_dir, command.out_dir / ("quick" if command.quick else command.part)):
+        _require_free(folder, command)
     outcome = experiment.run(command, _command_line())
     if outcome["part"] == "quick":
         _say_next(["synthetic", "--part", "default", "--out-dir", command.out_dir])
@@ -275,6 +296,8 @@ def study(command: Study) -> dict[str, Any]:
     """Trains a part of the language-model study; returns where the tables are."""
     from uncork.lab.experiments.study import experiment
 
+    _require_counts(command, "workers")
+    _require_free(command.out_dir, command)
     outcome = experiment.run(command)
     if parts := outcome.get("parts"):
         plan = [] if command.plan == Study.plan else ["--plan", command.plan]
@@ -350,6 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
             if command is None:
                 return 0
             _announce(command)
+            if "torch" not in sys.modules:
+                announce("loading PyTorch")
             outcome = _COMMANDS[type(command)](command)
             say(json.dumps(outcome, default=str))
             return 2 if outcome.get("failed") else 1 if outcome.get("passed") is False else 0

@@ -280,7 +280,7 @@ def test_absent_data_says_what_was_looked_for_and_where_it_is_from(tmp_path, nam
         load_corpus(name)
     with pytest.raises(LabError, match=rf"looked for .*train.*valid.*test.* archives named .*{origin}"):
         load_corpus(name, data_dir=tmp_path)
-    with pytest.raises(LabError, match=r"the data folder .*nowhere does not exist"):
+    with pytest.raises(LabError, match=r"data_dir: expected a folder, and .*nowhere does not exist"):
         load_corpus(name, data_dir=tmp_path / "nowhere")
 
 

@@ -243,7 +243,7 @@ def test_a_part_that_needs_the_tuning_says_so(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
-        (["--workers", "0"], "workers: expected at least 1, got 0"),
+        (["--workers", "0"], "workers: expected at least 1 and at most 1024, got 0"),
         (["--corpora", "wsj"], "texts: this part has ('ptb', 'sotu'), got 'wsj'"),
         (["--heads", "softmax:lr=0.004", "mlp"], "heads: this part has ('softmax:lr=0.004', "),
         (["--in-features", "17"], "in-features: this part has (16, 64), got 17"),

@@ -285,14 +285,14 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--beta", "0"], "targets: expected a number above 0 in dirichlet, got 'dirichlet:0.0'"),
-        (["--beta", "-0.5"], "expected a number above 0"),
-        (["--num-words", "0", "--in-features", "0"], "in-features: expected some below num-words"),
+        (["--beta", "0"], "--beta: expected finite numbers above 0, got 0"),
+        (["--beta", "-0.5"], "--beta: expected finite numbers above 0, got -0.5"),
+        (["--num-words", "0", "--in-features", "0"], "--num-words: expected at least 2, got 0"),
         (["--num-words", "5", "--in-features", "0"], "in-features: expected at least 1, got 0"),
         (["--num-words", "5", "--in-features", "5"], "in-features: expected some below num-words"),
         (["--num-contexts", "0"], "num-contexts: expected at least 1, got 0"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
-        (["--workers", "0"], "workers: expected at least 1, got 0"),
+        (["--workers", "0"], "workers: expected at least 1 and at most 1024, got 0"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0, 1e+30 at most, got 0.0"),
         (["--heads", "soft"], "heads: expected some of"),
         (["--quick", "--part", "heads"], "quick: is a part of its own"),

@@ -28,7 +28,7 @@ def with_values(monkeypatch, name, **values):
         ({"preset": "lstm"}, "preset must be one of"),
         ({"in_features": 0}, "in_features must be an integer of at least 1 .*, got 0"),
         ({"in_features": 16.0}, "in_features must be an integer"),
-        ({"epochs": 0}, "epochs must be a finite number above 0, got 0"),
+        ({"epochs": 0}, "epochs must be a number above 0 and at most 1,000,000, got 0"),
         ({"lr": -1.0}, "lr must be a finite number above 0, got -1.0"),
         ({"lr": math.nan}, "lr must be a finite number above 0, got nan"),
         ({"lr": "0.1"}, "lr must be a finite number above 0, got '0.1'"),

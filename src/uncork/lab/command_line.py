@@ -1,11 +1,17 @@
 """Parses a command line into a command. Defaults in the help can be copied, and a mistake is reported in one line."""
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
+import inspect
 import io
+import itertools
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,19 +30,54 @@ def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> An
     Raises:
         LabError: arguments that cannot be understood.
     """
+    if {"-h", "--help"} & set(arguments):
+        for kind in kinds.values():
+            _explain(kind)
     out, err = _Captured(sys.stdout), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return tyro.extras.subcommand_cli_from_dict(
+            command = tyro.extras.subcommand_cli_from_dict(
                 dict(kinds), prog="uncork", description=about, args=list(arguments)
             )
+            _require_paths(command, arguments)
+            return command
     except SystemExit as end:
         if end.code:
             raise LabError(_mistake(kinds, arguments, err.getvalue())) from None
-    say(out.getvalue().rstrip("\n"))
+    say(_wrapped(out.getvalue().rstrip("\n")))
     for line in _long_defaults(kinds.get(next(iter(arguments), ""))):
         say(line)
     return None
+
+
+def _wrapped(text: str) -> str:
+    """A help whose paragraphs fit into the terminal; tyro leaves those above the boxes as they are in the source."""
+    width = max(20, shutil.get_terminal_size().columns)
+
+    def filled(paragraph: str) -> str:
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", paragraph)
+        fits = all(len(line) <= width for line in shown.split("\n"))
+        kept = fits or "│" in shown or shown.startswith("usage:")
+        return paragraph if kept else textwrap.fill(" ".join(shown.split()), width)
+
+    return "\n\n".join(map(filled, text.split("\n\n")))
+
+
+@functools.cache
+def _explain(kind: type) -> None:
+    """Give tyro the docstrings of the command's fields as one line each: it breaks lines where the source does."""
+    for owner in kind.__mro__[:-1]:
+        hints = typing.get_type_hints(owner, include_extras=True)
+        (found,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        body = found.body if isinstance(found, ast.ClassDef) else []
+        for field, doc in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+                text = ast.literal_eval(doc.value)
+                if "\n" in text:
+                    name, help_ = field.target.id, tyro.conf.arg(help=" ".join(text.split()))
+                    hint: Any = typing.Annotated[hints[name], help_]
+                    owner.__annotations__[name] = hint
+                    kind.__dataclass_fields__[name].type = hint  # type: ignore[attr-defined]
 
 
 def flag(name: str) -> str:
@@ -55,6 +96,10 @@ def with_flags(message: str, command: Any) -> str:
     """
     positional = {f.name for f in dataclasses.fields(command) if _is_positional(type(command), f.name)}
     names = [f.name for f in dataclasses.fields(command) if f.name not in positional]
+    if "head" not in names and "heads" in names and message.startswith("head "):
+        message = "heads" + message.removeprefix("head")
+    if message.startswith(("head ", "heads ")):
+        message = f"--{message}"
     start = re.match(r"[\w-]+(?: and [\w-]+)*(?=:| must | needs )", message)
     if start:
         words = start[0].split(" and ")
@@ -68,8 +113,16 @@ def with_flags(message: str, command: Any) -> str:
 
 def close_to(word: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?", or nothing where no known word is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    names = {name.lstrip("-"): name for name in known}  # the dashes that all flags share make none of them near
+    found = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {names[found[0]]}?" if found else ""
+
+
+def _require_paths(command: Any, arguments: Sequence[str]) -> None:
+    """Raise LabError for a path that is empty, which would be the present folder."""
+    for name, hint in typing.get_type_hints(type(command)).items():
+        if Path in (hint, *typing.get_args(hint)) and _value(flag(name), arguments) == "''":
+            raise LabError(f"{arguments[0]}: {flag(name)}: expected a path, got ''")
 
 
 class _Captured(io.StringIO):
@@ -110,12 +163,17 @@ def _mistake(kinds: Mapping[str, type], arguments: Sequence[str], said: str) -> 
     return f"{first}: {_wrong(kinds[first], arguments[1:], plain)} (uncork {first} --help lists the options)"
 
 
+_NO_FLAG = {
+    "--device": ": training takes the GPU where there is one (CUDA_VISIBLE_DEVICES= hides it), all else runs on the CPU"
+}
+
+
 def _wrong(kind: type, arguments: Sequence[str], said: str) -> str:
     fields = {flag(f.name): f for f in dataclasses.fields(kind) if not _is_positional(kind, f.name)}
     given = [a.partition("=")[0].replace("_", "-") for a in arguments if re.match(r"--?[A-Za-z]", a)]
     for name in given:
         if name not in fields and name.replace("--no-", "--", 1) not in fields:
-            return f"unrecognized option {name}{close_to(name, fields)}"
+            return f"unrecognized option {name}{_NO_FLAG.get(name) or close_to(name, fields)}"
     named = re.search(r"(?:Error parsing|for argument) '?(--[a-z-]+)", said)
     if named and named[1] in fields:
         hint = typing.get_type_hints(kind, include_extras=True)[fields[named[1]].name]
@@ -155,6 +213,8 @@ def _expected(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin in (types.UnionType, typing.Union):
+        if bool in inner:
+            return "True, False or None"
         return " or ".join(_expected(part) for part in inner if part is not types.NoneType) + " or None"
     if origin is tuple:
         return f"{_expected(inner[0])}, or several"

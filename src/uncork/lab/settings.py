@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -11,6 +11,9 @@ from uncork.lab.errors import LabError
 
 if TYPE_CHECKING:  # --help must not wait for the import of torch
     from uncork.lab.train.config import TrainConfig
+
+
+_Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,10 @@ class Compare(TrainingFlags):
 
 @dataclasses.dataclass(frozen=True)
 class Train(TrainingFlags):
-    """Train one language model with one output layer; --out-dir becomes the run's folder."""
+    """Train one language model with one output layer; --out-dir becomes the run's folder.
+
+    The last part of --out-dir is the run's name: letters, digits, ".", "_" and "-", with no "." at the start.
+    """
 
     head: str = "plif"
     """The output layer, with options if need be: plif:num_pieces=50."""
@@ -160,10 +166,10 @@ class Presets:
 class Evaluate:
     """Perplexity of a trained run on a split of its corpus or on any text."""
 
-    run: tyro.conf.Positional[Path]
+    run: _Run
     """The run's folder, as `uncork train --out-dir` or a comparison's runs/ made it."""
-    split: Literal["train", "valid", "test"] = "test"
-    """The part of its corpus to evaluate on."""
+    split: Literal["train", "valid", "test"] | None = None
+    """The part of its corpus to evaluate on. None: test."""
     text: Path | None = None
     """A UTF-8 text file instead, tokenised as the corpus was. Refused where over half of its words are unknown."""
     data_dir: Path | None = None
@@ -174,7 +180,7 @@ class Evaluate:
 class Generate:
     """Sample text from a trained model, from the exact distribution of its head, mixtures included."""
 
-    run: tyro.conf.Positional[Path]
+    run: _Run
     """The run's folder."""
     prompt: str = ""
     """The text to go on from."""

@@ -50,7 +50,10 @@ class TokenStreams:
             raise LabError(f"batch_size must be a multiple of the {world_size} processes, got {batch_size}")
         length = (len(tokens) - 1) // batch_size
         if length < 1:
-            raise LabError(f"the text has {len(tokens)} tokens, too few for {batch_size} streams: lower batch_size")
+            raise LabError(
+                f"the text has {len(tokens)} tokens, too few for {batch_size} streams: lower batch_size, or train on "
+                "more text (max_train_tokens, where it is given)"
+            )
         share = batch_size // world_size
         mine = slice(rank * share, (rank + 1) * share)
         used = length * batch_size

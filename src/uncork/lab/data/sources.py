@@ -139,6 +139,8 @@ def find_source(source: str, data_dir: Path | None) -> Source:
         document = _document(path, path.name)
         origin = f"1 file of {document.size:,} bytes"
         return Source(path.stem, "raw", "documents", (document,), _checksum([document]), str(path), origin)
+    if source and path.exists():
+        raise LabError(f"corpus: expected a text file or a folder of .txt files, and {path} is neither")
     names = ", ".join(["sotu", *KNOWN])
     raise LabError(f"corpus {source!r} is none of {names}, and no file or folder of that name exists")
 
@@ -224,16 +226,17 @@ def _cannot_be_listed(error: OSError) -> None:
 
 
 def _known(name: str, corpus: KnownCorpus, data_dir: Path | None) -> Source:
-    if data_dir is None:
-        if not os.environ.get("UNCORK_DATA"):
-            raise LabError(
-                f"the corpus {name} does not come with uncork: give the folder that holds it "
-                f"(data_dir, or the environment variable UNCORK_DATA). It is {corpus.origin}"
-            )
-        data_dir = Path(os.environ["UNCORK_DATA"])
-    data_dir = expanded(data_dir, "data_dir")
+    if data_dir is None and not os.environ.get("UNCORK_DATA"):
+        raise LabError(
+            f"the corpus {name} does not come with uncork: give the folder that holds it "
+            f"(data_dir, or the environment variable UNCORK_DATA). It is {corpus.origin}"
+        )
+    given = "data_dir" if data_dir is not None else "UNCORK_DATA"
+    data_dir = expanded(data_dir or os.environ["UNCORK_DATA"], given)
     if not data_dir.is_dir():
-        raise LabError(f"the data folder {data_dir} does not exist")
+        raise LabError(
+            f"{given}: expected a folder, and {data_dir} {'is a file' if data_dir.exists() else 'does not exist'}"
+        )
     files, place = _find(name, corpus, data_dir)
     for split, file in corpus.files.items():
         found = hashlib.sha256(files[file]).hexdigest()

@@ -108,7 +108,7 @@ def _split_lines(file: BinaryIO, blocks: Sequence[Block], place: str) -> dict[st
     """The first 90 % of the characters, the next 5 %, the last 5 %, cut at ends of lines."""
     total, lines = sum(block.characters for block in blocks), sum(block.lines for block in blocks)
     if lines < 3:
-        raise LabError(f"{place} has {lines} lines of text; three splits need at least 3")
+        raise LabError(f"{place} has {lines} line{'s' * (lines != 1)} of text; three splits need at least 3")
     first = min(max(_lines_within(file, blocks, 0.90 * total), 1), lines - 2)
     second = min(max(_lines_within(file, blocks, 0.95 * total), first + 1), lines - 1)
     cuts = [_end_of_line(file, blocks, number) for number in (first, second)]

@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from uncork.lab.machine import cores
 from uncork.lab.run.pool import Event, Job, TimeLeft, run_jobs
-from uncork.lab.run.progress import Stage, progress_line, tell_terminal
+from uncork.lab.run.progress import Stage, announce, progress_line, tell_terminal
 from uncork.lab.terminal import clock, say
 
 QUIET = 10.0
@@ -29,6 +30,11 @@ def execute(
         keep: called with a finished job's name and outcome; stores it and returns the text to print about it.
         weights: the cost of each job relative to the others, by its name. None: all are equal.
     """
+    at_once = min(workers, len(jobs))
+    if at_once > cores():
+        say(f"workers: {at_once} at a time share {cores()} core{'s' * (cores() > 1)}: as many as cores are no slower")
+    if jobs:
+        announce("starting")
     left = TimeLeft(weights or {job.name: 1.0 for job in jobs})
     last_printed: dict[str, float] = {}
     ended = 0

@@ -48,6 +48,7 @@ from uncork.lab.run.files import (
     write_json,
 )
 from uncork.lab.run.key import RECORD, differences, flat, told
+from uncork.lab.run.names import check_name, is_name
 
 __all__ = ["Checkpoint", "Run", "RunStore", "atomic_write_bytes", "atomic_write_text", "read_json", "write_json"]
 
@@ -55,7 +56,6 @@ log = logging.getLogger(__name__)
 
 _AFRESH = "Use another --out-dir, or remove this folder to start afresh"
 _CONFIG, _METRICS, _RESULT, _LOCK, _CHECKPOINTS = "config.json", "metrics.jsonl", "result.json", ".lock", "checkpoints"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _DIGEST_DIGITS = 16
 
 
@@ -235,6 +235,10 @@ class Run:
             if {path.name for path in self.path.iterdir()} <= {_CONFIG, _LOCK}:
                 shutil.rmtree(self.path)
 
+    def is_validated(self) -> bool:
+        """Whether the run has a result or a row of a validation, after which a checkpoint of the best was written."""
+        return (self.path / _RESULT).exists() or any(row.get("kind") == "valid" for row in self.metrics())
+
     def last_step(self, name: str = "last") -> int | None:
         """The step of the newest committed checkpoint of this name; None when there is none."""
         return next((step for step, _ in self._checkpoints(name)), None)
@@ -245,13 +249,14 @@ class Run:
         Damaged ones are skipped with a warning in the log. Raises LabError that names the files when there are
         some and all are damaged.
         """
-        damaged = []
-        for step, path in self._checkpoints(name):
+        damaged, found = [], self._checkpoints(name)
+        for step, path in found:
             try:
                 return _load(path, step)
             except LabError as error:
-                log.warning("%s; trying the one before it", error)
                 damaged.append(path.name)
+                if len(damaged) < len(found):
+                    log.warning("%s; trying the one before it", error)
         if damaged:
             raise LabError(
                 f"{self.path / _CHECKPOINTS}: no intact checkpoint, damaged are {', '.join(damaged)};"
@@ -267,7 +272,10 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What `finish` was given, None before. Raises LabError when result.json is damaged."""
         path = self.path / _RESULT
-        return _read_object(path) if path.exists() else None
+        result = _read_object(path) if path.exists() else None
+        if result == {}:
+            raise LabError(f"{path}: is damaged: expected the numbers of a run that is done, got {{}}")
+        return result
 
     def _checkpoints(self, name: str) -> list[tuple[int, Path]]:
         """(step, file) of the committed checkpoints of this name, the newest first."""
@@ -324,7 +332,7 @@ class RunStore:
     def runs(self) -> list[Run]:
         """All runs of the store, sorted by name. Raises LabError that names the file when a config is damaged."""
         with os_errors(self.root, "cannot be read"):
-            folders = sorted(path for path in self.root.iterdir() if _NAME.fullmatch(path.name))
+            folders = sorted(path for path in self.root.iterdir() if is_name(path.name))
             return [Run.open(path) for path in folders if (path / _CONFIG).exists()]
 
     def _create(self, path: Path, config: dict[str, Any]) -> None:
@@ -342,14 +350,6 @@ class RunStore:
             except OSError:
                 if not (path / _CONFIG).exists():  # else another process was quicker
                     raise
-
-
-def check_name(name: str, what: str) -> None:
-    """Raise LabError, which begins with `what`, if this is no name of a run or a checkpoint."""
-    if not _NAME.fullmatch(name):
-        raise LabError(
-            f'{what} must have only letters, digits, ".", "_" and "-", and no "." at the start, got {name!r}'
-        )
 
 
 def _digest(path: Path) -> str:

@@ -26,6 +26,7 @@ from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel, build_model
 from uncork.lab.run import key as run_key
 from uncork.lab.run.files import plain, read_json, write_json
+from uncork.lab.run.names import require_settings
 from uncork.lab.run.store import Checkpoint, Run
 from uncork.lab.train.config import TrainConfig
 
@@ -241,8 +242,12 @@ class Trained:
     """The training step after which the model had these weights."""
     fingerprint: str
     """Of the corpus; see `Corpus.fingerprint`."""
-    result: dict[str, Any] | None
-    """The run's result.json; None while it still trains."""
+    run: Run
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The run's result.json; None while it still trains. Raises LabError when it is damaged."""
+        return self.run.result
 
 
 def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") -> Trained:
@@ -253,10 +258,16 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
     """
     run = Run.open(run_path)
     checkpoint = run.load_checkpoint(BEST)
+    if checkpoint is None and run.is_validated():
+        raise LabError(
+            f"{run.path / 'checkpoints'}: holds no file {BEST}-*.safetensors, although the run was validated: the file "
+            "was removed; restore it, or remove the run's folder and train again"
+        )
     if checkpoint is None:
         raise LabError(
             f"{run.path}: holds no trained model yet; it has one after the first validation of `uncork train`"
         )
+    require_settings(run.path / "config.json", run.config)
     tokenizer_path = run.path / TOKENIZER_FILE
     spec = read_json(tokenizer_path)
     try:
@@ -272,7 +283,7 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
         fingerprint = str(description["fingerprint"])
     except (KeyError, TypeError, ValueError, LabError) as error:
         raise LabError(f"{checkpoint.path}: does not describe a model of this version of uncork ({error})") from error
-    if run.config.get("head", config.head) != config.head:
+    if run.config["head"] != config.head:
         raise LabError(f"{checkpoint.path}: has the head {config.head}, but the run is of {run.config['head']}")
     if tokenizer.vocab_size != description["vocab_size"]:
         raise LabError(
@@ -280,4 +291,4 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
         )
     load_model(model, checkpoint)
     model.to(device).eval()
-    return Trained(model, tokenizer, config, checkpoint.step, fingerprint, run.result)
+    return Trained(model, tokenizer, config, checkpoint.step, fingerprint, run)

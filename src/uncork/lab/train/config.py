@@ -111,7 +111,7 @@ class TrainConfig(Training, Text):
     """The head's own options, such as {"num_pieces": 50}."""
     seed: Seed = 0
     """Random seed of the initial weights, the dropouts and the variable lengths."""
-    epochs: Positive = 10.0
+    epochs: Annotated[float, Field(gt=0, le=1e6), expects("a number above 0 and at most 1,000,000")] = 10.0
     """Passes over the training text; a fraction ends within one."""
     max_steps: Size | None = None
     """Stop after so many steps, if that is earlier. The learning-rate schedule then ends with them."""
@@ -244,7 +244,7 @@ class TrainConfig(Training, Text):
 
         Raises LabError for a head option that does not exist or does not fit.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):  # takes no memory, whatever the sizes
             spec = self.build_head(4).spec()
         options = {k: v for k, v in spec["options"].items() if k not in ("in_features", "vocab_size")}
         return {**spec, "options": options}

@@ -204,6 +204,8 @@ def evaluate_run(
         with os_errors(path, "cannot be read"):
             data = path.read_bytes()
         tokens, words, bytes = encode_text(trained.tokenizer, decode_utf8(data, str(path)))
+        if len(tokens) < 2:
+            raise LabError(f"{path}: holds {'1 token' if len(tokens) else 'no words'}; at least 2 tokens are needed")
         unknown = unknown_share(tokens, trained.tokenizer)
         if unknown is not None and unknown > MOST_UNKNOWN:
             raise LabError(

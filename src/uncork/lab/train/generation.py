@@ -10,6 +10,7 @@ from torch import Tensor
 from uncork.heads import Head
 from uncork.lab.data.corpora import encode_text
 from uncork.lab.data.tokenization import Tokenizer
+from uncork.lab.data.words import UNK, normalize, split_words
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
 from uncork.lab.run.progress import told
@@ -54,6 +55,19 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """
     ids: list[int] = encode_text(tokenizer, prompt)[0].tolist()
     return ids if prompt.endswith("\n") else ids[:-1]
+
+
+def unknown_words(tokenizer: Tokenizer, prompt: str) -> list[str]:
+    """The words of a prompt that the model reads as ``<unk>``, each once.
+
+    >>> from uncork.lab.data.tokenization import WordTokenizer
+    >>> unknown_words(WordTokenizer(["<unk>", "<eos>", "the", "war"], "raw"), "The cold, cold war")
+    ['cold', ',']
+    """
+    text = normalize(prompt, tokenizer.style)
+    words = split_words(text, tokenizer.style) if tokenizer.unk_id is not None else []
+    read = zip(words, tokenizer.encode(text), strict=True) if words else ()
+    return list(dict.fromkeys(word for word, number in read if number == tokenizer.unk_id and word != UNK))
 
 
 def sample_ids(model: LanguageModel, prompt: Sequence[int], **options: Any) -> Iterator[int]:

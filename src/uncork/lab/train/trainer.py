@@ -22,6 +22,7 @@ from uncork.lab.train import checkpoints as ckpt
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.counted import training_batches
 from uncork.lab.train.evaluation import Evaluation, evaluate, unknown_share
+from uncork.lab.train.memory import require_memory
 from uncork.lab.train.optimisation import (
     averaging_triggered,
     build_optimizer,
@@ -140,6 +141,7 @@ class Trainer:
         self.main: bool = accelerator.is_main_process
         self.device: torch.device = accelerator.device
         self.unknown = {split: unknown_share(corpus.splits[split], corpus.tokenizer) for split in ("valid", "test")}
+        require_memory(config, corpus.vocab_size, self.device)
         self.model = ckpt.build_untrained(config, corpus)
         self.streams = training_batches(
             corpus.splits["train"],

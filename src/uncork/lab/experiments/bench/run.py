@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
+import psutil
 
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.base import execute
@@ -28,6 +29,7 @@ from uncork.lab.run.pool import Job, Tell, with_threads
 from uncork.lab.run.progress import told
 from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import say
+from uncork.loss.implementations import IMPLEMENTATIONS
 
 CHUNKS = (64, 128, 256, 512, 1024)
 """Chunk sizes among which torch-best takes the quickest."""
@@ -47,11 +49,20 @@ def plan_of(settings: Bench) -> Plan:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise LabError(f"{name}: expected at least 1, got {value}")
+    if settings.impl is not None and settings.impl not in IMPLEMENTATIONS:
+        raise LabError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {settings.impl!r}")
     if not settings.max_seconds > 0:
         raise LabError(f"max-seconds: expected above 0, got {settings.max_seconds}")
     for name in settings.only:
         check_name(name)
     shapes = [Shape.parse(text) for text in settings.shapes]
+    there = psutil.virtual_memory().total
+    for shape in shapes:
+        if shape.least_bytes > there:
+            raise LabError(
+                f"shapes: {shape} needs at least {shape.least_bytes / 2**30:,.1f} GiB of memory for input, weight and "
+                f"their gradients, and the machine has {there / 2**30:,.1f} GiB"
+            )
     timed = tuple(dict.fromkeys((PRODUCTS, EAGER, *(settings.only or CONTENDERS))))
     of_memory = tuple(name for name in timed if name not in (PRODUCTS, "G-forward")) if settings.memory else ()
     return Plan(dict.fromkeys(shapes, timed), dict.fromkeys(shapes, of_memory))

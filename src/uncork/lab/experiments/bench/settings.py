@@ -38,6 +38,11 @@ class Shape:
             raise LabError(f"shapes: expected N, D and V of at least 1, got {text!r}")
         return cls(tokens, in_features, vocab_size)
 
+    @property
+    def least_bytes(self) -> int:
+        """Of input, weight and their gradients, where a number takes the least, 2 bytes."""
+        return 4 * self.in_features * (self.tokens + self.vocab_size)
+
     def __str__(self) -> str:
         return f"{self.tokens}, {self.in_features}, {self.vocab_size}"
 

@@ -1,6 +1,7 @@
 """Runs one part of the synthetic experiment, from the flags of the command to its tables and figures."""
 
 import itertools
+import math
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -42,6 +43,13 @@ def part_of(settings: Synthetic) -> tuple[str, Part]:
         value = getattr(settings, flag)
         if value is not None and value < 1:
             raise LabError(f"{flag.replace('_', '-')}: expected at least 1, got {value}")
+    for flag, least in (("num_words", 2), ("in_features", 1)):
+        for value in getattr(settings, flag):
+            if value < least:
+                raise LabError(f"{flag.replace('_', '-')}: expected at least {least}, got {value}")
+    for beta in settings.beta:
+        if not 0 < beta < math.inf:
+            raise LabError(f"beta: expected finite numbers above 0, got {beta:g}")
     given: dict[str, Any] = {}
     if settings.heads:
         given["heads"] = settings.heads
