@@ -513,3 +513,36 @@ def test_a_head_whose_weight_was_taken_away_says_so():
     head.weight = None
     with pytest.raises(TypeError, match=r"weight: expected a parameter of shape .*got NoneType"):
         head(torch.randn(2, D))
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_in_half_precision_is_no_worse_than_its_unfused_self(name, dtype, autocast):
+    """Judged by float64's answer to the same rounded numbers; the unfused head has half-precision scores, as torch."""
+    head = build_head(name, 16, 60)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter)).copy_(parameter.to(dtype))
+    input, target = (4 * torch.randn(40, 16)).to(dtype), torch.randint(0, 60, (40,))
+    exact = copy.deepcopy(head).double()
+    if not autocast:
+        head.to(dtype)
+
+    def answers(own, x, loss):
+        x = x.detach().requires_grad_()
+        found = loss(own, x)
+        trained = [p for p in own.parameters() if p.requires_grad]
+        return [found, *torch.autograd.grad(found, [x, *trained])]
+
+    def unfused(own, x):
+        return F.cross_entropy(own(x).to(torch.float32 if x.dtype != torch.float64 else x.dtype), target)
+
+    truth = answers(exact, input.double(), unfused)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        given = input.float() if autocast else input
+        ours, eager = answers(head, given, lambda own, x: own.loss(x, target)), answers(head, given, unfused)
+    assert ours[0].dtype == torch.float32
+    for a, b, right in zip(ours, eager, truth, strict=True):
+        error, theirs = ((g.double() - right).norm().item() for g in (a, b))
+        assert error <= max(1.5 * theirs, torch.finfo(dtype).eps * right.norm().item()) + 1e-7

@@ -111,6 +111,8 @@ def test_products_of_a_training_step(chunked_impl, mixture, make_problem):
 class HalfProducts(TorchTiles):
     """Tiles whose products are in the input's own dtype, with float32 between them."""
 
+    reads_products = True
+
     @classmethod
     def product_dtype(cls, call):
         return call.input.dtype

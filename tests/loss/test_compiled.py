@@ -206,6 +206,21 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scores_in_bfloat16(reduction, make_problem):
+    problem = make_problem("plif", tokens=6, dtype=torch.float32)
+    for name in ("input", "weight", "bias"):
+        setattr(problem, name, getattr(problem, name).detach().bfloat16().requires_grad_())
+    options = {"reduction": reduction, "scores_dtype": torch.bfloat16}
+    wanted = problem.loss(None, **options)
+    loss = torch.compile(lambda: problem.loss(None, **options), fullgraph=True, backend="aot_eager")()
+    assert torch.equal(loss, wanted)
+    assert not torch.equal(loss, problem.loss(None, reduction=reduction))
+    upstream = torch.ones_like(loss)
+    for a, b in zip(*(torch.autograd.grad(x, problem.operands(), upstream) for x in (loss, wanted)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "frozen"])
 def test_what_does_not_ask_for_gradients(reduction, grad):
     """Under no_grad nothing, with a frozen head only the body: the same graph does not compute more."""

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from uncork.loss import linear_cross_entropy, mixture_cross_entropy, token_statistics
+from uncork.loss.implementations import IMPLEMENTATIONS
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -73,6 +75,130 @@ def test_half_precision_is_no_worse_than_torch(impl, mixture, dtype, name, reduc
         assert relative_error(a, exact) <= relative_error(b, exact) + rounding
         # One rounding at the end is all that is lost.
         assert relative_error(a, exact) <= (rounding if t.dtype == dtype else 1e-5)
+
+
+def shifted(problem, case):
+    """The problem with scores of a kind that rounding hurts."""
+    with torch.no_grad():
+        if case == "large":
+            problem.input *= 8
+            problem.bias += 20 * torch.randn_like(problem.bias)
+        elif case == "equal":
+            problem.input.zero_()
+            problem.bias.fill_(3.0)
+        elif case == "one":
+            problem.bias[2] += 60
+    return problem
+
+
+@pytest.mark.parametrize("case", ["plain", "large", "equal", "one"])
+@pytest.mark.parametrize("name", ["none", "plif", "compose", "module"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scores_dtype", [None, torch.bfloat16])
+def test_scores_of_any_size_lose_no_more_than_torchs(
+    impl, mixture, case, name, reduction, scores_dtype, make_problem, monkeypatch
+):
+    """Judged by float64's answer to the same rounded inputs; scores in bfloat16 are torch's own choice."""
+    monkeypatch.setattr("uncork.loss.chunk_size.RAISED", 4 * 50 * 4)  # four rows at a time
+    made = make_problem(name, mixture=mixture, tokens=64, features=32, vocab=50, dtype=torch.float32)
+    problem = halved(shifted(made, case), torch.bfloat16)
+    wide = widened(problem)
+    truth, own = wide.expected(), torchs_own(problem)
+    ours = problem.loss(impl, reduction=reduction, chunk_size=10, scores_dtype=scores_dtype)
+    scalar = ours if reduction == "mean" else ours.sum() / (problem.target >= 0).sum()
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    assert abs(scalar.double() - truth) <= 1.5 * abs(own.double() - truth) + rounding * truth.abs()
+    triples = zip(gradients(scalar, problem), gradients(own, problem), gradients(truth, wide), strict=True)
+    for a, b, exact in triples:
+        error, eager = ((g.double() - exact).norm().item() for g in (a, b))
+        assert error <= max(1.5 * eager, rounding * exact.norm().item()) + 1e-7
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the matrices that are multiplied, and of the copies of a matrix of some shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found, self.copies = shape, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            self.found |= {t.dtype for t in args if isinstance(t, torch.Tensor)}
+        self.copies += name == "_to_copy" and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_bfloat16_scores_multiply_in_bfloat16_and_copy_no_weight(chunked_impl, mixture, make_problem):
+    problem = halved(make_problem("plif", mixture=mixture, tokens=40, dtype=torch.float32), torch.bfloat16)
+    problem.weight.requires_grad_(False)  # its gradient is cast once, at the end
+    with Products(problem.weight.shape) as seen:
+        problem.loss(chunked_impl, scores_dtype=torch.bfloat16).backward()
+    assert (seen.found, seen.copies) == ({torch.bfloat16}, 0)
+    with Products(problem.weight.shape) as seen:
+        problem.loss(chunked_impl).backward()
+    assert (seen.found, seen.copies) == ({torch.float32}, 1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_that_are_raised_together_do_not_change_the_answer(
+    chunked_impl, mixture, reduction, make_problem, monkeypatch
+):
+    """Nor do they read another token's target, factor or prior."""
+    problem = halved(make_problem("plif", mixture=mixture, tokens=40, dtype=torch.float32), torch.bfloat16)
+    factors = torch.rand(40)
+
+    def answers():
+        loss = problem.loss(chunked_impl, reduction=reduction, token_weight=factors, scores_dtype=torch.bfloat16)
+        statistics = problem.statistics(chunked_impl, scores_dtype=torch.bfloat16)
+        upstream = torch.linspace(-1, 2, loss.numel()).view_as(loss)
+        return [loss, *statistics, *torch.autograd.grad(loss, problem.operands(), upstream)]
+
+    whole = answers()
+    monkeypatch.setattr("uncork.loss.chunk_size.RAISED", 1)
+    for a, b in zip(answers(), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_in_bfloat16_under_autocast_and_in_statistics(impl, make_problem):
+    problem = make_problem("plif", tokens=40, dtype=torch.float32)
+    half = halved(copy.copy(problem), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = problem.loss(impl, scores_dtype=torch.bfloat16)
+    torch.testing.assert_close(got, half.loss(impl, scores_dtype=torch.bfloat16))
+    assert not torch.equal(got, half.loss(impl))
+    found, rounded = half.statistics(impl, scores_dtype=torch.bfloat16), half.statistics(impl)
+    scores = F.linear(half.input, half.weight, half.bias).float()
+    logits = half.function(scores).log_softmax(-1)
+    torch.testing.assert_close(found.entropy, -(logits.exp() * logits).sum(-1), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found.entropy, rounded.entropy)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "expected"),
+    [
+        (torch.float32, torch.bfloat16, "None or torch.float32 with inputs of torch.float32, got torch.bfloat16"),
+        (torch.float64, torch.float32, "None or torch.float64 with inputs of torch.float64, got torch.float32"),
+        (torch.bfloat16, torch.float64, "None or torch.float32 or torch.bfloat16 with inputs of torch.bfloat16"),
+        (torch.float16, torch.float16, "expected torch.float32 with float16 inputs.*65,504"),
+    ],
+)
+def test_dtypes_that_scores_cannot_have(impl, given, asked, expected):
+    with pytest.raises(ValueError, match=f"scores_dtype: .*{expected}"):
+        linear_cross_entropy(
+            torch.ones(2, 3).to(given), torch.ones(4, 3).to(given), torch.tensor([0, 1]), impl=impl, scores_dtype=asked
+        )
+    with pytest.raises(TypeError, match=r"scores_dtype: expected a torch\.dtype or None, got str"):
+        linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]), impl=impl, scores_dtype="half")
+
+
+def test_a_budget_counts_the_rows_that_are_raised(chunked_impl, make_problem):
+    problem = halved(make_problem("none", tokens=40, dtype=torch.float32), torch.bfloat16)
+    blocks = IMPLEMENTATIONS[chunked_impl].tiles.chunk_rule(problem.call()).blocks
+    row = (2 + 4) * problem.weight.shape[0] * blocks
+    assert problem.loss(chunked_impl, scores_dtype=torch.bfloat16, memory_budget=row).isfinite()
+    with pytest.raises(ValueError, match=rf"memory_budget: expected at least {row} bytes"):
+        problem.loss(chunked_impl, scores_dtype=torch.bfloat16, memory_budget=row - 1)
 
 
 @pytest.mark.parametrize("name", ["none", "plif", "module"])

@@ -256,7 +256,7 @@ class Head(SelfDescribing, ABC):
         Args:
             input: (..., D). target: (...) indices or (..., V) probabilities.
             options: keyword arguments of `uncork.linear_cross_entropy`: weight, token_weight, reduction, ignore_index,
-                label_smoothing, impl, chunk_size, memory_budget, and z_loss but for a mixture.
+                label_smoothing, impl, chunk_size, memory_budget, scores_dtype, and z_loss but for a mixture.
 
         Returns:
             float32 or float64; a scalar, or (...) for reduction="none".
@@ -283,7 +283,8 @@ class Head(SelfDescribing, ABC):
 
         Args:
             input: (..., D). target: (...) indices, (..., V) probabilities, or None.
-            options: impl, chunk_size, memory_budget of `uncork.token_statistics`, which says what is returned.
+            options: impl, chunk_size, memory_budget, scores_dtype of `uncork.token_statistics`, which says what is
+                returned.
         """
         self._check_options(options)
         return self._answer(

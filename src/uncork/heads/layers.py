@@ -233,7 +233,7 @@ class MixtureHead(_LatentHead):
         Args:
             input: (..., D). target: (...) indices or (..., V) probabilities.
             options: keyword arguments of `uncork.mixture_cross_entropy`: weight, token_weight, reduction, ignore_index,
-                label_smoothing, impl, chunk_size, memory_budget.
+                label_smoothing, impl, chunk_size, memory_budget, scores_dtype.
 
         Raises:
             TypeError: for z_loss, and as every head.

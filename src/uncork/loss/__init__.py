@@ -7,6 +7,7 @@ support the call raises: there is no silent fallback. In a graph of torch.compil
 operator, which chooses likewise when it runs (`uncork.loss.operator`).
 """
 
+import torch
 from torch import Tensor, nn
 
 from uncork.loss.call import build_call
@@ -38,6 +39,7 @@ def linear_cross_entropy(
     impl: str | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    scores_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Cross-entropy of softmax(f(W h + b)), without an (N, V) matrix in memory.
 
@@ -69,6 +71,11 @@ def linear_cross_entropy(
             gradients, and the sums that the function's parameters need, come on top. Without either, `loss.chunk_size`
             decides: on a CPU as many rows as fit into 64 MiB, or half of W's bytes if that is more (5 MiB for D < 64),
             between 32 and 512; "torch" divides these bytes among 16 blocks.
+        scores_dtype: dtype of the scores W h + b, of the gradient to them and of the three products. None is float32
+            (float64 of float64). torch.bfloat16, with inputs in it or under autocast to it, is what eager torch has:
+            scores are rounded to 8 bits (16.06 becomes 16.0625, 40.1 becomes 40), function, softmax and sums stay in
+            float32, and W is not copied. On a CPU it saves time only where the processor multiplies bfloat16
+            (avx512_bf16, amx) and costs several times as much where it does not.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN
@@ -102,6 +109,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        scores_dtype=scores_dtype,
     )
     return reduce_loss(implementation(impl, call), call, leading, token_weight, reduction, z_loss)
 
@@ -122,6 +130,7 @@ def mixture_cross_entropy(
     impl: str | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    scores_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Cross-entropy of the mixture sum_k pi_k softmax(f(W h_k + b)), pi = softmax(prior_logits).
 
@@ -157,6 +166,7 @@ def mixture_cross_entropy(
         label_smoothing=label_smoothing,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        scores_dtype=scores_dtype,
     )
     return reduce_loss(implementation(impl, call), call, leading, token_weight, reduction, 0.0)
 
@@ -171,6 +181,7 @@ def token_statistics(
     impl: str | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    scores_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
     """Log-probability of the target, logsumexp, entropy and argmax per token, without an (N, V) matrix in memory.
 
@@ -196,6 +207,7 @@ def token_statistics(
         logit_function=logit_function,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        scores_dtype=scores_dtype,
         details=True,
     )
     return answer_statistics(implementation(impl, call), call, leading)
@@ -212,6 +224,7 @@ def mixture_token_statistics(
     impl: str | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    scores_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
     """`token_statistics` of a mixture; arguments as in `mixture_cross_entropy`.
 
@@ -230,6 +243,7 @@ def mixture_token_statistics(
         logit_function=logit_function,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        scores_dtype=scores_dtype,
         details=True,
     )
     return answer_statistics(implementation(impl, call), call, leading)

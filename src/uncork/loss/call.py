@@ -41,12 +41,18 @@ class Call:
     details: bool = False  # whether entropy and argmax are computed too
     chunk_size: int | None = None  # rows of scores at once
     memory_budget: int | None = None  # bytes of scores at once, if chunk_size is None
+    scores_dtype: torch.dtype | None = None  # of the scores and the products; None is the loss's
     module_state: ModuleState | None = None  # of a function that only autograd can differentiate
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of scores, function, softmax and loss."""
         return loss_dtype(self.input)
+
+    @property
+    def products_dtype(self) -> torch.dtype:
+        """The dtype of the scores W h and of the matrix products."""
+        return self.dtype if self.scores_dtype is None else self.scores_dtype
 
     @property
     def tokens(self) -> int:
@@ -207,6 +213,23 @@ def _check_chunk(chunk_size: object, memory_budget: object) -> None:
         raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
 
 
+def _check_scores_dtype(asked: object, given: torch.dtype) -> None:
+    """Raises unless scores of inputs of a dtype can be kept in the one asked for."""
+    if asked is None:
+        return
+    if not isinstance(asked, torch.dtype):
+        raise TypeError(f"scores_dtype: expected a torch.dtype or None, got {type(asked).__name__}")
+    if asked == torch.float16:
+        raise ValueError(
+            "scores_dtype: expected torch.float32 with float16 inputs, got torch.float16: "
+            "products beyond 65,504 would overflow, and nothing here scales them"
+        )
+    wide = torch.float64 if given == torch.float64 else torch.float32
+    allowed = [wide, torch.bfloat16] if given == torch.bfloat16 else [wide]
+    names = " or ".join(map(str, allowed))
+    _expect(asked in allowed, "scores_dtype", f"None or {names} with inputs of {given}", asked)
+
+
 def _checked_prior(prior_logits: Tensor, latent: Tensor) -> Tensor:
     """The prior's logits flattened to (N, K)."""
     leading = tuple(latent.shape[:-1])
@@ -233,6 +256,7 @@ def build_call(
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    scores_dtype: torch.dtype | None = None,
     details: bool = False,
 ) -> tuple[Call, tuple[int, ...]]:
     """Checks the arguments; returns the call and the leading shape of its tokens.
@@ -261,6 +285,7 @@ def build_call(
     if cast is not None and input.dtype != torch.float64:
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)
+    _check_scores_dtype(scores_dtype, input.dtype)
     flat = input.reshape(-1, *input.shape[-2:]) if mixture else input.reshape(-1, features)
     prepared: Target | None = None
     if target is not None:
@@ -282,5 +307,6 @@ def build_call(
         details,
         chunk_size,
         memory_budget,
+        scores_dtype,
     )
     return call, leading

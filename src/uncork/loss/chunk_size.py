@@ -44,6 +44,10 @@ class ChunkRule:
             budget = min(budget, self.narrow_budget)
         return min(max(budget // max(1, vocab_size * itemsize) // 32 * 32, self.least_rows), self.limit_rows)
 
+    def raised_rows(self, call: Call) -> int:
+        """How many rows of half-precision scores are raised to the loss's dtype at once: what stays in a cache."""
+        return max(1, min(RAISED, self.budget // self.blocks) // (call.weight.shape[0] * call.dtype.itemsize))
+
     def rows(self, call: Call, dtype: torch.dtype) -> int:
         """Rows for a call whose matrix products are computed in `dtype`.
 
@@ -55,7 +59,8 @@ class ChunkRule:
             return call.chunk_size
         if call.memory_budget is None:
             return self.default_rows(vocab_size, features, dtype.itemsize)
-        row = max(1, vocab_size) * dtype.itemsize * self.blocks
+        raised = call.dtype.itemsize if dtype != call.dtype else 0
+        row = max(1, vocab_size) * (dtype.itemsize + raised) * self.blocks
         copies = 0 if call.weight.dtype == dtype else call.weight.numel() * dtype.itemsize
         rows, least = (call.memory_budget - copies) // row, call.components
         if rows < least:
@@ -65,6 +70,9 @@ class ChunkRule:
             )
         return min(rows // 32 * 32 or rows, self.limit_rows)
 
+
+# Bytes of scores that are raised at once.
+RAISED = 8 * MIB
 
 # Below this number of features a CPU's matrix products are bound by memory bandwidth.
 NARROW = 64

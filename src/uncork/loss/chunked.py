@@ -6,7 +6,7 @@ gradient only in the backward, which computes the scores again: four. Between th
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -48,9 +48,17 @@ class Walk(Generic[T]):
         self.dtype = make_tiles.product_dtype(call)
         self.weight = call.weight.detach().to(self.dtype)
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
-        self.tiles = make_tiles(call, self.parameters, self.needs[4:])
+        # Scores that are raised are rounded once, with their bias, as torch's own linear layer rounds them.
+        raises = self.dtype != call.dtype and not make_tiles.reads_products
+        self.bias = call.bias.detach().to(self.dtype) if raises and call.bias is not None else None
+        self.tiles = make_tiles(replace(call, bias=None) if raises else call, self.parameters, self.needs[4:])
         self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, self.dtype) // call.components)
         self.block = self.tiles.block(min(self.chunk, call.tokens) * call.components)
+        self.raised: Tensor | None = None  # memory for a few rows of scores in the loss's dtype
+        if raises:
+            rows = make_tiles.chunk_rule(call).raised_rows(call) // call.components * call.components
+            shape = min(max(rows, call.components), self.block.shape[0]), self.block.shape[1]
+            self.raised = torch.empty(shape, dtype=call.dtype, device=call.input.device)
 
     def spans(self) -> list[slice]:
         tokens = self.call.tokens
@@ -62,11 +70,43 @@ class Walk(Generic[T]):
         return x if self.call.prior_logits is None else x.flatten(0, 1)
 
     def scores(self, x: Tensor) -> Tensor:
-        """x W^T (rows, V), in the one block that all chunks share."""
-        return torch.mm(x, self.weight.T, out=self.block[: x.shape[0]])
+        """x W^T (rows, V), with the bias where the tiles get none, in the one block that all chunks share."""
+        block = self.block[: x.shape[0]]
+        if self.bias is None:
+            return torch.mm(x, self.weight.T, out=block)
+        return torch.addmm(self.bias, x, self.weight.T, out=block)
 
     def statistics(self, span: slice) -> TileResult:
-        return self.tiles.statistics(self.scores(self.rows(span)), span)
+        scores = self.scores(self.rows(span))
+        if self.raised is None:
+            return self.tiles.statistics(scores, span)
+        return _joined([self.tiles.statistics(own, part) for own, _, part in self._raised(scores, span)])
+
+    def _raised(self, scores: Tensor, span: slice) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """A few rows of the scores at a time: their copy in the loss's dtype, the rows, and their tokens."""
+        assert self.raised is not None
+        k, step = self.call.components, self.raised.shape[0]
+        for start in range(0, scores.shape[0], step):
+            rows = scores[start : start + step]
+            first = span.start + start // k
+            yield self.raised[: rows.shape[0]].copy_(rows), rows, slice(first, first + rows.shape[0] // k)
+
+    def _gradient(self, scores: Tensor, span: slice, upstream: Upstream, bias: Tensor | None) -> TileResult:
+        """A chunk's gradient, in place of its scores; that to the bias is added to `bias`."""
+        if self.raised is None:
+            result = self.tiles.gradient(scores, span, upstream)
+            _add_rows(result, bias)
+            return result
+        parts = []
+        for own, rows, part in self._raised(scores, span):
+            here = slice(part.start - span.start, part.stop - span.start)
+            result = self.tiles.gradient(own, part, Upstream(*(None if u is None else u[here] for u in upstream)))
+            _add_rows(result, bias)
+            assert result.grad_scores is not None
+            rows.copy_(result.grad_scores)
+            sums = [None if own is None else own.clone() for own in result.sums]  # the next part writes over them
+            parts.append(result._replace(grad_scores=None, sums=sums))
+        return _joined(parts)._replace(grad_scores=scores)
 
     def gradients(self) -> Gradients:
         """Memory for the gradients: zeros; not filled for input and prior, of which each chunk writes its own rows."""
@@ -90,7 +130,7 @@ class Walk(Generic[T]):
     def add_gradients(self, into: Gradients, span: slice, upstream: Upstream) -> TileResult:
         """Adds a chunk's gradients; returns its statistics."""
         x = self.rows(span)
-        result = self.tiles.gradient(self.scores(x), span, upstream)
+        result = self._gradient(self.scores(x), span, upstream, into.bias)
         grad_scores, scale = result.grad_scores, result.scale
         assert grad_scores is not None
         if into.input is not None:
@@ -100,15 +140,36 @@ class Walk(Generic[T]):
                 part.mul_(scale[:, None])
         if into.weight is not None:
             _add_product(grad_scores.T, x if scale is None else (x * scale[:, None]).to(self.dtype), into.weight)
-        if into.bias is not None:
-            grad = grad_scores.to(into.bias.dtype)
-            into.bias += grad.sum(0) if scale is None else torch.mv(grad.T, scale)
         if into.prior is not None and result.grad_prior is not None:
             into.prior[span] = result.grad_prior
         for total, own in zip(into.parameters, result.sums, strict=True):
             if total is not None and own is not None:
                 total += own.view(total.shape)
         return result
+
+
+def _add_rows(result: TileResult, into: Tensor | None) -> None:
+    """Adds the sum over the rows of the gradient to the scores, which is that to the bias."""
+    if into is None:
+        return
+    assert result.grad_scores is not None
+    grad, scale = result.grad_scores.to(into.dtype), result.scale
+    into += grad.sum(0) if scale is None else torch.mv(grad.T, scale)
+
+
+def _joined(parts: Sequence[TileResult]) -> TileResult:
+    """The result of the tokens of several parts, without the gradients to their scores."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def together(name: str) -> Tensor | None:
+        found = [x for part in parts if (x := getattr(part, name)) is not None]
+        return torch.cat(found) if found else None
+
+    names = ("cross_entropy", "lse", "entropy", "argmax", "scale", "grad_prior")
+    fields = {name: together(name) for name in names}
+    sums = [sum(own) if own[0] is not None else None for own in zip(*(part.sums for part in parts), strict=True)]
+    return TileResult(**fields, sums=sums)  # type: ignore[arg-type]
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -106,6 +106,7 @@ class _Arguments(NamedTuple):
     details: bool
     chunk_size: int | None
     memory_budget: int | None
+    scores_dtype: torch.dtype | None
     impl: str | None
 
     @classmethod
@@ -135,6 +136,7 @@ class _Arguments(NamedTuple):
             call.details,
             call.chunk_size,
             call.memory_budget,
+            call.scores_dtype,
             impl,
         )
 
@@ -153,7 +155,7 @@ class _Arguments(NamedTuple):
                     check_classes(target, self.kept, vocab_size)
                 given = self.word_weight
                 prepared = IndexTarget(target, self.kept, self.hit, self.smoothing, given, self.hit, vocab_size)
-        limits = self.chunk_size, self.memory_budget
+        limits = self.chunk_size, self.memory_budget, self.scores_dtype
         given_input = self.input, self.weight, self.bias, self.prior_logits
         return Call(*given_input, function, prepared, self.details, *limits)
 
@@ -169,7 +171,7 @@ class _Arguments(NamedTuple):
 _SCHEMA = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? prior_logits, Tensor[] tables, Tensor? target, Tensor? kept, "
     "Tensor? hit, Tensor? word_weight, float smoothing, str operations, bool increasing, bool details, "
-    "int? chunk_size, int? memory_budget, str? impl"
+    "int? chunk_size, int? memory_budget, ScalarType? scores_dtype, str? impl"
 )
 _COUNT = len(_Arguments._fields)
 

@@ -16,8 +16,9 @@ class Reference(Implementation):
     def statistics(self, call: Call) -> Statistics:
         """Per-token statistics, differentiable but for argmax."""
         with without_autocast(call.input.device):
-            bias = None if call.bias is None else call.bias.to(call.dtype)
-            scores = F.linear(call.input.to(call.dtype), call.weight.to(call.dtype), bias)
+            products = call.products_dtype
+            bias = None if call.bias is None else call.bias.to(products)
+            scores = F.linear(call.input.to(products), call.weight.to(products), bias).to(call.dtype)
             logits = apply_function(call.function, scores)
             if call.prior_logits is not None:
                 logits = mixture_log_softmax(logits, call.prior_logits.to(call.dtype))

@@ -5,7 +5,7 @@ The driver turns reduction, weights, smoothing and z-loss into factors per token
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class TileResult(NamedTuple):
     """Of C tokens with K rows of scores each. cross_entropy, lse, entropy, argmax: (C,).
 
     The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of grad_scores (C K, V), which
-    has the dtype of the products; grad_prior is (C, K); sums holds the gradient to each of the function's tables, or
-    None.
+    has the dtype of the scores that were given; grad_prior is (C, K); sums holds the gradient to each of the function's
+    tables, or None.
     """
 
     cross_entropy: Tensor | None
@@ -44,8 +44,11 @@ class TileResult(NamedTuple):
 class Tiles(ABC):
     """The tiles of one call; before there are any, the class says whether and how it would serve the call.
 
-    Scores are (C K, V), before the bias, and may be used up by any of the three.
+    Scores are (C K, V), before the bias, and may be used up by any of the three. They come in the loss's dtype, unless
+    the class reads that of the products.
     """
+
+    reads_products: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -60,7 +63,7 @@ class Tiles(ABC):
     @classmethod
     def product_dtype(cls, call: Call) -> torch.dtype:
         """Of the scores and of the three products; what they add up to is kept in the loss's dtype."""
-        return call.dtype
+        return call.products_dtype
 
     @classmethod
     def variant(cls) -> str:

@@ -212,7 +212,7 @@ class NativeTiles(LogProbTiles):
 
     def block(self, rows: int) -> Tensor:
         """Memory for (rows, V) scores, not filled; in large pages, since every call allocates it anew."""
-        block = torch.empty(rows, self.call.weight.shape[0], dtype=self.call.dtype, device="cpu")
+        block = super().block(rows)
         _loaded().uncork_large_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
         return block
 
