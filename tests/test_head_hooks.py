@@ -260,6 +260,9 @@ def test_a_subclass_or_a_replaced_forward_is_answered_from_it():
         target = torch.randint(V, (N,))
         torch.testing.assert_close(changed.loss(h, target), F.cross_entropy(expected, target))
         torch.testing.assert_close(changed.log_prob(h), expected.log_softmax(-1))
+        for answer in (changed.loss, changed.statistics):
+            with pytest.raises(ValueError, match=r"scores_dtype: expected None, since .*: they have the dtype"):
+                answer(h, target, scores_dtype=torch.float32)
         torch.testing.assert_close(changed.scores(h), expected / 2)
 
 

@@ -384,6 +384,12 @@ def test_a_second_derivative_raises_and_is_never_silently_zero(name, reduction):
         grad.square().sum().backward()
 
 
+def test_a_states_record_of_the_function_is_no_spec_of_a_head():
+    state = build_head("plif", D, V).state_dict()
+    with pytest.raises(TypeError, match=r"spec: expected the dict that a head's spec\(\) gives, got Tensor"):
+        head_from_spec(state["head_spec"])
+
+
 def test_a_damaged_spec_is_a_value_error():
     for spec in ({"name": "LinearHead"}, {"name": "LinearHead", "options": 3}):
         with pytest.raises(ValueError, match="spec: expected options"):

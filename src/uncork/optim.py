@@ -105,7 +105,7 @@ def parameter_groups(
         what = type(model).__name__ if isinstance(model, nn.Module) else "named parameters"
         raise ValueError(
             "output_lr_scale: expected a model with a head of this library that trains its weight or bias, "
-            f"found none in {what}"
+            f"found none in {what}; uncork.LinearHead.from_linear(layer) makes one of an nn.Linear"
         )
     rates = {
         "output": lr * output_lr_scale,

@@ -68,6 +68,18 @@ def test_gradient_of_each_pair(impl, mixture, pair, make_problem):
         torch.testing.assert_close(a, b)
 
 
+def test_the_ignored_index_is_the_callers(impl, mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture)
+    wanted, own = problem.statistics(impl), problem.target.clone()
+    assert bool((own == -100).any())
+    problem.target[own == -100] = -1
+    for a, b in zip(problem.statistics(impl, ignore_index=-1), wanted, strict=True):
+        assert torch.equal(a, b)
+    assert bool((problem.statistics(impl, ignore_index=-1).log_prob[own == -100] == 0).all())
+    with pytest.raises(IndexError, match="or ignore_index -100, got -1"):
+        problem.statistics(impl)
+
+
 def test_without_target(impl, mixture, make_problem):
     problem = make_problem("plif", mixture=mixture)
     with_target, without = problem.statistics(impl), problem.statistics(impl, target=False)

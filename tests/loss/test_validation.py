@@ -66,7 +66,11 @@ EVERYWHERE = {
     "target of bools": ({"target": torch.ones(N).bool()}, TypeError, "target: .*bool"),
     "target complex": ({"target": torch.ones(N).cfloat()}, TypeError, "target: .*complex64"),
     "target elsewhere": ({"target": torch.zeros(N, device=META).long()}, ValueError, "target: .*meta"),
-    "floating indices": ({"target": torch.ones(N)}, ValueError, r"target: .*\(4, 6\) for probabilities.*\(4,\)"),
+    "floating indices": (
+        {"target": torch.ones(N)},
+        ValueError,
+        r"target: .*\(4, 6\) for probabilities \(indices.*long.*\(4,\)",
+    ),
     "probabilities too narrow": ({"target": torch.rand(N, V - 1)}, ValueError, r"target: .*got \(4, 5\)"),
     "probabilities ask for a gradient": (
         {"target": torch.rand(N, V, requires_grad=True)},

@@ -283,8 +283,8 @@ class Head(SelfDescribing, ABC):
 
         Args:
             input: (..., D). target: (...) indices, (..., V) probabilities, or None.
-            options: impl, chunk_size, memory_budget, scores_dtype of `uncork.token_statistics`, which says what is
-                returned.
+            options: ignore_index, impl, chunk_size, memory_budget, scores_dtype of `uncork.token_statistics`, which
+                says what is returned (of an ignored token a log_prob of 0).
         """
         self._check_options(options)
         return self._answer(

@@ -53,6 +53,11 @@ def head_from_spec(spec: dict[str, Any]) -> Head:
     >>> head_from_spec(build_head("mos", 8, 100, num_components=2).spec()).num_components
     2
     """
+    if not isinstance(spec, dict):
+        raise TypeError(
+            f"spec: expected the dict that a head's spec() gives, got {type(spec).__name__}; keep it beside the "
+            "state_dict, whose head_spec holds the function alone, without the sizes"
+        )
     classes = layer_classes()
     if spec.get("name") not in classes:
         raise ValueError(f"spec: expected a name among {sorted(classes)}, got {spec.get('name')!r}")

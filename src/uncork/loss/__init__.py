@@ -178,6 +178,7 @@ def token_statistics(
     *,
     linear_bias: Tensor | None = None,
     logit_function: nn.Module | None = None,
+    ignore_index: int | None = -100,
     impl: str | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
@@ -191,7 +192,9 @@ def token_statistics(
         log_prob.gather(-1, target[..., None]), -(log_prob.exp() * log_prob).sum(-1), log_prob.argmax(-1)
 
     All but argmax are differentiable in everything that `linear_cross_entropy` is. Arguments as there; the argmax is
-    taken over the scores, whose order the function cannot change.
+    taken over the scores, whose order the function cannot change. A token whose target is ignore_index has a log_prob
+    of 0, so the mean over the others is `log_prob.sum() / (target != ignore_index).sum()`; its logsumexp, entropy and
+    argmax are those of its distribution, as without a target.
 
     >>> import torch
     >>> input, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -205,6 +208,7 @@ def token_statistics(
         target,
         linear_bias=linear_bias,
         logit_function=logit_function,
+        ignore_index=ignore_index,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         scores_dtype=scores_dtype,
@@ -221,6 +225,7 @@ def mixture_token_statistics(
     *,
     linear_bias: Tensor | None = None,
     logit_function: nn.Module | None = None,
+    ignore_index: int | None = -100,
     impl: str | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
@@ -241,6 +246,7 @@ def mixture_token_statistics(
         prior_logits=_given(prior_logits),
         linear_bias=linear_bias,
         logit_function=logit_function,
+        ignore_index=ignore_index,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
         scores_dtype=scores_dtype,

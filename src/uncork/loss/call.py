@@ -170,7 +170,9 @@ def _checked_target(
         _expect(
             tuple(target.shape) == (*leading, vocab_size),
             "target",
-            f"shape {(*leading, vocab_size)} for probabilities",
+            f"shape {(*leading, vocab_size)} for probabilities (indices are integers: target.long())"
+            if tuple(target.shape) == leading
+            else f"shape {(*leading, vocab_size)} for probabilities",
             tuple(target.shape),
         )
         _expect(not target.requires_grad, "target", "no gradient (requires_grad=False)", "requires_grad=True")

@@ -40,7 +40,7 @@ def cross_entropy(
     """
     check_reduction(reduction, z_loss)
     _check_impl(impl, reason)
-    call, leading = _call(logits, target, **options)
+    call, leading = _call(logits, target, reason, **options)
     given = _Given(logits.reshape(-1, logits.shape[-1]))
     return reduce_loss(given, call, leading, token_weight, reduction, z_loss)
 
@@ -50,12 +50,14 @@ def token_statistics(
 ) -> TokenStatistics:
     """`uncork.token_statistics` of logits (..., V) that are computed already; the argmax is taken over the logits."""
     _check_impl(impl, reason)
-    call, leading = _call(logits, target, details=True, **options)
+    call, leading = _call(logits, target, reason, details=True, **options)
     return answer_statistics(_Given(logits.reshape(-1, logits.shape[-1])), call, leading)
 
 
-def _call(logits: Tensor, target: Tensor | None, **options: Any) -> tuple[Call, tuple[int, ...]]:
+def _call(logits: Tensor, target: Tensor | None, reason: str, **options: Any) -> tuple[Call, tuple[int, ...]]:
     """A validated call whose input and weight are placeholders, needed only for the checks of the target's shape."""
+    if options.get("scores_dtype") is not None:
+        raise ValueError(f"scores_dtype: expected None, since {reason}: they have the dtype that the head gives them")
     nothing = logits.new_empty(*logits.shape[:-1], 1), logits.new_empty(logits.shape[-1], 1)
     return build_call(*nothing, target, **options)
 
