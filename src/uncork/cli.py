@@ -401,7 +401,7 @@ def _stopped(command: Any, signum: int, arguments: list[str]) -> str:
     more: list[str] = []
     if isinstance(command, Train):
         if not list((command.out_dir / "checkpoints").glob("last-*")):
-            return f"{how}; no checkpoint was written yet"
+            return f"{how}; no checkpoint was written yet: the same command begins again"
         more = [] if command.resume else ["--resume"]
     elif not isinstance(command, TrainingFlags | Synthetic | Study):
         return how

@@ -149,8 +149,13 @@ def test_evaluate_run_on_a_corpus_that_changed(finished, tiny_cache):
 
     run, _ = finished
     other = dataclasses.replace(load_trained(run.path), fingerprint="another")
-    with pytest.raises(LabError, match="is not the text that this run was trained on"):
+    with pytest.raises(
+        LabError, match=r"is not the text that this run was trained on: bring that back, or .* --text FILE"
+    ):
         evaluate_run(run.path, trained=other, cache_dir=tiny_cache)
+    moved = dataclasses.replace(other, config=other.config.model_copy(update={"corpus": "/moved/away.txt"}))
+    with pytest.raises(LabError, match=r"its text cannot be read: corpus '/moved/away\.txt' is none of .* --text FILE"):
+        evaluate_run(run.path, trained=moved, cache_dir=tiny_cache)
 
 
 def test_a_text_of_unknown_words_is_not_evaluated(finished, tiny_folder, tmp_path):

@@ -128,6 +128,8 @@ def test_generate_writes_prompt_and_continuation():
 
 def test_subwords_have_no_unknown_word():
     tokenizer = BPETokenizer.train(["low lower lowest"] * 9, "raw", vocab_size=260)
+    with pytest.raises(LabError, match="prompt: expected UTF-8 text, got a byte that is none at character 5"):
+        prompt_ids(tokenizer, "the \udcff king")
     ids = prompt_ids(tokenizer, "Größe low")
     assert tokenizer.decode(ids) == "Größe low"
 

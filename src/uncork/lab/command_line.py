@@ -39,7 +39,7 @@ def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> An
             command = tyro.extras.subcommand_cli_from_dict(
                 dict(kinds), prog="uncork", description=about, args=list(arguments)
             )
-            _require_paths(command, arguments)
+            _require_values(command, arguments)
             return command
     except SystemExit as end:
         if end.code:
@@ -118,11 +118,18 @@ def close_to(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {names[found[0]]}?" if found else ""
 
 
-def _require_paths(command: Any, arguments: Sequence[str]) -> None:
-    """Raise LabError for a path that is empty, which would be the present folder."""
+def _require_values(command: Any, arguments: Sequence[str]) -> None:
+    """Raise LabError for an empty list, an empty path (the present folder) and a folder that would be in a file."""
+    for field in dataclasses.fields(command):
+        if getattr(command, field.name) == () and field.default != ():
+            raise LabError(f"{arguments[0]}: {flag(field.name)}: expected at least one value")
     for name, hint in typing.get_type_hints(type(command)).items():
         if Path in (hint, *typing.get_args(hint)) and _value(flag(name), arguments) == "''":
             raise LabError(f"{arguments[0]}: {flag(name)}: expected a path, got ''")
+    folder: Path | None = getattr(command, "out_dir", None)
+    above = [] if folder is None else [path for path in (folder, *folder.absolute().parents) if path.exists()]
+    if above and not above[0].is_dir():
+        raise LabError(f"{arguments[0]}: --out-dir: expected a folder, and {above[0]} is a file")
 
 
 class _Captured(io.StringIO):
@@ -185,7 +192,9 @@ def _wrong(kind: type, arguments: Sequence[str], said: str) -> str:
         if _is_positional(kind, field.name) and field.default is dataclasses.MISSING and "Missing" in said:
             return f"{field.name.upper()} is required"
     stray = re.search(r"Unrecognized options: (\S+)", said)
-    return f"unexpected argument {stray[1]}" if stray else said.partition(" For full helptext")[0]
+    if stray:
+        return f"unexpected argument {stray[1].rstrip(',')}; a value with spaces needs quotes"
+    return said.partition(" For full helptext")[0]
 
 
 def _is_positional(kind: type, name: str) -> bool:

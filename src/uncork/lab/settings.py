@@ -71,7 +71,7 @@ class TrainingFlags:
 
         flags = {name for name in TrainConfig.model_fields if name != "head"} | {"in_features"}
         values = {name: value for name, value in vars(self).items() if name in flags and value is not None}
-        if self.corpus not in ("sotu", "ptb", "wikitext-2") and Path(self.corpus).exists():
+        if self.corpus and self.corpus not in ("sotu", "ptb", "wikitext-2") and Path(self.corpus).exists():
             values["corpus"] = str(Path(self.corpus).absolute())  # so that the run can be evaluated from anywhere
         values.setdefault("min_count", 1 if self.corpus in ("ptb", "wikitext-2") else 2)
         given = self._given()
@@ -90,7 +90,7 @@ class TrainingFlags:
     def _given(self) -> dict[str, Any]:
         """The values given with `--set`, by key. Raises LabError for a key that the preset does not have."""
         from uncork.heads.spec import parse_value
-        from uncork.lab.command_line import close_to
+        from uncork.lab.command_line import close_to, flag
         from uncork.lab.train.config import known_settings
 
         settable = known_settings(self.preset)
@@ -108,6 +108,10 @@ class TrainingFlags:
                     f"--set {key}: {self.preset} has no such setting{close_to(key, settable)} (there are {there}; "
                     f"uncork presets {self.preset} explains them)"
                 )
+            if key in given:
+                raise LabError(f"--set {key}: is given twice")
+            if getattr(self, key, None) is not None and getattr(type(self), key, None) is None:
+                raise LabError(f"--set {key}: {flag(key)} is given too")
             given[key] = parse_value(text)
         return given
 

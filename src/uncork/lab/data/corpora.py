@@ -124,11 +124,18 @@ def encode_text(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, int, int
     Returns:
         ids (N,) int64; the number of words, ``<eos>`` included; the UTF-8 bytes of the normalised text.
 
+    Raises:
+        LabError: a character that no UTF-8 text has, as a terminal of another encoding may give.
+
     >>> tokenizer = WordTokenizer.train(["the", "war", "the"], "raw")
     >>> encode_text(tokenizer, "The war.")
     (tensor([2, 3, 0, 1]), 4, 9)
     """
-    data, meter = text.encode(), Meter("splitting into words")
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise LabError(f"expected UTF-8 text, got a byte that is none at character {error.start + 1}") from None
+    meter = Meter("splitting into words")
     ids, words, size, seen = [torch.empty(0, dtype=torch.int64)], 0, 0, 0
     for piece in cut_at_lines(data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)):
         meter(seen, len(data))

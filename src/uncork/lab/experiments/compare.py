@@ -61,7 +61,7 @@ def make_cells(heads: Sequence[str], seeds: Sequence[int], base: TrainConfig) ->
         LabError: a head that cannot be parsed, a bad option, or two heads that are the same run, however written.
     """
     if not heads or not seeds:
-        raise LabError("heads and seeds: expected at least one of each")
+        raise LabError(f"{'seeds' if heads else 'heads'}: expected at least one")
     if len(set(heads)) < len(heads):
         raise LabError(f"heads: each may be named once, got {' '.join(heads)}")
     cells: list[Cell] = []

@@ -34,7 +34,8 @@ class Text(Validated):
     vocab_size: Size | None = None
     """At most so many ids. None: every word, or 8,192 subwords."""
     min_count: Size = 1
-    """Words rarer than this in the training split become <unk>."""
+    """Words rarer than this in the training split become <unk>. `uncork train` and `uncork compare` take 2, but 1 for
+    ptb and wikitext-2, whose rare words are <unk> already."""
     max_train_tokens: Size | None = None
     """Train on the first so many tokens alone. None: on all."""
 

@@ -215,9 +215,15 @@ def evaluate_run(
     else:
         if split not in SPLITS:
             raise LabError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        corpus = trained.config.load_corpus(data_dir=data_dir, cache_dir=cache_dir)
+        try:
+            corpus = trained.config.load_corpus(data_dir=data_dir, cache_dir=cache_dir)
+        except LabError as error:
+            raise LabError(f"{run_path}: its text cannot be read: {error}; --text FILE evaluates another") from None
         if corpus.fingerprint != trained.fingerprint:
-            raise LabError(f"{run_path}: the corpus {corpus.name} is not the text that this run was trained on")
+            raise LabError(
+                f"{run_path}: the corpus {trained.config.corpus} is not the text that this run was trained on: bring "
+                "that back, or evaluate another text with --text FILE"
+            )
         tokens, words = corpus.splits[split], corpus.words[split]
         bytes = None if corpus.bytes is None else corpus.bytes[split]
         unknown = unknown_share(tokens, corpus.tokenizer)

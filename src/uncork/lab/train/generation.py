@@ -53,7 +53,10 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     >>> prompt_ids(tokenizer, "The cold war"), prompt_ids(tokenizer, "The war\\n")
     ([2, 0, 3], [2, 3, 1])
     """
-    ids: list[int] = encode_text(tokenizer, prompt)[0].tolist()
+    try:
+        ids: list[int] = encode_text(tokenizer, prompt)[0].tolist()
+    except LabError as error:
+        raise LabError(f"prompt: {error}") from None
     return ids if prompt.endswith("\n") else ids[:-1]
 
 
