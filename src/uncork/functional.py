@@ -5,6 +5,8 @@ in float32 (an increasing function evaluated in bfloat16 is not increasing). Leg
 K components, P pieces, U units.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,12 +49,16 @@ def sech2(x: Tensor) -> Tensor:
     return 4 * s * (1 - s)
 
 
-def log_sigmoid(x: Tensor) -> Tensor:
-    """log sigmoid(x) = -softplus(-x), as accurate as F.logsigmoid in float32 and float64.
+def exporting() -> bool:
+    """Whether torch.export traces (in torch 2.6, which does not tell them apart, or torch.compile)."""
+    asked: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return asked()
 
-    In ONNX F.logsigmoid becomes the logarithm of a sigmoid, whose digits are lost where x is far below 0.
-    """
-    return -F.softplus(-x, threshold=40.0)  # beyond it softplus is its argument to the last bit of float64
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x): F.logsigmoid, which to ONNX is the log of a sigmoid, without digits where x is far below 0."""
+    # From 40 on softplus(x) is x to the last bit of float64.
+    return -F.softplus(-x, threshold=40.0) if exporting() else F.logsigmoid(x)
 
 
 def identity(scores: Tensor) -> Tensor:

@@ -54,12 +54,6 @@ def recorded() -> bool:
     )
 
 
-def exporting() -> bool:
-    """Whether torch.export traces (in torch 2.6, which does not tell them apart, or torch.compile)."""
-    asked: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    return asked()
-
-
 def readable(x: Tensor) -> bool:
     """Whether x's values may be read: that would synchronise a GPU, and a fake or traced tensor has none."""
     # is_compiling comes first: torch.compile cannot trace the queries to torch._C.
