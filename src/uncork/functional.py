@@ -5,6 +5,8 @@ in float32 (an increasing function evaluated in bfloat16 is not increasing). Leg
 K components, P pieces, U units.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,6 +47,18 @@ def sech2(x: Tensor) -> Tensor:
     """The derivative of tanh, 1 / cosh(x)^2 = 4 s (1 - s) with s = sigmoid(-2|x|), without cancellation."""
     s = torch.sigmoid(-2 * x.abs())
     return 4 * s * (1 - s)
+
+
+def exporting() -> bool:
+    """Whether torch.export traces (in torch 2.6, which does not tell them apart, or torch.compile)."""
+    asked: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return asked()
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log sigmoid(x): F.logsigmoid, which to ONNX is the log of a sigmoid, without digits where x is far below 0."""
+    # From 40 on softplus(x) is x to the last bit of float64.
+    return -F.softplus(-x, threshold=40.0) if exporting() else F.logsigmoid(x)
 
 
 def identity(scores: Tensor) -> Tensor:
@@ -133,7 +147,7 @@ def sigsoftmax(scores: Tensor) -> Tensor:
     Slopes run from 2 (z to -inf) to 1 (z to +inf): concave. Kanai et al. 2018, arXiv 1805.10829.
     """
     z = at_least_float32(scores)
-    return z + F.logsigmoid(z)
+    return z + log_sigmoid(z)
 
 
 def generalized_sigsoftmax(scores: Tensor, center: float, steepness: float) -> Tensor:
@@ -152,7 +166,7 @@ def generalized_sigsoftmax(scores: Tensor, center: float, steepness: float) -> T
     Parthiban, Mao, Inkpen, AAAI 2021: (-1.5, 2.5) for Penn Treebank, (-1.5, 3) for WikiText-2.
     """
     z = at_least_float32(scores)
-    return z + (steepness - 1) * F.logsigmoid(z - center)
+    return z + (steepness - 1) * log_sigmoid(z - center)
 
 
 def piecewise_linear(scores: Tensor, knots: Tensor, values: Tensor, slopes: Tensor, index: Tensor) -> Tensor:

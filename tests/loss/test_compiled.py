@@ -11,26 +11,13 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import uncork
-from uncork import HEAD_NAMES, build_head
+from tests.small import FEATURES, HEADS, VOCAB, small_head
 from uncork.logit_functions.base import LogitFunction, constants
 from uncork.logit_functions.operations import Affine, Operation
 from uncork.loss import operator
 from uncork.loss.tile_native import NativeTiles, missing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
-
-FEATURES, VOCAB = 4, 11
-# Options that make the functions small, and those that make all of a head learn.
-HEADS = {
-    **{name: {} for name in HEAD_NAMES},
-    "plif": {"num_pieces": 6, "bound": 2.0},
-    "plif-frozen": {"num_pieces": 6, "bound": 2.0},
-    "monotone": {"num_units": 4, "bound": 2.0},
-    "monotone:tanh": {"num_units": 3, "bound": 2.0, "units": "tanh"},
-    "gss:learned": {"learnable": True},
-    "plif:scaled": {"num_pieces": 5, "bound": 2.0, "scale": 1.7},
-    **{name: {"num_components": 2} for name in ("mos", "moss", "mop", "moc")},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +33,7 @@ class Model(nn.Module):
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float64, **options) -> None:
         super().__init__()
         self.body = nn.Linear(3, FEATURES)
-        self.head = build_head(name.split(":")[0], FEATURES, VOCAB, **HEADS[name])
+        self.head = small_head(name)
         self.options = options
         self.to(dtype)
         with torch.no_grad():

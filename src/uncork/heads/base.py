@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
+from uncork.functional import exporting
 from uncork.heads import hooks
 from uncork.heads.state import SelfDescribing
 from uncork.logit_functions import Identity, LogitFunction
@@ -384,7 +385,7 @@ class Head(SelfDescribing, ABC):
         parts, start = [], 0
         for rows in self._chunks(input, projection):
             span = slice(start, start + rows.shape[0])
-            parts.append(self._topk_rows(rows, projection, partial(best, k=k, exclusion=exclusion, span=span)))
+            parts.append(self._topk_rows(rows, projection, k, exclusion, span))
             start = span.stop
         log_prob, ids = (torch.cat(column).view(shape) for column in zip(*parts, strict=True))
         return log_prob, ids
@@ -402,6 +403,8 @@ class Head(SelfDescribing, ABC):
 
     def _chunks(self, input: Tensor, projection: Projection) -> tuple[Tensor, ...]:
         rows: Tensor = input.reshape(-1, input.shape[-1])
+        if exporting():  # a graph that cut them would hold for one number of cuts
+            return (rows,)
         components = getattr(self, "num_components", 1)
         at_once = rule_of(projection.weight.device).default_rows(*projection.weight.shape)
         return rows.split(max(1, at_once // components))
@@ -411,10 +414,10 @@ class Head(SelfDescribing, ABC):
         return self._log_prob(rows, projection)
 
     def _topk_rows(
-        self, rows: Tensor, projection: Projection, best: Callable[[Tensor], Tensor]
+        self, rows: Tensor, projection: Projection, k: int, exclusion: Exclusion | None, span: slice
     ) -> tuple[Tensor, Tensor]:
         log_prob = self._log_prob(rows, projection)
-        ids = best(log_prob)
+        ids = best(log_prob, k, exclusion, span)
         return take(log_prob, ids), ids
 
     @abstractmethod

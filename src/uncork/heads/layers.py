@@ -5,7 +5,6 @@ same cross-entropy without the (N, V) matrix. Legend for shapes: N tokens, D fea
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -24,7 +23,7 @@ from uncork.loss import (
     token_statistics,
 )
 from uncork.loss.call import Call, build_call
-from uncork.loss.exclusion import take
+from uncork.loss.exclusion import Exclusion, best, take
 
 
 class _OneSoftmax(Head):
@@ -58,10 +57,10 @@ class _OneSoftmax(Head):
         return self._scores(rows, projection)
 
     def _topk_rows(
-        self, rows: Tensor, projection: Projection, best: Callable[[Tensor], Tensor]
+        self, rows: Tensor, projection: Projection, k: int, exclusion: Exclusion | None, span: slice
     ) -> tuple[Tensor, Tensor]:
         scores = self._scores(rows, projection)
-        ids = best(scores)
+        ids = best(scores, k, exclusion, span)
         logits = self._apply_function(scores)
         wide = torch.promote_types(logits.dtype, torch.float32)
         normaliser = torch.logsumexp(logits.to(wide), -1, keepdim=True)

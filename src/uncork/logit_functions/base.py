@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uncork.functional import at_least_float32
-from uncork.logit_functions.operations import Elementwise, Operation, function_transforms, readable
+from uncork.logit_functions.operations import Elementwise, Operation, function_transforms, readable, recorded
 
 __all__ = ["Compose", "LogitFunction"]
 
@@ -166,6 +166,16 @@ class LogitFunction(nn.Module, ABC):
 
     def _inverse(self, logits: Tensor) -> Tensor:
         """By bisection in float64; subclasses with a closed form use that."""
+        if not torch.compiler.is_compiling() and (
+            logits.is_meta or isinstance(logits, torch._subclasses.FakeTensor)
+        ):  # no values to search among
+            return torch.empty_like(logits)
+        if recorded():
+            raise NotImplementedError(
+                f"{type(self).__name__}.inverse searches by bisection, as many steps as the values need, which "
+                "torch.compile(fullgraph=True), torch.export and torch.func cannot follow: call it outside of them, or "
+                "override _inverse() with a closed form"
+            )
         wide = logits.detach().double().nan_to_num(0)
         with torch.no_grad():
             reach = wide.abs().clamp(min=1)

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from uncork.functional import sech2
+from uncork.functional import log_sigmoid, sech2
 
 _SUM_BLOCK = 4096
 
@@ -29,6 +28,8 @@ def wide(x: Tensor) -> Tensor:
 def total(x: Tensor) -> Tensor:
     """The sum of all elements, by fixed blocks first, since torch splits one long sum by the number of threads."""
     flat = x.reshape(-1)
+    if torch.compiler.is_compiling():  # blocks would bind a graph to the number of tokens
+        return flat.sum(dtype=wide(x.new_empty(0)).dtype)
     whole = flat.numel() // _SUM_BLOCK * _SUM_BLOCK
     dtype = wide(x.new_empty(0)).dtype
     blocks = flat[:whole].view(-1, _SUM_BLOCK).sum(-1, dtype=dtype)
@@ -181,7 +182,7 @@ class Softplus(Operation):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         center, weight = tables[0]
-        return x + weight * F.logsigmoid(x - center)
+        return x + weight * log_sigmoid(x - center)
 
     def derivative(self, x: Tensor, tables: tuple[Tensor, ...], located: tuple[Tensor, ...] = ()) -> Tensor:
         center, weight = tables[0]
@@ -192,7 +193,7 @@ class Softplus(Operation):
     ) -> tuple[Tensor, ...]:
         center, weight = tables[0]
         grad_center = -weight * torch.sigmoid(center - x)
-        return (torch.stack([total(grad * grad_center), total(grad * F.logsigmoid(x - center))]),)
+        return (torch.stack([total(grad * grad_center), total(grad * log_sigmoid(x - center))]),)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from uncork.logit_functions.operations import readable
+
 
 @dataclass(frozen=True)
 class Exclusion:
@@ -28,7 +30,7 @@ class Exclusion:
         if exclude.device != device:
             raise ValueError(f"exclude: expected device {device} as the input, got {exclude.device}")
         shape = tuple(exclude.shape)
-        checked = device.type == "cpu" and not torch.compiler.is_compiling()
+        checked = readable(exclude)
         if exclude.dtype == torch.bool:
             if shape not in ((vocab_size,), (*leading, vocab_size)):
                 raise ValueError(

@@ -404,8 +404,18 @@ class _Outside(Implementation):
         return _outside("weighted_sum", self.impl, call, ce_factor, lse_factor)
 
 
+_ONLY_PYTHON = (
+    "a graph cannot hold this logit_function, which only Python knows (it has no operations() of uncork's "
+    "primitives). Without fullgraph=True the loss runs outside of the graph. With it, or for torch.export: give "
+    "impl='reference', which keeps the (N, V) logits; or make the function of uncork's own; or compile the model "
+    "without its loss"
+)
+
+
 def _outside(method: str, impl: str | None, call: Call, *factors: Tensor | None) -> Any:
     """Computes outside of the graph."""
+    if torch.compiler.is_compiling():  # torch.export with strict=False has no outside
+        raise ValueError(f"logit_function: {_ONLY_PYTHON}")
 
     def run() -> Any:
         return getattr(choose(impl, call), method)(call, *factors)
@@ -415,9 +425,4 @@ def _outside(method: str, impl: str | None, call: Call, *factors: Tensor | None)
 
 # torch.compile breaks its graph at a function marked so, and its error shows the function's name.
 _outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-_outside.__qualname__ = (
-    "[uncork: a graph cannot hold this logit_function, which only Python knows (it has no operations() of uncork's "
-    "primitives). Without fullgraph=True the loss runs outside of the graph. With it, or for torch.export: give "
-    "impl='reference', which keeps the (N, V) logits; or make the function of uncork's own; or compile the model "
-    "without its loss]"
-)
+_outside.__qualname__ = f"[uncork: {_ONLY_PYTHON}]"
