@@ -141,7 +141,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, said, text, tmp_
     (tmp_path / "BINARY").write_bytes(bytes(range(256)) * 10)
     assert run(*[text if a == "TEXT" else a for a in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("uncork: ")
+    assert error.startswith(("uncork: ", f"uncork {arguments[0]}: "))
     assert error.count("\n") == 1
     assert said in error
     assert not (tmp_path / "run" / "config.json").exists()  # so that the corrected command can use the folder

@@ -447,7 +447,7 @@ def test_a_mistake_is_one_clear_line(arguments, said, capsys, tmp_path, monkeypa
     Path("FILE").write_text("")
     assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("uncork: ")
+    assert error.startswith(("uncork: ", "uncork bench: "))
     assert error.count("\n") == 1
     assert said in error
 
