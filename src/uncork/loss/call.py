@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
 
 
 def loss_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of scores, function, softmax and loss of an input."""
+    """The dtype of function, softmax and loss of an input."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
@@ -46,7 +46,7 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of scores, function, softmax and loss."""
+        """The dtype of function, softmax and loss."""
         return loss_dtype(self.input)
 
     @property
@@ -188,6 +188,22 @@ def _checked_target(
     return flat
 
 
+def _prepared_target(
+    rows: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> Target:
+    """The target of flattened indices or probabilities, with the class weights checked."""
+    class_weight = _checked_weight(weight, vocab_size, dtype, rows.device)
+    if rows.is_floating_point():
+        return ProbabilityTarget.build(rows, class_weight, label_smoothing, dtype)
+    like = torch.empty((), dtype=dtype, device=rows.device)
+    return IndexTarget.build(rows, ignore_index, class_weight, label_smoothing, vocab_size, like)
+
+
 def check_classes(target: Tensor, kept: Tensor, vocab_size: int, other: str = "") -> None:
     """Raises an IndexError unless the targets (N,) that count are in [0, V); other: what else may be there."""
     wrong = ((target < 0) | (target >= vocab_size)) & kept
@@ -215,8 +231,8 @@ def _check_chunk(chunk_size: object, memory_budget: object) -> None:
         raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
 
 
-def _check_scores_dtype(asked: object, given: torch.dtype) -> None:
-    """Raises unless scores of inputs of a dtype can be kept in the one asked for."""
+def _check_scores_dtype(asked: object, input: Tensor) -> None:
+    """Raises unless the scores of an input can be kept in the dtype asked for."""
     if asked is None:
         return
     if not isinstance(asked, torch.dtype):
@@ -226,10 +242,9 @@ def _check_scores_dtype(asked: object, given: torch.dtype) -> None:
             "scores_dtype: expected torch.float32 with float16 inputs, got torch.float16: "
             "products beyond 65,504 would overflow, and nothing here scales them"
         )
-    wide = torch.float64 if given == torch.float64 else torch.float32
-    allowed = [wide, torch.bfloat16] if given == torch.bfloat16 else [wide]
+    allowed = [loss_dtype(input), *([torch.bfloat16] if input.dtype == torch.bfloat16 else [])]
     names = " or ".join(map(str, allowed))
-    _expect(asked in allowed, "scores_dtype", f"None or {names} with inputs of {given}", asked)
+    _expect(asked in allowed, "scores_dtype", f"None or {names} with inputs of {input.dtype}", asked)
 
 
 def _checked_prior(prior_logits: Tensor, latent: Tensor) -> Tensor:
@@ -287,18 +302,12 @@ def build_call(
     if cast is not None and input.dtype != torch.float64:
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)
-    _check_scores_dtype(scores_dtype, input.dtype)
+    _check_scores_dtype(scores_dtype, input)
     flat = input.reshape(-1, *input.shape[-2:]) if mixture else input.reshape(-1, features)
     prepared: Target | None = None
     if target is not None:
-        dtype = loss_dtype(input)
         rows = _checked_target(_tensor("target", target), leading, vocab_size, ignore_index, input.device)
-        class_weight = _checked_weight(weight, vocab_size, dtype, input.device)
-        if rows.is_floating_point():
-            prepared = ProbabilityTarget.build(rows, class_weight, label_smoothing, dtype)
-        else:
-            like = torch.empty((), dtype=dtype, device=input.device)
-            prepared = IndexTarget.build(rows, ignore_index, class_weight, label_smoothing, vocab_size, like)
+        prepared = _prepared_target(rows, weight, ignore_index, label_smoothing, vocab_size, loss_dtype(input))
     call = Call(
         flat,
         linear_weight,

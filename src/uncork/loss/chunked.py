@@ -80,7 +80,7 @@ class Walk(Generic[T]):
         scores = self.scores(self.rows(span))
         if self.raised is None:
             return self.tiles.statistics(scores, span)
-        return _joined([self.tiles.statistics(own, part) for own, _, part in self._raised(scores, span)])
+        return _joined([self.tiles.statistics(raised, part) for raised, _, part in self._raised(scores, span)])
 
     def _raised(self, scores: Tensor, span: slice) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """A few rows of the scores at a time: their copy in the loss's dtype, the rows, and their tokens."""
@@ -98,13 +98,13 @@ class Walk(Generic[T]):
             _add_rows(result, bias)
             return result
         parts = []
-        for own, rows, part in self._raised(scores, span):
+        for raised, rows, part in self._raised(scores, span):
             here = slice(part.start - span.start, part.stop - span.start)
-            result = self.tiles.gradient(own, part, Upstream(*(None if u is None else u[here] for u in upstream)))
+            result = self.tiles.gradient(raised, part, Upstream(*(None if u is None else u[here] for u in upstream)))
             _add_rows(result, bias)
             assert result.grad_scores is not None
             rows.copy_(result.grad_scores)
-            sums = [None if own is None else own.clone() for own in result.sums]  # the next part writes over them
+            sums = [None if s is None else s.clone() for s in result.sums]  # the next part writes over them
             parts.append(result._replace(grad_scores=None, sums=sums))
         return _joined(parts)._replace(grad_scores=scores)
 
