@@ -1,20 +1,23 @@
 """Writes the tables of README.md and docs/ from results/, all of docs/study-tables.md, and checks relative links.
 
 A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
-the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, without the command. With --check nothing is
-written, and a stale block or a dead link fails.
+the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, or what DERIVED makes of the folder's rows,
+without the command. With --check nothing is written, and a stale block or a dead link fails.
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from uncork.lab.experiments.study.plan import Plan
-from uncork.lab.report.statistics import BASELINE
-from uncork.lab.report.tables import display, markdown
+from uncork.lab.report.statistics import BASELINE, MIN_SEEDS_FOR_TEST, paired
+from uncork.lab.report.tables import NO_NUMBER, display, markdown, number, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "study-tables.md"
@@ -22,7 +25,8 @@ PAGES = [TABLES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHA
 PAGES += [page for page in sorted((ROOT / "docs").rglob("*.md")) if page != TABLES]
 BLOCK = re.compile(r"(<!-- results: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 INTRODUCTION = """\
-The appendix of [study.md](study.md), which says what was asked and found. `make docs` writes it from results/lm.
+All tables of [study.md](study.md), which says what was asked and found, and of [its appendix](study-appendix.md), which
+has protocols and details. `make docs` writes them from results/lm.
 One row a head, one column a place: the perplexity (of the test split where the part reads it, else of the validation
 split), its standard deviation over seeds and, in brackets, its change against the softmax of the same seeds with the
 p-value of a two-sided paired t-test on log perplexity.
@@ -39,9 +43,84 @@ MORE = {
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 
 
+def change(mine: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """The change of the test perplexity in percent, and its interval of 95 % over the seeds that both have.
+
+    The interval is that of the paired t-test on log perplexity, for one comparison. It needs as many seeds as the test.
+    """
+    both = paired(*(runs.set_index("seed")["test_perplexity"] for runs in (mine, theirs)))
+    if not both.pairs or mine["head"].iloc[0] == theirs["head"].iloc[0]:
+        return NO_NUMBER
+    ratios = np.log(both.mine / both.theirs)
+    middle = f"{100 * math.expm1(ratios.mean()):+z.2f}"
+    if both.pairs >= MIN_SEEDS_FOR_TEST:
+        low, high = stats.t.interval(0.95, both.pairs - 1, ratios.mean(), stats.sem(ratios))
+        middle += (
+            f" ({100 * math.expm1(low):+z.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{100 * math.expm1(high):+z.2f})"
+        )
+    return middle.replace("-", "−")
+
+
+def intervals(where: Path) -> pd.DataFrame:
+    """One row a head, the highest test perplexity first: at every place with enough seeds for a test of the softmax."""
+    runs = pd.read_csv(where / "runs.csv")
+    table = pd.DataFrame()
+    for place, own in runs.groupby("place", sort=False):
+        by_head = dict(iter(own.groupby("head")))
+        if len(by_head[BASELINE]) < MIN_SEEDS_FOR_TEST:
+            continue
+        for head, its in by_head.items():
+            text = str(place).split()[0]
+            for split in ("train", "test"):
+                table.loc[head, f"{text}: {split}"] = perplexity(its[f"{split}_perplexity"].mean())
+            table.loc[head, f"{text}: test, % from softmax"] = change(its, by_head[BASELINE])
+    first = runs[runs["place"] == runs["place"].iloc[0]].groupby("head")["test_perplexity"].mean()
+    order = first.sort_values(ascending=False).index
+    return table.reindex(order.union(table.index, sort=False)).fillna(NO_NUMBER).rename_axis("head").reset_index()
+
+
+def times(where: Path) -> pd.DataFrame:
+    """One row a head and place: its seconds of training beside its perplexities."""
+    rows = []
+    runs = pd.read_csv(where / "runs.csv")
+    for (place, head), own in runs.groupby(["place", "head"], sort=False):
+        base = runs[(runs["place"] == place) & (runs["head"] == BASELINE)]
+        row = {"place": place, "head": head, "seeds": len(own), "epochs": number(own["epochs"].iloc[0])}
+        row["seconds"] = number(own["train_seconds"].mean())
+        row |= {split: perplexity(own[f"{split}_perplexity"].mean()) for split in ("train", "test")}
+        rows.append(row | {"test, % from softmax": change(own, base)})
+    return pd.DataFrame(rows)
+
+
+def grid(where: Path) -> pd.DataFrame:
+    """The baseline's validation perplexities, over the rate of the output layer, at the best rate of the body."""
+    cells = {}
+    for row in pd.read_csv(where / "table.csv", dtype=str).itertuples(index=False):
+        options = dict(option.split("=") for option in row[0].partition(":")[2].split(","))
+        if options["lr"] == "0.008":
+            bias = "log unigram" if options["bias_prior"] == "true" else "random"
+            cells[bias, options["scale"], f"rate of W, b x {options['output_lr_scale']}"] = row[1]
+    table = pd.Series(cells).unstack(sort=False)
+    return table.rename_axis(["bias", "scores times"]).reset_index()
+
+
+def steps(where: Path) -> pd.DataFrame:
+    """Seconds of a training step over the fused softmax's: the study's own models, then the published sizes."""
+    tables = [pd.read_csv(where / name / "table.csv", index_col="head", dtype=str) for name in COSTS]
+    ratios = [table.filter(like="over softmax").rename(columns=lambda c: c.partition(":")[0]) for table in tables]
+    ratios[1].columns = [f"{name} d=400" for name in ratios[1]]
+    table = pd.concat(ratios, axis=1).map(lambda cell: cell.partition(" ")[0])
+    return table.reset_index()
+
+
+DERIVED = {"intervals": intervals, "times": times, "grid": grid, "steps": steps}
+
+
 def block(folder: str, name: str | None = None) -> str:
     """The table of one result and its origin; with a name that table alone."""
     where = ROOT / "results" / folder
+    if name in DERIVED:
+        return plain_markdown(DERIVED[name](where)) + "\n"
     if name is not None:
         return plain_markdown(pd.read_csv(where / f"{name}.csv", dtype=str, na_filter=False)) + "\n"
     origin = json.loads((where / "provenance.json").read_text(encoding="utf-8"))
