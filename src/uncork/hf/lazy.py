@@ -39,7 +39,7 @@ class LazyLogits(Tensor):
     Shape, dtype and device cost nothing. `argmax(-1)` and `statistics` are computed in chunks, without the (N, V)
     matrix. Selecting tokens (an index, reshape, split), a cast and detach give lazy logits. Everything else computes
     the logits as the model's forward would have, with their graph and under its autocast, and keeps them.
-    `requires_grad` is False until then.
+    `requires_grad` is False; what is computed from them has it.
     """
 
     record: Record

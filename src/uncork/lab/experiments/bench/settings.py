@@ -76,7 +76,7 @@ class Bench:
     rounds: int = 5
     """Rounds in each process, after one to warm up. A contender slower than 4 G takes part in every third round."""
     processes: int = 2
-    """Fresh processes that repeat the rounds: their spread shows what is noise (here up to 15 %)."""
+    """Fresh processes that repeat the rounds: their spread shows what is noise."""
     max_seconds: float = 20.0
     """A contender that takes longer for a single call is left out, and the table says so."""
     memory: bool = True
