@@ -137,6 +137,45 @@ def test_the_loss_and_all_gradients_are_those_of_the_logits(model, ids, name):
         torch.testing.assert_close(by_loss[key], grad, atol=2e-5, rtol=1e-3)
 
 
+def mask(module, args, output):
+    return output.index_fill(-1, torch.tensor([1, 2]), -30.0)
+
+
+HOOKS: dict[str, Any] = {
+    "forward": lambda head: head.register_forward_hook(mask),
+    "backward": lambda head: head.register_full_backward_hook(lambda module, given, taken: (0.5 * given[0],)),
+    "pre": lambda head: head.register_forward_pre_hook(lambda module, args: (0.5 * args[0],)),
+    "function": lambda head: head.logit_function.register_forward_hook(mask),
+    "replaced": lambda head: setattr(head, "forward", lambda *args: mask(head, args, type(head).forward(head, *args))),
+    "global": lambda head: nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: mask(module, args, output) if module is head else None
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["plif", "mos"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_under_a_hook_of_the_head_the_models_own_function_is_not_applied_again(kind, name, ids):
+    """It is within the head, so that logits given to the model's forward would go through it twice."""
+    model = shake(attach_head(make_model("gemma2"), name))
+    head = copy.deepcopy(model).lm_head  # the head by itself, under the same hook
+    handles = [HOOKS[kind](each) for each in (model.lm_head, head)]
+    try:
+        expected = head(model.model(ids).last_hidden_state)
+        wanted = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        outputs = model(ids, labels=ids)
+        torch.testing.assert_close(model(ids).logits, expected)
+        torch.testing.assert_close(outputs.loss, wanted)
+        torch.testing.assert_close(outputs.logits.statistics().logsumexp, expected.logsumexp(-1))
+        torch.testing.assert_close(outputs.logits + 0, expected)
+        norm = model.model.norm.weight
+        torch.testing.assert_close(torch.autograd.grad(outputs.loss, norm), torch.autograd.grad(wanted, norm))
+    finally:
+        for handle in handles:
+            if handle is not None:
+                handle.remove()
+
+
 def test_the_order_is_the_head_after_the_model(ids):
     model, plain = make_model("gemma2"), make_model("gemma2")
     scores = F.linear(plain.model(ids).last_hidden_state, plain.lm_head.weight)

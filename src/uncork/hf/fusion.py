@@ -48,9 +48,12 @@ class Recording:
         fusion: Fusion = getattr(self, KEY)
         if fusion.driver is not None:
             input = fusion.driver(input)
-        # Where somebody's hook changes or sees the logits, the model computes them as ever.
-        if others or not fusion.recording or hooks.on_module(cast(nn.Module, self)):
+        if others or not fusion.recording:
             return call(input, *others)
+        # Where somebody's hook changes or sees the logits, the model computes them as ever. A head of this library has
+        # the model's own function within it, which its forward would apply again: it is asked for them by the record.
+        if not fusion.owns_function and hooks.on_module(cast(nn.Module, self)):
+            return call(input)
         return fusion.record(input)
 
 
@@ -176,14 +179,14 @@ class Fusion:
             self.sample = record.hidden.detach().flatten(0, -2)[:_SAMPLE]
         if self.own_head is not None:
             self._require_whole(record)
-            return self.own_head.loss(record.hidden, target, **options)
+            return self._unrecorded(self.own_head.loss, record.hidden, target, **options)
         return self._fused(linear_cross_entropy, record, target, **options)
 
     def statistics(self, record: Record, target: Tensor | None) -> TokenStatistics:
         """Of the recorded logits: log_prob of the target, logsumexp, entropy and argmax, fused."""
         if self.own_head is not None:
             self._require_whole(record)
-            return self.own_head.statistics(record.hidden, target)
+            return self._unrecorded(self.own_head.statistics, record.hidden, target)
         return self._fused(token_statistics, record, target)
 
     def _fused(self, compute: Callable[..., Any], record: Record, target: Tensor | None, **options: Any) -> Any:
@@ -199,15 +202,20 @@ class Fusion:
 
     def logits(self, record: Record) -> Tensor:
         """The recorded logits, computed as the model would."""
-        driver, self.driver = self.driver, None  # the record's hidden states have been through it
-        try:
-            logits: Tensor = self.head(record.hidden)
-        finally:
-            self.driver = driver
+        logits: Tensor = self._unrecorded(self.head, record.hidden)
         for kind, replay in record.replay:
             if kind != "step" or not self.owns_function:
                 logits = replay(logits)
         return logits
+
+    def _unrecorded(self, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What is computed of a record's hidden states, which have been through the driver, by calls of the head."""
+        recording, driver = self.recording, self.driver
+        self.recording, self.driver = False, None
+        try:
+            return compute(*args, **options)
+        finally:
+            self.recording, self.driver = recording, driver
 
     def argmax(self, record: Record) -> Tensor:
         """The likeliest word of each token."""
