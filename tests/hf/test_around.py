@@ -1,6 +1,7 @@
 """What people put around a model: torch.compile, accelerate's offloading, sharding, distribution, adapters."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from tests.hf.small import batch, build
 from tests.hf.test_fuse import assert_same, fused_calls
 from tests.hf.walk import difference, gradients
-from uncork.hf import LazyLogits, fuse_loss, unfuse_loss
+from uncork.hf import LazyLogits, attach_head, detach_head, fuse_loss, unfuse_loss
+from uncork.hf.fusion import is_fused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 GEMMA = "Gemma2ForCausalLM"
@@ -89,14 +91,68 @@ def test_offloaded_parts(way, first, tmp_path):
             assert type(fused(**batch()).logits) is torch.Tensor
 
 
-def test_a_forward_that_somebody_replaced_since_is_taken_back_first():
+HOOKED = {
+    "model": lambda accelerate, model: accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook()),
+    "dispatched": lambda accelerate, model: accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True),
+    "offloaded": lambda accelerate, model: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+}
+PUT_ON = {"fused": fuse_loss, "plif": lambda model: attach_head(model, "plif")}
+
+
+def assert_same_outputs(found, own):
+    with torch.no_grad():
+        outputs, wanted = found(**batch()), own(**batch())
+        torch.testing.assert_close(outputs.loss, wanted.loss)
+        torch.testing.assert_close(outputs.logits + 0, wanted.logits)
+        torch.testing.assert_close(found(batch()["input_ids"]).logits, own(batch()["input_ids"]).logits)
+    assert isinstance(outputs.logits, LazyLogits) == (found is not own and is_fused(found))
+
+
+@pytest.mark.parametrize("name", PUT_ON)
+@pytest.mark.parametrize("way", HOOKED)
+@pytest.mark.parametrize("first", ["fused", "hooked"])
+def test_hooks_of_accelerate_come_and_go(first, way, name):
     accelerate = pytest.importorskip("accelerate")
+    model = build(GEMMA, tie_word_embeddings=False)
+    found = copy.deepcopy(model)
+    steps = [PUT_ON[name], lambda each: HOOKED[way](accelerate, each)]
+    if first == "hooked":
+        steps.reverse()
+    for step in steps:
+        if step is PUT_ON["plif"] and first == "hooked" and way != "model":
+            with pytest.raises(ValueError, match=r"linear: .* whose forward was replaced: take that back first"):
+                step(found)
+            return
+        step(found)
+    assert_same_outputs(found, model)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="add_hook_to_module"):  # as of a model by itself
+        pickle.dumps(found)
+    again = copy.deepcopy(found)
+    accelerate.hooks.remove_hook_from_module(found, recurse=True)
+    for each in (found, again):
+        assert_same_outputs(each, model)
+    if way != "dispatched":  # torch cannot load the list of layers that this leaves behind
+        assert_same_outputs(pickle.loads(pickle.dumps(found)), model)
+    if name == "plif" and way != "model":
+        with pytest.raises(RuntimeError, match="accelerate has put hooks on it since the head was attached"):
+            detach_head(again)
+        accelerate.hooks.remove_hook_from_module(again, recurse=True)
+    for each in (found, again):
+        unfuse_loss(each) if name == "fused" else detach_head(each)
+        assert_same_outputs(each, model)
+    for put_on in PUT_ON.values():
+        assert_same_outputs(put_on(found), model)
+    detach_head(found)
+
+
+def test_a_forward_that_somebody_replaced_since_is_taken_back_first():
     model, fused = pair()
-    accelerate.hooks.add_hook_to_module(fused, accelerate.hooks.ModelHook())
+    own = fused.forward
+    fused.forward = lambda **inputs: own(**inputs)
     assert_same(fused, model, batch())
     with pytest.raises(RuntimeError, match="forward was replaced since the loss was fused"):
         unfuse_loss(fused)
-    accelerate.hooks.remove_hook_from_module(fused)
+    fused.forward = own
     assert_same(unfuse_loss(fused), model, batch())
 
 
@@ -150,6 +206,28 @@ def test_fully_sharded(units, first, monkeypatch):
             unfuse_loss(sharded)
     else:
         torch.testing.assert_close(unfuse_loss(sharded)(**batch()).loss, model(**batch()).loss)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("whole_model", [True, False])
+@pytest.mark.parametrize("name", ["plain", *PUT_ON])
+def test_a_sharded_model_has_no_pickle_and_a_state(name, whole_model):
+    """As torch has it, fused or not."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = PUT_ON.get(name, lambda model: model)(build(GEMMA, tie_word_embeddings=False))
+    expected = copy.deepcopy(model.state_dict())
+    fully_shard(model.lm_head)
+    if whole_model:
+        fully_shard(model)
+    for part in (model, model.lm_head):
+        with pytest.raises(pickle.PicklingError, match=r"Can't pickle .*FSDP"):
+            pickle.dumps(part)
+        with pytest.raises(AssertionError, match="Please use state dict for serialization"):
+            copy.deepcopy(part)
+    state = whole(model.state_dict())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
 
 
 @pytest.mark.usefixtures("world")

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import uncork
 from tests.hf.small import NEWEST, VOCAB, build
 from tests.hf.test_fuse import fused_calls
-from uncork.hf import LazyLogits, attach_head, fuse_loss
+from uncork.hf import LazyLogits, LogitFunctionCallback, attach_head, detach_head, fuse_loss
 
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainingArguments
@@ -90,6 +91,28 @@ def test_training_in_bfloat16(tmp_path):
         torch.tensor(history(trainer(each, tmp_path, bf16=each is not truth))) for each in (fused, model, truth)
     )
     assert ((found - exact).abs() <= 2 * (own - exact).abs() + 0.01 * exact.abs()).all()
+
+
+def test_a_head_trained_in_bfloat16_is_logged_and_taken_off(tmp_path):
+    """accelerate's mixed precision has replaced the model's forward when the training begins."""
+    model, _ = pair()
+    attach_head(model, "plif")
+    each = trainer(model, tmp_path, bf16=True)
+    each.add_callback(LogitFunctionCallback())
+    each.train()
+    assert "function_slope/0" in each.state.log_history[0]
+    with pytest.raises(RuntimeError, match=r"accelerate's mixed precision .*unwrap_model\(model, keep_fp32_wrapper=Fa"):
+        detach_head(model)
+    before = evaluated(model)
+    each.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    torch.testing.assert_close(evaluated(model), before, rtol=0.02, atol=0.02)
+    assert type(detach_head(model).lm_head) is nn.Linear
+    assert evaluated(model).isfinite()
+
+
+def evaluated(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**padded([{k: row[k] for k in ("input_ids", "labels")} for row in rows(2)])).loss
 
 
 def test_the_trainer_knows_the_models_arguments(tmp_path):

@@ -52,15 +52,31 @@ def _function(hook: Any) -> Any:
     return hook
 
 
-def _only_looks(hook: Any) -> bool:
+def origin(hook: Any) -> str:
+    """The Python module that a hook or a replaced forward is from."""
     function = _function(hook)
-    origin = getattr(function, "__module__", None) or type(function).__module__
-    return any(origin == name or origin.startswith(f"{name}.") for name in _ONLY_LOOK)
+    return getattr(function, "__module__", None) or type(function).__module__
+
+
+def only_looks(hook: Any) -> bool:
+    """Whether a hook or a replaced forward is of those that leave the output as it is."""
+    where = origin(hook)
+    return any(where == name or where.startswith(f"{name}.") for name in _ONLY_LOOK)
 
 
 def _named(kind: str, hook: Any) -> str:
     function = _function(hook)
     return f"a {kind} ({getattr(function, '__qualname__', None) or type(function).__qualname__})"
+
+
+def replaced(module: nn.Module, name: str = "forward") -> Any:
+    """What stands in the place of a module's forward; None where it is the class's own.
+
+    Removing accelerate's hooks leaves the class's own there, bound to the module.
+    """
+    forward = module.__dict__.get(name)
+    own = forward is not None and getattr(forward, "__func__", None) is type(module).forward
+    return None if own else forward
 
 
 def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
@@ -71,15 +87,15 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
     """
     if type(head).forward is not forward:
         return f"{type(head).__name__} overrides forward"
-    if "forward" in head.__dict__:
+    if replaced(head) is not None:
         return "the head's forward was replaced"
     function = cast("nn.Module | None", head.logit_function)
     for kind, hook in _local(head):
-        if kind in _AFTER and not _only_looks(hook):
+        if kind in _AFTER and not only_looks(hook):
             return f"{_named(kind, hook)} on the head sees the logits"
     for kind, hook in _global():
         # A fused path does not call the function, so a global pre-hook, which would run before it, counts too.
-        if (kind.removeprefix("global ") in _AFTER or function is not None) and not _only_looks(hook):
+        if (kind.removeprefix("global ") in _AFTER or function is not None) and not only_looks(hook):
             return f"{_named(kind, hook)} sees the logits"
     return "" if function is None else function_changed_by(function)
 
@@ -87,11 +103,10 @@ def seen_by(head: nn.Module, forward: Callable[..., Any]) -> str:
 def on_module(module: nn.Module) -> str:
     """Which hook or replaced forward of a module may see or change its input or output, in words; empty if none."""
     for name in ("forward", "_old_forward"):  # accelerate's hooks replace a forward and keep the one that they found
-        forward = module.__dict__.get(name)
-        own = getattr(forward, "__func__", None) is type(module).forward
-        if forward is not None and not own and not _only_looks(forward):
+        forward = replaced(module, name)
+        if forward is not None and not only_looks(forward):
             return _named("replaced forward", forward)
-    found = (hook for hook in (*_local(module), *_global()) if not _only_looks(hook[1]))
+    found = (hook for hook in (*_local(module), *_global()) if not only_looks(hook[1]))
     return next((_named(kind, hook) for kind, hook in found), "")
 
 
@@ -101,7 +116,7 @@ def function_changed_by(function: nn.Module) -> str:
     Fused paths do not call the function, so they may be used only if there is none.
     """
     for module in function.modules():
-        if "forward" in module.__dict__:
+        if replaced(module) is not None:
             return f"the forward of {type(module).__name__} in logit_function was replaced"
         for kind, hook in _local(module):
             return f"{_named(kind, hook)} stands on {type(module).__name__} in logit_function"
@@ -133,7 +148,7 @@ def check_plain(linear: object) -> nn.Linear:
             "than its weight and bias: merge the adapter (or dequantise, or unwrap) first, or copy the effective "
             "weight into a new nn.Linear"
         )
-    if "forward" in linear.__dict__:
+    if replaced(linear) is not None:
         raise ValueError(
             "linear: expected a plain nn.Linear, got one whose forward was replaced: take that back first, or copy the "
             "effective weight into a new nn.Linear"

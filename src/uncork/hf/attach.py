@@ -104,10 +104,16 @@ def detach_head(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: it has none.
-        RuntimeError: its forward was replaced by somebody else since.
+        RuntimeError: its forward was replaced by somebody else since, or accelerate has put hooks on the head, which
+            the model's own output layer would not have.
     """
     fusion = _attached(model)
     require_outermost(model)
+    if hasattr(fusion.head, "_hf_hook"):
+        raise RuntimeError(
+            "model's output layer: accelerate has put hooks on it since the head was attached: take them off first "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+        )
     remove(model)
     model.set_output_embeddings(plain_layer(fusion))
     vars(model.config).pop(CONFIG_FIELD, None)

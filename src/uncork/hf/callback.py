@@ -39,7 +39,7 @@ class LogitFunctionCallback(TrainerCallback):
         base = _base(model)
         if not is_fused(base):
             raise TypeError("model: expected one with a fused loss or an attached head, got a plain one")
-        require_outermost(base)
+        require_outermost(base, to_take_back=False)
         fusion_of(base).sample = torch.empty(0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

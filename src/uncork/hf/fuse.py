@@ -1,5 +1,6 @@
 """Puts the fused loss under a transformers model, through its two public seams: its head, and its loss function."""
 
+import types
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,9 @@ from uncork.hf.fusion import (
 from uncork.hf.methods import FusedForward, Resize
 from uncork.hf.record import NotRecordable
 from uncork.logit_functions import LogitFunction
+
+_PRECISION = "accelerate.utils.operations"
+"""The module of the forward that accelerate's mixed precision puts around a model's."""
 
 
 def plain_head(model: Any) -> nn.Linear:
@@ -59,11 +63,13 @@ def plain_head(model: Any) -> nn.Linear:
 def install(model: PreTrainedModel, head: nn.Module, fusion: Fusion) -> None:
     """Puts a fusion under a model, and reads the function of its logits. The model is as it was if that fails."""
     replaced = {"forward": FusedForward(model), "_loss_function": fusion.loss, Resize.name: Resize(model)}
-    fusion.inner = {name: vars(model).get(name) for name in replaced}
+    fusion.inner = {name: vars(model).get(name) for name in replaced} | {
+        "forward": hooks.replaced(model, _place_of_forward(model))
+    }
     start_recording(head, fusion)
     object.__setattr__(model, KEY, fusion)
     for name, value in replaced.items():
-        setattr(model, name, value)
+        setattr(model, _place_of_forward(model) if name == "forward" else name, value)
     try:
         probe(model, fusion)
     except BaseException:
@@ -76,11 +82,21 @@ def remove(model: PreTrainedModel) -> None:
     fusion = fusion_of(model)
     stop_recording(fusion)
     delattr(model, KEY)
+    place = _place_of_forward(model)
+    if place != "forward":
+        own = fusion.inner.pop("forward") or types.MethodType(type(model).forward, model)
+        setattr(model, place, own)
     for name, value in fusion.inner.items():
         if value is None:
             vars(model).pop(name, None)
         else:
             setattr(model, name, value)
+
+
+def _place_of_forward(model: PreTrainedModel) -> str:
+    """The attribute with the forward that accelerate's hooks call, where they stand on the model: ours goes under them,
+    so that it stays when they are removed."""
+    return "_old_forward" if "_old_forward" in vars(model) else "forward"
 
 
 def probe(model: PreTrainedModel, fusion: Fusion) -> None:
@@ -172,9 +188,23 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def require_outermost(model: PreTrainedModel) -> None:
-    """Raises RuntimeError if somebody has replaced the model's forward or its head's class since it was fused."""
-    if not isinstance(vars(model).get("forward"), FusedForward):
+def require_outermost(model: PreTrainedModel, *, to_take_back: bool = True) -> None:
+    """Raises RuntimeError if somebody has replaced the model's forward or its head's class since it was fused.
+
+    Args:
+        to_take_back: whether the fusion is to be taken out, which it cannot be from within accelerate's mixed
+            precision. False asks only whether calls of the model go through it.
+    """
+    forward, ours = vars(model).get("forward"), vars(model).get(_place_of_forward(model))
+    wrapped = isinstance(vars(model).get("_original_forward"), FusedForward) and hooks.origin(forward) == _PRECISION
+    if wrapped and to_take_back:
+        raise RuntimeError(
+            "model.forward was wrapped by accelerate's mixed precision (by Trainer with bf16 or fp16) since the loss "
+            "was fused: take that off first, trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        )
+    if not wrapped and not (
+        isinstance(getattr(ours, "__func__", ours), FusedForward) and (forward is ours or hooks.only_looks(forward))
+    ):
         raise RuntimeError("model.forward was replaced since the loss was fused: take that back first")
     fusion = fusion_of(model)
     if type(fusion.head) not in (fusion.head_class, recording_subclass(fusion.head_class)):

@@ -87,6 +87,7 @@ def _new_recording(base: type) -> Any:
 
 def start_recording(head: nn.Module, fusion: "Fusion") -> None:
     """Makes a head the one that a fusion records."""
+    _forget_own_forward(head)
     fusion.head, fusion.head_class = head, type(head)
     object.__setattr__(head, KEY, fusion)
     head.__class__ = recording_class(head)
@@ -97,10 +98,20 @@ def start_recording(head: nn.Module, fusion: "Fusion") -> None:
 def stop_recording(fusion: "Fusion") -> None:
     """Gives the head its class back."""
     head = fusion.head
+    _forget_own_forward(head)
     head.__class__ = fusion.head_class
     if "_old_forward" in vars(head):
         head._old_forward = types.MethodType(type(head).forward, head)  # type: ignore[assignment]
     delattr(head, KEY)
+
+
+def _forget_own_forward(head: nn.Module) -> None:
+    """Takes away a forward of the head's class that stands on the head itself: it would outlive a change of the class.
+
+    Removing accelerate's hooks leaves it there.
+    """
+    if "forward" in vars(head) and hooks.replaced(head) is None:
+        del head.forward
 
 
 class Fusion:

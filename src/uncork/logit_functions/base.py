@@ -267,7 +267,7 @@ class Compose(LogitFunction):
 
     def transform(self, scores: Tensor) -> Tensor:
         for function in self._parts():
-            hooked = function._forward_hooks or function._forward_pre_hooks
+            hooked = function._forward_hooks or function._forward_pre_hooks or "forward" in function.__dict__
             scores = function(scores) if hooked else function.transform(scores)
         return scores
 
