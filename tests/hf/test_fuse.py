@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -187,6 +188,35 @@ def test_half_precision_is_no_worse_than_torchs(name, way):
     assert errors[0].max() < 0.1
 
 
+@pytest.mark.parametrize("way", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", ["plain", "softcap"])
+def test_scores_in_bfloat16_are_those_of_the_models_own_logits(name, way):
+    """With the function in float32, where the model computes it in its own dtype."""
+    model = MODELS[name]()
+    fused = fuse_loss(copy.deepcopy(model), scores_dtype=torch.bfloat16)
+    inputs = batch(rows=4, time=16)
+    kept = inputs["labels"][:, 1:] != -100
+    if way == "autocast":
+        with pytest.raises(ValueError, match=r"scores_dtype: expected None or torch.float32 with inputs of torch.floa"):
+            fused(**inputs)
+    else:
+        model, fused = model.bfloat16(), fused.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        scores = model.lm_head(model.model(inputs["input_ids"]).last_hidden_state).float()[:, :-1]
+        outputs = pickle.loads(pickle.dumps(fused))(**inputs)
+    function = read_logit_function(fused)
+    log_prob = (scores if function is None else function(scores)).log_softmax(-1)
+    wanted = log_prob.gather(-1, inputs["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(outputs.loss, -wanted[kept].mean(), rtol=1e-4, atol=1e-4)
+    found = outputs.logits[:, :-1].statistics(inputs["labels"][:, 1:])
+    torch.testing.assert_close(found.log_prob[kept], wanted[kept], rtol=1e-4, atol=1e-4)
+    raised = fuse_loss(unfuse_loss(fused))
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        wide = raised(**inputs).logits[:, :-1].statistics(inputs["labels"][:, 1:])
+        outputs.loss.backward()
+    assert (wide.log_prob - found.log_prob).abs().max() > 1e-3  # scores that are not rounded
+
+
 @every_model
 def test_without_labels_nothing_changes(name):
     model, fused = pair(name)
@@ -296,6 +326,8 @@ def test_what_cannot_be_fused_is_said():
         unfuse_loss(model)
     with pytest.raises(ValueError, match=r'logits: expected "lazy" or "none", got .lazzy.'):
         fuse_loss(model, logits="lazzy")
+    with pytest.raises(ValueError, match=r"scores_dtype: expected None, torch.float32 or torch.bfloat16, got .half"):
+        fuse_loss(build("LlamaForCausalLM"), scores_dtype="half")
     model.set_output_embeddings(Other(16, VOCAB))
     with pytest.raises(TypeError, match=r"expected an nn.Linear itself, got .*Other"):
         fuse_loss(model)

@@ -128,7 +128,9 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
         )
 
 
-def fuse_loss(model: PreTrainedModel, *, logits: str = "lazy") -> PreTrainedModel:
+def fuse_loss(
+    model: PreTrainedModel, *, logits: str = "lazy", scores_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Make a causal language model compute its loss without its (tokens, V) logits; the model itself is returned.
 
         outputs = model(input_ids, labels=labels)      # outputs.loss and all gradients as before
@@ -142,6 +144,10 @@ def fuse_loss(model: PreTrainedModel, *, logits: str = "lazy") -> PreTrainedMode
         model: whose output embeddings are an nn.Linear and whose loss is transformers' ForCausalLMLoss.
         logits: what `outputs.logits` is where labels are given. "lazy": a tensor that is computed when it is first
             read (`uncork.hf.LazyLogits`). "none": None. Under torch.compile it is None.
+        scores_dtype: dtype of the scores W h + b within the loss and the statistics, as in
+            `uncork.linear_cross_entropy`. None raises half precision to float32. torch.bfloat16, for a model in
+            bfloat16 or trained under autocast to it, multiplies and rounds as the model itself does, without a copy of
+            W; with hidden states of another dtype the loss then raises.
 
     Returns:
         The model.
@@ -162,6 +168,8 @@ def fuse_loss(model: PreTrainedModel, *, logits: str = "lazy") -> PreTrainedMode
     """
     if logits not in ("lazy", "none"):
         raise ValueError(f'logits: expected "lazy" or "none", got {logits!r}')
+    if scores_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"scores_dtype: expected None, torch.float32 or torch.bfloat16, got {scores_dtype!r}")
     head = plain_head(model)
     loss = model.loss_function
     if loss is not ForCausalLMLoss:
@@ -169,7 +177,9 @@ def fuse_loss(model: PreTrainedModel, *, logits: str = "lazy") -> PreTrainedMode
             f"model.loss_function: expected transformers' ForCausalLMLoss, got {getattr(loss, '__qualname__', loss)}: "
             "only the cross-entropy of the next token can be fused"
         )
-    install(model, head, Fusion(head, owns_function=False, logits=logits))
+    fusion = Fusion(head, owns_function=False, logits=logits)
+    install(model, head, fusion)
+    fusion.scores_dtype = scores_dtype  # now, since the probe runs without the autocast of a training
     return model
 
 

@@ -125,6 +125,7 @@ class Fusion:
 
     def __init__(self, head: nn.Module, *, owns_function: bool, logits: str) -> None:
         self.head, self.owns_function, self.logits_as = head, owns_function, logits
+        self.scores_dtype: torch.dtype | None = None  # of the loss and the statistics
         self.recording = False
         self.steps: tuple[Step, ...] = ()
         self.function: LogitFunction | None = None
@@ -207,7 +208,8 @@ class Fusion:
         def answer(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             weight, bias = narrowed(record, weight), None if bias is None else narrowed(record, bias)
             rows = None if target is None else target.to(input.device)  # where offloading has moved the input
-            return compute(input, weight, rows, linear_bias=bias, logit_function=function, **options)
+            fixed = {"linear_bias": bias, "logit_function": function, "scores_dtype": self.scores_dtype}
+            return compute(input, weight, rows, **fixed, **options)
 
         return self.head(record.hidden, answer=answer)
 
