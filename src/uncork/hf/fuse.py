@@ -94,8 +94,7 @@ def remove(model: PreTrainedModel) -> None:
 
 
 def _place_of_forward(model: PreTrainedModel) -> str:
-    """The attribute with the forward that accelerate's hooks call, where they stand on the model: ours goes under them,
-    so that it stays when they are removed."""
+    """The attribute for our forward: under accelerate's hooks, if they are on the model, so that it outlives them."""
     return "_old_forward" if "_old_forward" in vars(model) else "forward"
 
 

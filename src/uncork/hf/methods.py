@@ -38,9 +38,7 @@ class FusedForward(Method):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, position = self.model, self.position
-        if (
-            args and args[0] is model
-        ):  # accelerate's unwrap_model binds what it finds under mixed precision to the model
+        if args and args[0] is model:  # accelerate's unwrap_model binds to it what was under mixed precision
             args = args[1:]
         fusion = fusion_of(model)
         if kwargs.pop(trl.ASKED, False):
