@@ -1,5 +1,7 @@
 """Bad arguments get an error that names the argument, what was expected and what came."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,11 @@ EVERYWHERE = {
     "target of two dimensions": ({"target": torch.zeros(N, 1).long()}, ValueError, r"target: .*got \(4, 1\)"),
     "target of V": ({"target": torch.tensor([0, V, 1, 2])}, IndexError, "target: .*got 6 at position 1"),
     "target of -1": ({"target": torch.tensor([0, 1, 2, -1])}, IndexError, "target: .*got -1 at position 3"),
+    "counts as whole numbers": (
+        {"target": torch.ones(N, V).long()},
+        ValueError,
+        r"target: .*\(4,\) for indices \(probabilities are floating: target\.float\(\)\), got \(4, 6\)",
+    ),
     "target of bools": ({"target": torch.ones(N).bool()}, TypeError, "target: .*bool"),
     "target complex": ({"target": torch.ones(N).cfloat()}, TypeError, "target: .*complex64"),
     "target elsewhere": ({"target": torch.zeros(N, device=META).long()}, ValueError, "target: .*meta"),
@@ -172,6 +179,19 @@ def test_arguments_of_mixtures(statistics, case):
 def test_a_module_that_is_not_elementwise(module_impl, mixture):
     with pytest.raises(ValueError, match=r"logit_function: expected an elementwise module.*\(.*6\).*\(.*1\)"):
         call(mixture, {"logit_function": NotElementwise(), "impl": module_impl})
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 3), (2, 3), (2, 1, 3)])
+def test_a_class_that_does_not_exist_is_told_where_it_stands(mixture, shape):
+    target = torch.zeros(shape, dtype=torch.int64)
+    last = tuple(size - 1 for size in shape)
+    target[last] = V
+    more = {"prior_logits": torch.randn(*shape, K)} if mixture else {}
+    given = {"latent": torch.randn(*shape, K, D)} if mixture else {"input": torch.randn(*shape, D)}
+    where = f" at position {last[0] if len(shape) == 1 else last}" if shape else ""
+    for statistics in (False, True):
+        with pytest.raises(IndexError, match=re.escape(f"ignore_index -100, got {V}{where}") + "$"):
+            call(mixture, {"target": target, **given, **more}, statistics)
+
 
 
 def test_a_class_as_ignore_index_is_fine(impl, mixture):

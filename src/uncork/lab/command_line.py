@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import io
@@ -14,7 +13,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import tyro
 
 from uncork.lab.errors import LabError
 from uncork.lab.terminal import say
+from uncork.messages import close_to
 
 
 def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> Any:
@@ -109,13 +109,6 @@ def with_flags(message: str, command: Any) -> str:
         if "_" in name:
             message = re.sub(rf"(?<![^\s(]){name}(?=[\s,;)]|: |\.?$)", flag(name), message)
     return message
-
-
-def close_to(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing where no known word is near."""
-    names = {name.lstrip("-"): name for name in known}  # the dashes that all flags share make none of them near
-    found = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {names[found[0]]}?" if found else ""
 
 
 def _require_values(command: Any, arguments: Sequence[str]) -> None:

@@ -90,8 +90,9 @@ class TrainingFlags:
     def _given(self) -> dict[str, Any]:
         """The values given with `--set`, by key. Raises LabError for a key that the preset does not have."""
         from uncork.heads.spec import parse_value
-        from uncork.lab.command_line import close_to, flag
+        from uncork.lab.command_line import flag
         from uncork.lab.train.config import known_settings
+        from uncork.messages import close_to
 
         settable = known_settings(self.preset)
         given: dict[str, Any] = {}

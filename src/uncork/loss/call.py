@@ -1,6 +1,7 @@
 """A validated call, the checks that it passes, and the interface of the implementations that compute it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from uncork.logit_functions.operations import readable
 from uncork.loss.function import ModuleState, check_function
 from uncork.loss.target import IndexTarget, ProbabilityTarget, Target
+from uncork.messages import position
 
 
 class Statistics(NamedTuple):
@@ -180,11 +182,18 @@ def _checked_target(
         return target.reshape(-1, vocab_size)
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target: expected integers (indices) or a floating dtype (probabilities), got {target.dtype}")
-    _expect(tuple(target.shape) == leading, "target", f"shape {leading} for indices", tuple(target.shape))
+    _expect(
+        tuple(target.shape) == leading,
+        "target",
+        f"shape {leading} for indices (probabilities are floating: target.float())"
+        if tuple(target.shape) == (*leading, vocab_size)
+        else f"shape {leading} for indices",
+        tuple(target.shape),
+    )
     # In int64: a short integer dtype would wrap V or ignore_index around.
     flat = target.reshape(-1).long()
     if readable(flat):
-        check_classes(flat, flat != ignore_index, vocab_size, f" or ignore_index {ignore_index}")
+        check_classes(flat, flat != ignore_index, vocab_size, leading, f" or ignore_index {ignore_index}")
     return flat
 
 
@@ -204,13 +213,17 @@ def _prepared_target(
     return IndexTarget.build(rows, ignore_index, class_weight, label_smoothing, vocab_size, like)
 
 
-def check_classes(target: Tensor, kept: Tensor, vocab_size: int, other: str = "") -> None:
-    """Raises an IndexError unless the targets (N,) that count are in [0, V); other: what else may be there."""
+def check_classes(target: Tensor, kept: Tensor, vocab_size: int, shape: Sequence[int], other: str = "") -> None:
+    """Raises an IndexError unless the targets (N,) that count are in [0, V).
+
+    Args:
+        shape: that of the targets as they were given. other: what else may be there.
+    """
     wrong = ((target < 0) | (target >= vocab_size)) & kept
     if bool(wrong.any()):
         where = int(wrong.int().argmax())
         raise IndexError(
-            f"target: expected classes in [0, {vocab_size}){other}, got {int(target[where])} at position {where}"
+            f"target: expected classes in [0, {vocab_size}){other}, got {int(target[where])}{position(where, shape)}"
         )
 
 

@@ -152,7 +152,7 @@ class _Arguments(NamedTuple):
                 prepared = ProbabilityTarget(target, self.kept, self.word_weight, self.smoothing, dtype)
             else:
                 if target.device.type == "cpu":
-                    check_classes(target, self.kept, vocab_size)
+                    check_classes(target, self.kept, vocab_size, target.shape)
                 given = self.word_weight
                 prepared = IndexTarget(target, self.kept, self.hit, self.smoothing, given, self.hit, vocab_size)
         limits = self.chunk_size, self.memory_budget, self.scores_dtype
