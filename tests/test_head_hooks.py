@@ -416,16 +416,21 @@ def test_topk_leaves_out_what_it_is_told(name, hook, grad):
     h = torch.randn(2, 301, D, dtype=torch.float64)
     ids = torch.randint(0, V, (2, 301, 5))
     per_token = torch.zeros(2, 301, V, dtype=torch.bool).scatter(-1, ids, True)
+    rows = [ids[0, i, : i % 6] for i in range(301)]  # of unequal length, some empty
+    padded = torch.stack([nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1), ids[1]])
+    unequal = per_token.clone()
+    unequal[0] = torch.stack([torch.zeros(V, dtype=torch.bool).index_fill(0, row, True) for row in rows])
     common = torch.zeros(V, dtype=torch.bool).index_fill(0, torch.arange(10), True)
     with torch.set_grad_enabled(grad):
         log_prob = head.log_prob(h)
-        for exclude, hidden in ((ids, per_token), (per_token, per_token), (common, common.expand(2, 301, V))):
+        cases = ((ids, per_token), (per_token, per_token), (common, common.expand(2, 301, V)), (padded, unequal))
+        for exclude, hidden in cases:
             values, found = head.topk(h, 6, exclude=exclude)
             wanted = log_prob.masked_fill(hidden, -torch.inf).topk(6)
             assert torch.equal(found, wanted.indices)
             torch.testing.assert_close(values, wanted.values)
-        none = torch.empty(2, 301, 0, dtype=torch.int64)
-        assert torch.equal(head.topk(h, 3, exclude=none)[1], head.topk(h, 3)[1])
+        for none in (torch.empty(2, 301, 0, dtype=torch.int64), torch.full((2, 301, 4), -1)):
+            assert torch.equal(head.topk(h, 3, exclude=none)[1], head.topk(h, 3)[1])
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -447,8 +452,12 @@ def test_topk_says_what_is_wrong_with_exclude():
         (torch.rand(2, V), TypeError, "exclude: expected integers"),
         (torch.zeros(V, dtype=torch.int64), ValueError, r"exclude: expected ids of shape \(2, m\)"),
         (torch.zeros(3, V, dtype=torch.bool), ValueError, r"exclude: expected a mask of shape \(40,\) or \(2, 40\)"),
-        (torch.tensor([[0], [V]]), IndexError, r"exclude: expected ids in \[0, 40\), got 40"),
-        (torch.tensor([[0], [-1]]), IndexError, "got -1"),
+        (
+            torch.tensor([[0], [V]]),
+            IndexError,
+            r"expected ids in \[0, 40\), or -1 to fill a row up, got 40 at position \(1, 0",
+        ),
+        (torch.tensor([[0, -2], [-1, -1]]), IndexError, r"exclude: .*got -2 at position \(0, 1\)"),
         (torch.ones(V, dtype=torch.bool), ValueError, "k: expected at most 0"),
         (torch.stack([torch.zeros(V).long(), torch.arange(V)]), ValueError, "k: expected at most 0.*position 1"),
         (torch.zeros(2, 1, dtype=torch.int64, device="meta"), ValueError, "exclude: expected device cpu"),
@@ -456,6 +465,12 @@ def test_topk_says_what_is_wrong_with_exclude():
         with pytest.raises(error, match=match):
             head.topk(h, 3, exclude=exclude)
     assert head.topk(h, V - 1, exclude=torch.zeros(2, 5, dtype=torch.int64))[1].shape == (2, V - 1)
+    padded = torch.tensor([[-1, -1], [3, -1]])
+    assert head.topk(h, V - 1, exclude=padded)[1].shape == (2, V - 1)
+    with pytest.raises(ValueError, match=r"k: expected at most 39.*at position 1, got 40"):
+        head.topk(h, V, exclude=padded)
+    with pytest.raises(ValueError, match=r"k: expected at most 39.*at position \(0, 1\), got 40"):
+        head.topk(h[None], V, exclude=padded[None])
 
 
 class Model(nn.Module):

@@ -348,8 +348,9 @@ class Head(SelfDescribing, ABC):
 
         Args:
             input: (..., D). k: between 1 and the number of words that are left.
-            exclude: words that must not appear: integer ids (..., m), a row for each token (repeat an id to fill it
-                up), or a boolean mask (V,) or (..., V). The log-probabilities stay those of the whole distribution.
+            exclude: words that must not appear: integer ids (..., m), a row for each token (-1 fills it up and leaves
+                out nothing), or a boolean mask (V,) or (..., V). The log-probabilities stay those of the whole
+                distribution.
 
         Returns:
             log_prob of float32 or better, ids of int64. If `exclude` leaves fewer than k words, a CPU raises; on other
@@ -357,7 +358,7 @@ class Head(SelfDescribing, ABC):
 
         Raises:
             ValueError: k is out of range, or above what `exclude` leaves of a token's words.
-            TypeError, IndexError: `exclude` is no mask and no ids in [0, V) (checked on the CPU).
+            TypeError, IndexError: `exclude` is no mask and no ids in [0, V) or -1 (checked on the CPU).
 
         >>> from uncork import LinearHead
         >>> head = LinearHead(1, 3, bias=False)
