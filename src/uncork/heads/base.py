@@ -61,7 +61,8 @@ class Head(SelfDescribing, ABC):
     mixture, in a uint8 tensor `head_spec`. Without function and mixture there is none, and states are nn.Linear's.
     Loading a state of another function or factor, or an nn.Linear's into a head that would change its logits, raises a
     RuntimeError that says what to do, with strict=False too. An nn.Linear's state loads with strict=False into a head
-    that keeps its logits (whose function starts as the identity).
+    that keeps its logits (whose function starts as the identity), in a whole model too, where torch's error of a strict
+    load says no more than that head_spec is missing.
 
     Args:
         in_features: D of the input. vocab_size: V. projected: features of the projection (D, or the latent's).
