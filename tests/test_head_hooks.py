@@ -334,9 +334,8 @@ def changed(way: str) -> object:
     elif way == "quantised":
         torch.backends.quantized.engine = "qnnpack"
         return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear})[0]
-    return {"lora": Lora(D, V), "lazy": nn.LazyLinear(V), "embedding": nn.Embedding(V, D), "tensor": linear.weight}.get(
-        way, linear
-    )
+    others: dict[str, object] = {"lora": Lora(D, V), "lazy": nn.LazyLinear(V), "embedding": nn.Embedding(V, D)}
+    return (others | {"tensor": linear.weight, "class": nn.Linear}).get(way, linear)
 
 
 @pytest.mark.parametrize("maker", [LinearHead, MixtureHead, ContextMixtureHead])
@@ -346,6 +345,7 @@ def changed(way: str) -> object:
         ("lora", TypeError, r"nn.Linear itself, got .*test_head_hooks\.Lora, .*merge the adapter"),
         ("lazy", TypeError, "LazyLinear, .*call it once"),
         ("embedding", TypeError, r"Embedding"),
+        ("class", TypeError, r"linear: expected an nn.Linear, got the class Linear and no instance of it"),
         ("tensor", TypeError, "expected an nn.Linear, got Parameter"),
         ("weight_norm", ValueError, r"forward pre-hook \(WeightNorm\).*remove_weight_norm"),
         ("pruned", ValueError, r"forward pre-hook \(L1Unstructured\).*prune.remove"),

@@ -213,6 +213,8 @@ def test_states_of_0_1_0_load_through_the_converter(case):
     model.load_state_dict(convert_state_0_1(whole, model["lm_head"], prefix="lm_head."))
     with pytest.raises(TypeError, match="head: expected a Head of uncork, got Linear"):
         convert_state_0_1(state, nn.Linear(D, V))
+    with pytest.raises(TypeError, match="head: expected a Head of uncork, got the class LinearHead and no instance"):
+        convert_state_0_1(state, LinearHead)
 
 
 def test_a_dropped_parameter_of_the_function_is_noticed():

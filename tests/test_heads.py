@@ -1,6 +1,7 @@
 """The heads: drop-in for nn.Linear, fused loss equal to the plain one, and the rank that each can reach."""
 
 import copy
+import inspect
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import uncork
 from uncork import HEAD_NAMES, ContextMixtureHead, LinearHead, MixtureHead, build_head, head_from_spec
-from uncork.loss import tile_native
+from uncork.loss import linear_cross_entropy, tile_native, token_statistics
 from uncork.loss.inference import Inference
 
 D, V = 6, 40
@@ -322,7 +323,12 @@ def test_a_users_own_module():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "match"),
     [
-        (("nosuch", D, V), {}, ValueError, "name: expected one of softmax"),
+        (("nosuch", D, V), {}, ValueError, "name: expected one of softmax.*got 'nosuch'$"),
+        (("PLIF", D, V), {}, ValueError, "name: expected one of softmax.*got 'PLIF'; did you mean plif"),
+        (("plf", D, V), {}, ValueError, "got 'plf'; did you mean plif"),
+        (("plif", D, V), {"device": "cpu"}, TypeError, r"device: expected to be left out: .*\.to\(device, dtype\)"),
+        (("mos", D, V), {"dtype": torch.half}, TypeError, r"dtype: expected to be left out: .*with torch\.device"),
+        (("plif", D, V), {"pieces": 3}, TypeError, r"expected some of num_pieces.*; did you mean num_pieces\?"),
         (("plif", 0, V), {}, ValueError, "in_features"),
         (("plif", D, 0), {}, ValueError, "vocab_size"),
         (("plif", D, -3), {}, ValueError, "vocab_size"),
@@ -348,6 +354,8 @@ def test_bad_inputs_to_a_head():
         head.topk(torch.randn(2, D), V + 1)
     with pytest.raises(TypeError, match=r"logit_function: expected an nn\.Module"):
         LinearHead(D, V, logit_function=torch.tanh)
+    with pytest.raises(TypeError, match=r"logit_function: .*got the class Softcap and no instance of it"):
+        LinearHead(D, V, logit_function=uncork.Softcap)
     with pytest.raises(ValueError, match="holds Dropout"):
         LinearHead(D, V, logit_function=nn.Sequential(nn.Dropout(0.1)))
     with pytest.raises(ValueError, match="spec: expected a name"):
@@ -512,6 +520,29 @@ def test_what_the_head_has_is_not_taken_again(name):
         for call in (head.loss, head.statistics):
             with pytest.raises(TypeError, match=f"{name}: the head has its own"):
                 call(torch.randn(2, D), torch.tensor([0, 1]), **{name: None})
+
+
+OPTIONS = {
+    "loss": (linear_cross_entropy, {"linear_bias", "logit_function"}),
+    "statistics": (token_statistics, {"linear_bias", "logit_function"}),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("name", ["plif", "mos", "moc"])
+def test_an_option_that_a_method_does_not_have_is_told_with_those_that_it_has(name, method, hooked):
+    head, function = build_head(name, D, V), OPTIONS[method][0]
+    if hooked:
+        head.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(
+        TypeError, match=rf"head\.{method} has no option ignore; expected.*mean ignore_index\?"
+    ) as caught:
+        getattr(head, method)(torch.randn(2, D), torch.tensor([0, 1]), ignore=3)
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - OPTIONS[method][1]
+    told = str(caught.value).partition("expected some of ")[2].partition(";")[0].split(", ")
+    assert set(told) == known - ({"z_loss"} if name == "mos" else set())
 
 
 def test_a_head_whose_weight_was_taken_away_says_so():

@@ -112,7 +112,13 @@ def test_bad_hyper_parameters_are_named(make, argument):
 
 
 def test_compose_takes_logit_functions():
-    with pytest.raises(TypeError, match="expected LogitFunctions, got Tanh"):
+    parts = [Softcap(3.0), Softcap(2.0)]
+    for several in (parts, tuple(parts), nn.ModuleList(parts), nn.Sequential(*parts)):
+        with pytest.raises(TypeError, match=rf"got {type(several).__name__}: write Compose\(\*functions\)$"):
+            Compose(several)
+    with pytest.raises(TypeError, match="expected LogitFunctions, got the class Softcap and no instance of it"):
+        Compose(Softcap)
+    with pytest.raises(TypeError, match=r"expected LogitFunctions, got Tanh$"):
         Compose(Scale(2.0), nn.Tanh())
 
 

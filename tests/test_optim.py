@@ -201,6 +201,14 @@ def test_bad_arguments_are_named():
         parameter_groups(head.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"model: expected .*, got int"):
         parameter_groups(3, lr=0.1)
+    with pytest.raises(TypeError, match=r"model: expected .*, got the class Linear and no instance of it"):
+        parameter_groups(nn.Linear, lr=0.1)
+    with pytest.raises(
+        TypeError, match=r"has no option betas; expected some of lr, .*groups; an optimiser's own settings"
+    ):
+        parameter_groups(head, lr=0.1, betas=(0.8, 0.9))
+    with pytest.raises(TypeError, match=r"has no option decays; .*; did you mean decay\?"):
+        parameter_groups(head, lr=0.1, decays="all")
     with pytest.raises(TypeError, match=r"model: expected .*, got 'a' of Tensor"):
         parameter_groups([("a", torch.ones(2))], lr=0.1)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="model: expected one parameter a name, got two of 'a'"):

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor, nn
 
 from uncork.logit_functions import LogitFunction
+from uncork.messages import kind_of, unknown_options
 
 DECAYS = ("matrices", "all")
+_OPTIONS = ("lr", "weight_decay", "decay", "function_lr_scale", "output_lr_scale", "groups")
 _NORM = re.compile(r"Norm(\d+d)?$")
 # Common names of embeddings without "embed" in them.
 _EMBEDDING_NAMES = {"emb", "wte", "wpe"}
@@ -26,6 +28,7 @@ def parameter_groups(
     function_lr_scale: float = 1.0,
     output_lr_scale: float = 1.0,
     groups: Sequence[Mapping[str, Any]] = (),
+    **others: Never,
 ) -> list[dict[str, Any]]:
     """An optimiser's groups: weight decay for matrices alone, own learning rates for logit functions and output layer.
 
@@ -62,10 +65,11 @@ def parameter_groups(
             "all": decay for everything but the functions' parameters.
         function_lr_scale: factor on lr for the functions' parameters.
         output_lr_scale: factor on lr for weight and bias of the heads, tied embeddings included. It needs a module.
+            Try 1, 4 and 16: which is best depends on the model and on lr, and a large one can do harm.
         groups: your own groups, as optimisers take them: `{"params": [...], "lr": ...}`. Their parameters are left out
             of the groups above. They come last, with the lr and weight_decay given here and the name "own" as defaults.
+        others: none; an optimiser's own settings belong to it, or to one of `groups`.
 
-            Try 1, 4 and 16: which is best depends on the model and on lr, and a large one can do harm.
     >>> from uncork import build_head
     >>> head = build_head("plif", 8, 100)
     >>> made = parameter_groups(head, lr=1e-3, weight_decay=0.1, function_lr_scale=2.0)
@@ -81,6 +85,11 @@ def parameter_groups(
         ValueError: a negative number; an unknown `decay`; an output_lr_scale where no head trains its weight or bias; a
             parameter in two of `groups`, or in one but not in the model; a name given to two parameters.
     """
+    for name in others:
+        raise TypeError(
+            f"{unknown_options('parameter_groups', [name], _OPTIONS)}; an optimiser's own settings go to it, as in "
+            "AdamW(groups, ...), or into one of `groups`"
+        )
     _check_numbers(
         lr=lr, weight_decay=weight_decay, function_lr_scale=function_lr_scale, output_lr_scale=output_lr_scale
     )
@@ -142,7 +151,7 @@ def _named(model: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> Named:
         return dict(model.named_parameters(remove_duplicate=False))
     expected = "expected an nn.Module or pairs of (name, parameter), such as model.named_parameters()"
     if not isinstance(model, Iterable):
-        raise TypeError(f"model: {expected}, got {type(model).__name__}")
+        raise TypeError(f"model: {expected}, got {kind_of(model)}")
     named: Named = {}
     for pair in model:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):

@@ -362,8 +362,14 @@ def test_wrong_input():
         attach_head(model, "spline")
     with pytest.raises(TypeError, match="plif has no option cap"):
         attach_head(model, "plif", cap=3.0)
-    with pytest.raises(TypeError, match="bias: given by the model's own output layer"):
-        attach_head(model, "plif", bias=True)
+    for name in ("bias", "bias_init", "latent_features"):
+        with pytest.raises(TypeError, match=f"^{name}: given by the model's own output layer"):
+            attach_head(model, "plif", **{name: None})
+    with pytest.raises(TypeError, match=r"softcap has no option pieces; expected some of cap=30, scale=1$"):
+        attach_head(model, "softcap", pieces=3)
+    of_mixtures = "num_components=4, latent_activation=null, scale=1, noise=0.001; did you mean num_components"
+    with pytest.raises(TypeError, match=f"mos has no option components; expected some of {of_mixtures}"):
+        attach_head(model, "mos", components=3)
     with pytest.raises(ValueError, match="compose: expected one of after, instead, got 'before'"):
         attach_head(model, "plif", compose="before")
     with pytest.raises(TypeError, match="expected a transformers PreTrainedModel, got Linear"):

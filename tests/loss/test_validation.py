@@ -85,7 +85,11 @@ EVERYWHERE = {
         "target: .*requires_grad",
     ),
     "function no module": ({"logit_function": torch.tanh}, TypeError, "logit_function: expected an nn.Module"),
-    "function a class": ({"logit_function": PLIF}, TypeError, "logit_function: expected an nn.Module or None, got"),
+    "function a class": (
+        {"logit_function": PLIF},
+        TypeError,
+        r"logit_function: expected an nn\.Module or None, got the class PLIF and no instance of it: write PLIF\(",
+    ),
     "function with dropout": ({"logit_function": WithDropout()}, ValueError, "logit_function: .*Dropout"),
     "unknown impl": ({"impl": "fast"}, ValueError, "impl: .*reference.*torch.*'fast'"),
     "chunk of 0": ({"chunk_size": 0}, ValueError, "chunk_size: .*got 0"),
@@ -176,10 +180,6 @@ def test_arguments_of_mixtures(statistics, case):
         call(True, changes, statistics)
 
 
-def test_a_module_that_is_not_elementwise(module_impl, mixture):
-    with pytest.raises(ValueError, match=r"logit_function: expected an elementwise module.*\(.*6\).*\(.*1\)"):
-        call(mixture, {"logit_function": NotElementwise(), "impl": module_impl})
-
 @pytest.mark.parametrize("shape", [(), (3,), (1, 3), (2, 3), (2, 1, 3)])
 def test_a_class_that_does_not_exist_is_told_where_it_stands(mixture, shape):
     target = torch.zeros(shape, dtype=torch.int64)
@@ -192,6 +192,10 @@ def test_a_class_that_does_not_exist_is_told_where_it_stands(mixture, shape):
         with pytest.raises(IndexError, match=re.escape(f"ignore_index -100, got {V}{where}") + "$"):
             call(mixture, {"target": target, **given, **more}, statistics)
 
+
+def test_a_module_that_is_not_elementwise(module_impl, mixture):
+    with pytest.raises(ValueError, match=r"logit_function: expected an elementwise module.*\(.*6\).*\(.*1\)"):
+        call(mixture, {"logit_function": NotElementwise(), "impl": module_impl})
 
 
 def test_a_class_as_ignore_index_is_fine(impl, mixture):

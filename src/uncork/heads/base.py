@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from uncork.loss.chunk_size import rule_of
 from uncork.loss.exclusion import Exclusion, best, take
 from uncork.loss.function import apply_function
 from uncork.loss.inference import Inference, asked_for_gradients
+from uncork.messages import unknown_options
+
+_SHARED = ("ignore_index", "impl", "chunk_size", "memory_budget", "scores_dtype")
+OF_LOSSES = ("weight", "token_weight", "reduction", "label_smoothing", *_SHARED)
 
 
 class Projection(NamedTuple):
@@ -73,6 +77,7 @@ class Head(SelfDescribing, ABC):
     vocab_size: int
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _loss_options: ClassVar[tuple[str, ...]] = (*OF_LOSSES, "z_loss")
 
     def __init__(
         self, in_features: int, vocab_size: int, projected: int, bias: bool, logit_function: nn.Module | None
@@ -245,12 +250,14 @@ class Head(SelfDescribing, ABC):
             raise RuntimeError("scores: a forward pre-hook on the head left out the keywords that it was given")
         return found[0]
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        for name in ("linear_weight", "linear_bias", "logit_function", "prior_logits"):
-            if name in options:
+    def _check_options(self, method: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+        for name in options:
+            if name in ("linear_weight", "linear_bias", "logit_function", "prior_logits"):
                 raise TypeError(
                     f"{name}: the head has its own; leave it out, or call uncork.linear_cross_entropy with all of yours"
                 )
+            if name not in known:
+                raise TypeError(unknown_options(f"head.{method}", options, known))
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """F.cross_entropy(head(input).flatten(0, -2), target.flatten(), ...), fused.
@@ -273,7 +280,7 @@ class Head(SelfDescribing, ABC):
         >>> torch.allclose(head.loss(input, target), expected)
         True
         """
-        self._check_options(options)
+        self._check_options("loss", options, self._loss_options)
         return self._answer(
             input,
             partial(self._loss, target=target, options=options),
@@ -288,7 +295,7 @@ class Head(SelfDescribing, ABC):
             options: ignore_index, impl, chunk_size, memory_budget, scores_dtype of `uncork.token_statistics`, which
                 says what is returned (of an ignored token a log_prob of 0).
         """
-        self._check_options(options)
+        self._check_options("statistics", options, _SHARED)
         return self._answer(
             input,
             partial(self._statistics, target=target, options=options),

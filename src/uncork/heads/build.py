@@ -40,6 +40,12 @@ def build_head(
         ValueError: for an unknown name (the message lists them) or an option out of range.
         TypeError: for an option that the head does not have (the message lists those that it has).
     """
+    for place in ("device", "dtype"):
+        if place in options:
+            raise TypeError(
+                f"{place}: expected to be left out: move the head, build_head(...).to(device, dtype), or build it "
+                "under `with torch.device(...)`"
+            )
     return HeadSpec(name, options).build(in_features, vocab_size, bias_init=bias_init)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
+from uncork.messages import kind_of
+
 # Hooks of these modules leave the output as it is: they shard, move, synchronise, or count.
 _ONLY_LOOK = (
     "accelerate.hooks",
@@ -131,7 +133,7 @@ def check_plain(linear: object) -> nn.Linear:
         ValueError: parametrisations, hooks, pruning, a replaced forward.
     """
     if not isinstance(linear, nn.Module):
-        raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        raise TypeError(f"linear: expected an nn.Linear, got {kind_of(linear)}")
     name = type(linear).__name__
     if parametrize.is_parametrized(linear):
         which = ", ".join(linear.parametrizations)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncork.functional import mixture_log_softmax
-from uncork.heads.base import Head, Projection
+from uncork.heads.base import OF_LOSSES, Head, Projection
 from uncork.heads.hooks import check_plain
 from uncork.logit_functions.base import positive_int
 from uncork.loss import (
@@ -212,6 +212,7 @@ class MixtureHead(_LatentHead):
     """
 
     family = "MixtureHead"
+    _loss_options = OF_LOSSES
 
     def _logits(self, input: Tensor, projection: Projection) -> Tensor:
         return mixture_log_softmax(self._apply_function(self._scores(input, projection)), self.prior(input))

@@ -28,6 +28,7 @@ from uncork.logit_functions import (
     Softcap,
 )
 from uncork.logit_functions.base import positive
+from uncork.messages import close_to, unknown_options
 
 
 def _temperature(factor: float = 1.0) -> LogitFunction:
@@ -127,11 +128,10 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         if self.name not in _KINDS:
-            raise ValueError(f"name: expected one of {', '.join(HEAD_NAMES)}, got {self.name!r}")
+            near = close_to(str(self.name), HEAD_NAMES)
+            raise ValueError(f"name: expected one of {', '.join(HEAD_NAMES)}, got {self.name!r}{near}")
         defaults = self.defaults
-        if unknown := [key for key in self.options if key not in defaults]:
-            known = ", ".join(f"{key}={value_text(value)}" for key, value in defaults.items())
-            raise TypeError(f"{self.name} has no option {', '.join(unknown)}; expected some of {known}")
+        check_options(self.name, self.options, defaults)
         own = {key: _plain(self.options[key]) for key in defaults if key in self.options}
         own = {key: value for key, value in own.items() if not _same(value, defaults[key])}
         object.__setattr__(self, "options", own)
@@ -333,6 +333,12 @@ def _scores_for(function: torch.nn.Module | None, logits: Tensor) -> Tensor:
             f"bias_init: expected counts whose logarithms lie within the image of {function}, got {apart:.3g} apart"
         )
     return scores
+
+
+def check_options(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises a TypeError for an option that a head does not have; the message lists those that it has."""
+    if wrong := unknown_options(name, given, {key: value_text(value) for key, value in defaults.items()}):
+        raise TypeError(wrong)
 
 
 def titled(name: str, settings: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from uncork.logit_functions import Identity, LogitFunction
 from uncork.logit_functions.base import table_dtype
 from uncork.loss.function import apply_function, check_function
+from uncork.messages import kind_of
 
 KEY = "head_spec"
 Definition = dict[str, Any]
@@ -196,7 +197,7 @@ def convert_state_0_1(state_dict: Mapping[str, Any], head: nn.Module, prefix: st
         TypeError: if the head is none of this library's.
     """
     if not isinstance(head, SelfDescribing):
-        raise TypeError(f"head: expected a Head of uncork, got {type(head).__name__}")
+        raise TypeError(f"head: expected a Head of uncork, got {kind_of(head)}")
     converted = dict(state_dict)
     definition = head._definition()
     if definition is not None:

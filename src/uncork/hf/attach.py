@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from uncork.heads import Head, LinearHead
 from uncork.heads.build import head_from_spec
-from uncork.heads.spec import HEAD_NAMES, HeadSpec
+from uncork.heads.spec import HEAD_NAMES, HeadSpec, check_options
 from uncork.hf.fuse import (
     fuse_loss,
     install,
@@ -38,6 +38,7 @@ _ABOUT = (
 _COMPOSE = ("after", "instead")
 _CAP_FIELD = "final_logit_softcapping"
 _NOISE = 1e-3
+_OF_THE_MODEL = ("bias", "bias_init", "latent_features")
 
 
 def attach_head(
@@ -56,9 +57,9 @@ def attach_head(
 
     Args:
         model: as for `fuse_loss`; one whose loss is fused may be given too.
-        name: one of HEAD_NAMES. options: as for `uncork.build_head`, but for bias and latent_features, which are the
-            model's. A mixture's latent_activation is None unless given. noise: of a mixture, the standard deviation of
-            what its latent maps differ from the identity by, relative to an entry of size 1 (default 1e-3).
+        name: one of HEAD_NAMES. options: as for `uncork.build_head`, but for bias, bias_init and latent_features, which
+            are the model's. A mixture's latent_activation is None unless given. noise: of a mixture, the standard
+            deviation of what its latent maps differ from the identity by, relative to entries of size 1 (default 1e-3).
         compose: "after" the model's own transform, or "instead" of it. logits: as for `fuse_loss`.
 
     Raises:
@@ -274,11 +275,14 @@ def _attached(model: PreTrainedModel) -> Fusion:
 def _head_on(linear: nn.Linear, name: str, transform: LogitFunction | None, options: dict[str, Any]) -> Head:
     """The head over the parameters of the model's own output layer, at its start."""
     spec = HeadSpec(name)
-    for fixed in ("bias", "latent_features"):
+    for fixed in _OF_THE_MODEL:
         if fixed in options:
             raise TypeError(f"{fixed}: given by the model's own output layer; leave it out")
-    given = {"latent_activation": None, **options} if spec.is_mixture else dict(options)
-    noise = given.pop("noise", _NOISE) if spec.is_mixture else 0.0
+    of_mixtures = {"latent_activation": None, "noise": _NOISE} if spec.is_mixture else {}
+    taken = {key: value for key, value in {**spec.defaults, **of_mixtures}.items() if key not in _OF_THE_MODEL}
+    check_options(name, options, taken)
+    given = {**of_mixtures, **options}
+    noise = given.pop("noise", 0.0)
     spec = HeadSpec(name, given)
     function = spec.build_function()
     if transform is not None:

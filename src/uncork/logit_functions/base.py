@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from uncork.functional import at_least_float32
 from uncork.logit_functions.operations import Elementwise, Operation, function_transforms, readable, recorded
+from uncork.messages import kind_of
 
 __all__ = ["Compose", "LogitFunction"]
 
@@ -231,6 +232,9 @@ class LogitFunction(nn.Module, ABC):
         return ", ".join(f"{key}={value!r}" for key, value in self.options().items())
 
 
+_SEVERAL = (list, tuple, nn.ModuleList, nn.Sequential)
+
+
 class Compose(LogitFunction):
     """f(z) = f_n(... f_2(f_1(z))): several functions, the first argument applied first.
 
@@ -249,7 +253,10 @@ class Compose(LogitFunction):
         super().__init__()
         for function in functions:
             if not isinstance(function, LogitFunction):
-                raise TypeError(f"Compose: expected LogitFunctions, got {type(function).__name__}")
+                raise TypeError(
+                    f"Compose: expected LogitFunctions, got {kind_of(function)}"
+                    + (": write Compose(*functions)" if isinstance(function, _SEVERAL) else "")
+                )
         self.functions = nn.ModuleList(functions)
 
     def _parts(self) -> list[LogitFunction]:

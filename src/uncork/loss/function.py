@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from uncork.functional import at_least_float32
 from uncork.logit_functions.base import LogitFunction, pass_impossible
 from uncork.logit_functions.operations import Operation
+from uncork.messages import kind_of
 
 
 class ModuleState(NamedTuple):
@@ -23,7 +24,7 @@ def check_function(function: nn.Module | None) -> None:
     if function is None:
         return
     if not isinstance(function, nn.Module):
-        raise TypeError(f"logit_function: expected an nn.Module or None, got {type(function).__name__}")
+        raise TypeError(f"logit_function: expected an nn.Module or None, got {kind_of(function)}")
     for module in function.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             raise ValueError(
