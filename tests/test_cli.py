@@ -68,6 +68,24 @@ def test_train_evaluate_generate(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_trial_that_evaluates_more_than_it_trains_on_says_what_saves_time(
+    command, text, tmp_path, capsys, monkeypatch
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "train_all", stop)
+    monkeypatch.setattr(trainer, "train", stop)
+    given = ["--corpus", text, *(["--heads", "softmax"] if command == "compare" else []), *SMALL]
+    assert run(command, "--out-dir", tmp_path / "whole", *given) == 130
+    assert "note:" not in capsys.readouterr().out
+    assert run(command, "--out-dir", tmp_path / "part", "--max-train-tokens", "100", *given) == 130
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert re.match(r"note: 100 tokens are trained on, but \d+ of validation and test are evaluated", note)
+    assert "a smaller --vocab-size" in note
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
 def test_the_files_of_a_folder_that_were_read_are_said(command, text, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "texts"
     for name in ("a.txt", "B.TXT", ".hidden.txt", "notes.md"):

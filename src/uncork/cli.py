@@ -49,13 +49,22 @@ def _announce_preset(command: TrainingFlags, config: Any) -> None:
         say(f"  {'resolved':18} {', '.join(shown)}")
 
 
-def _announce_corpus(corpus: Any, features: int, more: str = "") -> None:
-    """Prints which text was read, from which of a user's files, and how tight the bottleneck is."""
+def _announce_corpus(corpus: Any, config: Any, more: str = "") -> None:
+    """Prints which text was read, from which of a user's files, how tight the bottleneck is, and what takes the time
+    where that is not the training."""
+    features = config.in_features
     origin = f" ({corpus.origin})" * bool(corpus.origin)
     say(
         f"\n{corpus.name}{origin}: {len(corpus.splits['train']):,} tokens to train on, V = {corpus.vocab_size:,}; "
         f"d = {features}, V / d = {corpus.vocab_size // features}{more}\n"
     )
+    trained = config.epochs * len(corpus.splits["train"])
+    evaluated = len(corpus.splits["valid"]) + len(corpus.splits["test"])
+    if trained < evaluated:
+        say(
+            f"note: {trained:,.0f} tokens are trained on, but {evaluated:,} of validation and test are evaluated, as "
+            f"always, with V = {corpus.vocab_size:,}: a trial is quicker with a smaller --vocab-size\n"
+        )
 
 
 def _command_line() -> str:
@@ -98,7 +107,7 @@ def compare(command: Compare) -> dict[str, Any]:
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = cells[0].config.load_corpus(data_dir=command.data_dir)
     features = cells[0].config.in_features
-    _announce_corpus(corpus, features, f"; {len(cells)} runs")
+    _announce_corpus(corpus, cells[0].config, f"; {len(cells)} runs")
     failed = train_all(
         store.root,
         cells,
@@ -149,7 +158,7 @@ def train(command: Train) -> dict[str, Any]:
     if command.resume and not (out_dir / "config.json").exists():
         raise LabError(f"resume: {out_dir} holds no run, so there is nothing to resume: leave --resume out")
     corpus = config.load_corpus(data_dir=command.data_dir)
-    _announce_corpus(corpus, config.in_features)
+    _announce_corpus(corpus, config)
     run = RunStore(out_dir.parent).run(out_dir.name, config.stored(text_record(corpus)))
     if run.result is not None:
         say(f"{out_dir} was trained before, with the same settings on the same text: nothing is trained")

@@ -33,7 +33,8 @@ class TrainingFlags:
     min_count: int | None = None
     """Words rarer than this in the training text become <unk>. None: 2; 1 for ptb and wikitext-2, which bring <unk>."""
     max_train_tokens: int | None = None
-    """Train on the first so many tokens only, for a quick trial. None: on all."""
+    """Train on the first so many tokens only, for a quick trial. None: on all. Validation and test stay whole: if they
+    take the time, a smaller --vocab-size saves it."""
     preset: str = "lstm-laptop"
     """Backbone and training: lstm-small, lstm-laptop, lstm-gpu, transformer-small, transformer-laptop, transformer-gpu,
     lookup, awd-lstm-ptb, awd-lstm-wt2."""
