@@ -122,6 +122,36 @@ def test_compare_reports_and_does_not_run_rows_twice(text, tmp_path, capsys):
     assert json.loads((out / "runs/plif_lr_0.01-seed0/config.json").read_text())["lr"] == 0.01
 
 
+def test_a_comparison_whose_files_are_damaged_reports_what_is_intact_and_how_to_mend_the_rest(text, tmp_path, capsys):
+    out = tmp_path / "compared"
+    command = ["compare", "--corpus", text, "--out-dir", out, "--heads", "softmax", "plif", "sigsoftmax",
+               "--seeds", "1", "--contexts", "20", *SMALL]  # fmt: skip
+    assert run(*command) == 0
+    softmax, plif, sigsoftmax = (out / f"runs/{name}-seed0" for name in ("softmax", "plif", "sigsoftmax"))
+    for path in (softmax / "tokenizer.json", out / "report.html"):
+        path.unlink()
+    (plif / "result.json").write_text("")
+    (sigsoftmax / "metrics.jsonl").write_text("{\n")
+    capsys.readouterr()
+    assert run(*command) == 2
+    said = capsys.readouterr()
+    assert "softmax-seed0: done before" not in said.out.replace("sigsoftmax", "")
+    assert (softmax / "tokenizer.json").exists()  # the text is the same, so it could be made again
+    *lines, last = said.out.splitlines()
+    for damaged in (
+        "plif-seed0/result.json: is damaged, not JSON",
+        "sigsoftmax-seed0/metrics.jsonl: line 1 is damaged",
+    ):
+        assert sum(damaged in line for line in lines) == 1, lines
+    assert (json.loads(last)["runs"], sorted(json.loads(last)["failed"])) == (1, ["plif-seed0", "sigsoftmax-seed0"])
+    assert "remove it, and the command that made the run" in json.loads(last)["failed"]["plif-seed0"]
+    assert (out / "report.html").exists()
+    (plif / "result.json").unlink()  # as the message says
+    (sigsoftmax / "metrics.jsonl").write_text("")
+    assert run(*command) == 0
+    assert last_json(capsys)["runs"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,6 +1,7 @@
 """Whatever is given to a flag: it is accepted, or one plain line names the flag, and the exit code is 2."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -188,6 +189,10 @@ def test_a_mistake_names_what_the_user_wrote(arguments, said, place, capsys):
 
 
 BAD_RUNS = {
+    "config.json  ": ("{", "; restore it, or remove the run's folder to start afresh"),
+    "tokenizer.json": ("{", "; remove it, and the command that made the run writes it again"),
+    "tokenizer.json ": ("{}", "; remove it, and the command that made the run writes it again"),
+    "tokenizer.json  ": (None, "tokenizer.json: is missing; the command that made the run writes it again"),
     "config.json": ("{}", "is damaged: expected the settings of a run, its head among them, got {}"),
     "config.json ": ('{"a": 1}', "is damaged: expected the settings of a run, its head among them, got only a"),
     "checkpoints": (None, "holds no file best-*.safetensors, although the run was validated: the file was removed"),
@@ -198,8 +203,10 @@ BAD_RUNS = {
 def test_a_damaged_run_is_refused_with_what_was_expected(damage, trained, tmp_path, capsys):
     content, said = BAD_RUNS[damage]
     run = shutil.copytree(trained / "out", tmp_path / "run")
-    if content is None:
+    if content is None and damage == "checkpoints":
         shutil.rmtree(run / damage)
+    elif content is None:
+        (run / damage.strip()).unlink()
     else:
         (run / damage.strip()).write_text(content)
     assert cli.main(["evaluate", str(run)]) == 2
@@ -214,7 +221,17 @@ def test_a_damaged_result_does_not_keep_a_run_from_being_evaluated(trained, tmp_
     (run / "result.json").write_text("{}")
     monkeypatch.chdir(trained)
     assert cli.main(["train", *STARTS["train"], "--out-dir", str(run)]) == 2
-    assert "result.json: is damaged: expected the numbers of a run that is done, got {}" in capsys.readouterr().err
+    assert "expected the numbers of a run that is done, got {}; remove it, and the command that made the run" in (
+        capsys.readouterr().err
+    )
+    (run / "result.json").write_text("")
+    assert cli.main(["train", *STARTS["train"], "--out-dir", str(run), "--resume"]) == 2
+    assert "not JSON" in (said := capsys.readouterr().err)
+    assert "; remove it, and the command that made the run (`uncork train`: with --resume) makes it again from" in said
+    (run / "result.json").unlink()  # as the message says
+    assert cli.main(["train", *STARTS["train"], "--out-dir", str(run), "--resume"]) == 0
+    again, before = (json.loads((path / "result.json").read_text()) for path in (run, trained / "out"))
+    assert again["test"] == before["test"]
 
 
 def test_the_only_checkpoint_has_none_before_it(trained, tmp_path, caplog, capsys):

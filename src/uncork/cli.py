@@ -116,7 +116,11 @@ def compare(command: Compare) -> dict[str, Any]:
         workers=command.workers,
         threads=command.threads or max(1, cores() // command.workers),
     )
-    records = read_records(started_runs(store.root, cells))
+    runs_there, damaged = started_runs(store.root, cells)
+    for name in damaged.keys() - failed.keys():
+        say(f"{name}: {damaged[name]}")
+    failed = damaged | failed
+    records = read_records(runs_there)
     if all(record.result is None for record in records):
         raise LabError(f"no run finished: {next(iter(failed.values()), 'nothing was run')}")
     title = f"Output layers on {corpus.name}, d = {features}, V = {corpus.vocab_size:,}"
@@ -133,7 +137,12 @@ def compare(command: Compare) -> dict[str, Any]:
     say(f"\nThe report: {report}")
     say("The same command with more --seeds or --heads adds rows to it.")
     _say_next(["generate", next(record.run.path for record in records if record.result is not None)])
-    return {"command": "compare", "report": str(report), "runs": len(runs) - len(failed), "failed": failed}
+    return {
+        "command": "compare",
+        "report": str(report),
+        "runs": sum(record.result is not None for record in records),
+        "failed": failed,
+    }
 
 
 def train(command: Train) -> dict[str, Any]:
@@ -214,7 +223,10 @@ def _require_free(path: Path, command: Any) -> None:
 
     if not (path / "config.json").exists():
         return
-    config, own = read_json(path / "config.json"), type(command).__name__.lower()
+    config, own = (
+        read_json(path / "config.json", "; restore it, or choose another folder"),
+        type(command).__name__.lower(),
+    )
     made_by = "synthetic" if "targets" in config else "compare" if "heads" in config else "train"
     if made_by == "train":
         require_settings(path / "config.json", config)

@@ -118,6 +118,9 @@ def test_what_is_done_starts_no_process_and_another_number_of_contexts_analyses_
         (stored.path / "analysis.json").write_text(content)
         assert not is_done(stored, 20)
     write_json(stored.path / "analysis.json", {"rank": {"contexts": 20}})
+    stored.save_checkpoint(1, {}, {}, name="best")
+    assert not is_done(stored, 20)  # nothing could be generated: it has no tokenizer
+    write_json(stored.path / "tokenizer.json", {})
     assert is_done(stored, 20)
     assert not is_done(stored, 30)
     # The text of the test is shorter than what was asked for.

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 from uncork.heads.spec import HeadSpec
 from uncork.lab.errors import LabError
 from uncork.lab.experiments.base import execute
+from uncork.lab.report.records import read_records
 from uncork.lab.run.files import read_json, write_json
 from uncork.lab.run.pool import Job, Tell
 from uncork.lab.run.store import Run, RunStore
 from uncork.lab.run.variables import refuse_variables
 from uncork.lab.terminal import say
 from uncork.lab.train.analysis import analyse
-from uncork.lab.train.checkpoints import load_trained
+from uncork.lab.train.checkpoints import BEST, TOKENIZER_FILE, load_trained
 from uncork.lab.train.config import TrainConfig, text_record
 from uncork.lab.train.evaluation import evaluate
 from uncork.lab.train.head import with_head
@@ -158,12 +159,12 @@ def run_cell(
     contexts: int,
     tell: Tell,
 ) -> None:
-    """Trains one run to its end, unless it has ended before, and analyses its output layer."""
+    """Trains one run to its end, unless it has ended before, and analyses its output layer, unless that is kept."""
     corpus = config.load_corpus(data_dir=data_dir)
     run = RunStore(root).run(name, stored)
+    train(config, corpus, run, on_progress=tell)
     if is_done(run, contexts):
         return
-    train(config, corpus, run, on_progress=tell)
     trained = load_trained(run.path)
     analysis = analyse(
         trained.model,
@@ -181,8 +182,8 @@ def run_cell(
 
 
 def is_done(run: Run, contexts: int) -> bool:
-    """Whether a run is trained and has an undamaged analysis of this number of contexts."""
-    if run.result is None:
+    """Whether a run is trained, has what `load_trained` reads, and an undamaged analysis of this number of contexts."""
+    if run.result is None or run.last_step(BEST) is None or not (run.path / TOKENIZER_FILE).exists():
         return False
     try:
         found = read_json(run.path / "analysis.json")
@@ -201,6 +202,17 @@ def _done_before(folder: Path, contexts: int, stored: dict[str, Any]) -> bool:
     return False
 
 
-def started_runs(root: Path, cells: Sequence[Trained]) -> list[Run]:
-    """The runs of these cells that have a folder, failed ones included, in the order of the cells."""
-    return [Run.open(root / cell.name) for cell in cells if (root / cell.name / "config.json").exists()]
+def started_runs(root: Path, cells: Sequence[Trained]) -> tuple[list[Run], dict[str, str]]:
+    """The runs of these cells that have a folder, unfinished ones included, in the order of the cells; and what is
+    wrong with those whose files are damaged, by name: no report can be made of them."""
+    intact, damaged = [], {}
+    for cell in cells:
+        if (root / cell.name / "config.json").exists():
+            try:
+                run = Run.open(root / cell.name)
+                read_records([run])
+                run.metrics()
+                intact.append(run)
+            except LabError as error:
+                damaged[cell.name] = str(error)
+    return intact, damaged

@@ -58,15 +58,19 @@ def write_json(path: Path | str, obj: object) -> None:
     atomic_write_text(path, json.dumps(plain(obj), indent=2) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file. Raises LabError that names the file when it is missing, unreadable or damaged."""
+def read_json(path: Path | str, mend: str = "") -> Any:
+    """Read a JSON file. Raises LabError that names the file when it is missing, unreadable or damaged.
+
+    Args:
+        mend: what to do about a damaged one, as the end of the message.
+    """
     path = Path(path)
     with os_errors(path, "cannot be read"):
         data = path.read_bytes()
     try:
         return json.loads(data)
     except ValueError as error:
-        raise LabError(f"{path}: is damaged, not JSON ({error})") from error
+        raise LabError(f"{path}: is damaged, not JSON ({error}){mend}") from error
 
 
 @contextmanager

@@ -55,6 +55,11 @@ __all__ = ["Checkpoint", "Run", "RunStore", "atomic_write_bytes", "atomic_write_
 log = logging.getLogger(__name__)
 
 _AFRESH = "Use another --out-dir, or remove this folder to start afresh"
+_RESTORE = "; restore it, or remove the run's folder to start afresh"
+_FROM_CHECKPOINT = (
+    "; remove it, and the command that made the run (`uncork train`: with --resume) makes it again from the last "
+    "checkpoint"
+)
 _CONFIG, _METRICS, _RESULT, _LOCK, _CHECKPOINTS = "config.json", "metrics.jsonl", "result.json", ".lock", "checkpoints"
 _DIGEST_DIGITS = 16
 
@@ -91,7 +96,7 @@ class Run:
             inside = ", ".join(sorted(config.parent.name for config in path.glob(f"[!.]*/{_CONFIG}")))
             hint = f"; the runs in it are: {inside}" if inside else ""
             raise LabError(f"{path}: is not a run, it has no {_CONFIG}{hint}")
-        return cls(path, _read_object(path / _CONFIG))
+        return cls(path, _read_object(path / _CONFIG, _RESTORE))
 
     def require(self, config: Mapping[str, object]) -> None:
         """Raise LabError that lists what differs, unless the run was made with this config.
@@ -184,7 +189,7 @@ class Run:
         for number, line in enumerate(lines, start=1):
             row = _parse_row(line)
             if row is None:
-                raise LabError(f"{path}: line {number} is damaged: {line[:60].decode(errors='replace')!r}")
+                raise LabError(f"{path}: line {number} is damaged: {line[:60].decode(errors='replace')!r}; remove it")
             rows.append(row)
         last = _parse_row(unfinished)
         return rows if last is None else [*rows, last]
@@ -272,9 +277,11 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What `finish` was given, None before. Raises LabError when result.json is damaged."""
         path = self.path / _RESULT
-        result = _read_object(path) if path.exists() else None
+        result = _read_object(path, _FROM_CHECKPOINT) if path.exists() else None
         if result == {}:
-            raise LabError(f"{path}: is damaged: expected the numbers of a run that is done, got {{}}")
+            raise LabError(
+                f"{path}: is damaged: expected the numbers of a run that is done, got {{}}{_FROM_CHECKPOINT}"
+            )
         return result
 
     def _checkpoints(self, name: str) -> list[tuple[int, Path]]:
@@ -384,10 +391,10 @@ def _load(path: Path, step: int) -> Checkpoint:
     return Checkpoint(step, tensors, json.loads(header)["state"], path)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    obj = read_json(path)
+def _read_object(path: Path, mend: str) -> dict[str, Any]:
+    obj = read_json(path, mend)
     if not isinstance(obj, dict):
-        raise LabError(f"{path}: is damaged, not a JSON object")
+        raise LabError(f"{path}: is damaged, not a JSON object{mend}")
     return obj
 
 

@@ -269,11 +269,14 @@ def load_trained(run_path: Path | str, *, device: torch.device | str = "cpu") ->
         )
     require_settings(run.path / "config.json", run.config)
     tokenizer_path = run.path / TOKENIZER_FILE
-    spec = read_json(tokenizer_path)
+    again = "the command that made the run writes it again"
+    if not tokenizer_path.exists():
+        raise LabError(f"{tokenizer_path}: is missing; {again}")
+    spec = read_json(tokenizer_path, f"; remove it, and {again}")
     try:
         tokenizer = Tokenizer.from_spec(spec)
     except LabError as error:
-        raise LabError(f"{tokenizer_path}: {error}") from error
+        raise LabError(f"{tokenizer_path}: {error}; remove it, and {again}") from error
     try:
         description = checkpoint.state["description"]
         config = described_config(description)

@@ -91,6 +91,8 @@ def train(
     run.require(config.stored(text_record(corpus)))
     done = run.result
     if done is not None:
+        if not (run.path / ckpt.TOKENIZER_FILE).exists():  # the text is the same, and so is what made its ids
+            ckpt.save_tokenizer(run, corpus.tokenizer)
         return done
     if threads is not None:
         torch.set_num_threads(threads)
