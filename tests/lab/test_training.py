@@ -49,6 +49,7 @@ def test_metrics_and_result_hold_what_the_report_reads(tmp_path, tiny_corpus, ti
     assert [p.step for p in seen] == [row["step"] for row in rows]
     assert seen[0].valid_perplexity is None
     assert seen[-1].valid_perplexity == valid[0]["perplexity"]
+    assert seen[0].seconds_left == pytest.approx(39 * rows[0]["seconds"] / 3)
     assert seen[0].seconds_left > 0 == seen[-1].seconds_left
     assert all(p.steps_total == 42 and p.tokens_per_second > 0 for p in seen)
 

@@ -32,7 +32,7 @@ class Progress:
     """Per word, at the last validation; None before the first."""
     tokens_per_second: float
     seconds_left: float
-    """To the end of training, validations and checkpoints included, at the speed of this session so far."""
+    """To the end of training, at the speed of the last steps and of the last validation of this session."""
 
 
 def progress_line(name: str, p: Progress, left: float | None) -> str:

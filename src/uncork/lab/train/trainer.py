@@ -161,6 +161,8 @@ class Trainer:
         self.state = ckpt.TrainState()
         self.totals = self._zero_totals()
         self.last_loss: float | None = None
+        self.valid_seconds = 0.0
+        """What the last validation of this session took."""
         self.steps_total = self._count_steps()
         torch.manual_seed(ckpt.derived_seed(config.seed, f"training {accelerator.process_index}"))
 
@@ -174,8 +176,7 @@ class Trainer:
             self.run.truncate_metrics(lambda row: row["step"] <= (validated if row["kind"] == "valid" else at))
             ckpt.save_tokenizer(self.run, self.corpus.tokenizer)
         self.segments = self._segments(self.state.epoch)
-        self.session_start = self.saved_at = time.perf_counter()
-        self.session_first_step = self.state.step
+        self.saved_at = time.perf_counter()
         # A second process must not read checkpoints that the first one is about to replace.
         self.accelerator.wait_for_everyone()
 
@@ -289,13 +290,14 @@ class Trainer:
             "seconds": state.seconds,
         }
         self._write(row)
+        step_seconds = state.row_seconds / state.row_steps
         self.totals = self._zero_totals()
         state.row_tokens = state.row_steps = 0
         state.row_seconds = 0.0
         if due_count > 0:
             self._save()
         if self.on_progress is not None and self.main:
-            self.on_progress(self._progress(row))
+            self.on_progress(self._progress(row, step_seconds))
         if requested > 0:
             self.interrupt.requested = True
             raise KeyboardInterrupt
@@ -309,7 +311,7 @@ class Trainer:
         return state.segment == 0 if self.config.eval_every is None else state.step % self.config.eval_every == 0
 
     def _validate(self) -> None:
-        state = self.state
+        state, started = self.state, time.perf_counter()
         model = self.model if self.average is None else cast(LanguageModel, self.average.module)
         with self._interruptible():
             valid = self._evaluate(model, "valid")
@@ -330,6 +332,7 @@ class Trainer:
         if self.config.asgd == "trigger" and self.average is None and averaging_triggered(state.history):
             self.average = weight_average(self.model)
         state.stopped = self.config.patience is not None and state.checks_since_best >= self.config.patience
+        self.valid_seconds = time.perf_counter() - started
 
     def _evaluate(self, model: LanguageModel, split: str) -> Evaluation:
         """Every process evaluates; all of them use the first one's result, so that they decide alike."""
@@ -410,13 +413,13 @@ class Trainer:
             return float(self.state.epoch)
         return self.state.epoch + self.segments[self.state.segment][0] / self.streams.length
 
-    def _progress(self, row: dict[str, Any]) -> Progress:
-        state, taken = self.state, time.perf_counter() - self.session_start
-        per_step = taken / max(1, state.step - self.session_first_step)
+    def _progress(self, row: dict[str, Any], step_seconds: float) -> Progress:
+        state, left = self.state, self.steps_total - self.state.step
+        validations = math.ceil(left / (self.config.eval_every or len(self.segments)))
         valid = self._evaluation("valid", state.history[-1]).perplexity if state.history else None
         return Progress(
             state.step, self.steps_total, row["epoch"], row["cross_entropy"], valid, row["tokens_per_second"],
-            per_step * (self.steps_total - state.step),
+            step_seconds * left + self.valid_seconds * validations,
         )  # fmt: skip
 
     def _write(self, row: dict[str, Any]) -> None:
