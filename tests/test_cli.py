@@ -203,9 +203,10 @@ def test_a_comparison_refuses_other_settings_and_keeps_its_files(text, tmp_path,
     assert run(*command, "--lr", "0.1", *SMALL) == 2
     assert "other settings: lr" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in before}
-    for name in ("evaluate", "generate"):
-        assert run(name, out) == 2
-        assert "softmax-seed0" in capsys.readouterr().err
+    for name, folder in (("evaluate", out), ("generate", out), ("generate", out / "runs")):
+        assert run(name, folder) == 2
+        pasted = shlex.split(capsys.readouterr().err.rpartition(": ")[2])
+        assert pasted == [str(out / "runs" / "softmax-seed0")]
 
 
 def test_a_reader_of_the_output_that_ends_early_interrupts_and_a_checkpoint_is_saved(text, tmp_path):

@@ -16,6 +16,8 @@ import pytest
 import uncork
 from uncork import cli
 from uncork.lab.command_line import parse
+from uncork.lab.errors import LabError
+from uncork.lab.run.store import RunStore
 from uncork.lab.settings import TrainingFlags
 from uncork.lab.train.config import TrainConfig, known_settings
 from uncork.lab.train.head import with_head
@@ -157,6 +159,13 @@ def test_a_number_that_only_training_meets_is_one_line(given, trained, tmp_path,
         (["train", "--out-dir", "x", "--set", "lr=1", "lr=2"], "uncork: --set lr: is given twice"),
         (["train", "--out-dir", "x", "--lr", "1", "--set", "lr=2"], "uncork: --set lr: --lr is given too"),
         (["train", "--out-dir", "."], "holds files, but no run: give one that is new or empty"),
+        (["train", "--out-dir", "/dev/null/x"], "uncork train: --out-dir: expected a folder, and"),
+        (["train", "--out-dir", "/proc/x", "--corpus", "nosuch"], "uncork: --out-dir: /proc/x cannot be written ("),
+        (["compare", "--out-dir", "/proc/x", "--corpus", "nosuch"], "uncork: --out-dir: /proc/x cannot be written ("),
+        (["bench", "--out-dir", "/proc/x"], "uncork: --out-dir: /proc/x cannot be written ("),
+        (["synthetic", "--out-dir", "/proc/x/y", "--quick"], "uncork: --out-dir: /proc/x/y cannot be written ("),
+        (["study", "--part", "p", "--out-dir", "/proc/x"], "uncork: --out-dir: /proc/x cannot be written ("),
+        (["study", "--part", "p", "--work-dir", "/proc/x"], "uncork: --work-dir: /proc/x cannot be written ("),
         (["train", "--out-dir", "x", "--bias-prior", "maybe"], "--bias-prior: expected True, False or None, got"),
         (["train", "--out-dir", "x", "--device", "cuda"], "option --device: training takes the GPU where there is one"),
         (
@@ -189,6 +198,7 @@ def test_a_mistake_names_what_the_user_wrote(arguments, said, place, capsys):
 
 
 BAD_RUNS = {
+    "config.json   ": (None, "holds checkpoints, metrics.jsonl, result.json of a run, but its config.json is missing"),
     "config.json  ": ("{", "; restore it, or remove the run's folder to start afresh"),
     "tokenizer.json": ("{", "; remove it, and the command that made the run writes it again"),
     "tokenizer.json ": ("{}", "; remove it, and the command that made the run writes it again"),
@@ -243,11 +253,20 @@ def test_the_only_checkpoint_has_none_before_it(trained, tmp_path, caplog, capsy
     assert "trying the one before it" not in caplog.text
 
 
+def test_a_run_that_lost_its_settings_is_told_from_other_files(trained, place, capsys):
+    shutil.copytree(trained / "out", place / "out")
+    (place / "out/config.json").unlink()
+    assert cli.main(["train", *STARTS["train"]]) == 2
+    assert "of a run, but its config.json is missing: restore it, or choose another" in capsys.readouterr().err
+    with pytest.raises(LabError, match=r"config\.json is missing"):  # as a comparison's
+        RunStore(place).run("out", {})
+
+
 @pytest.mark.parametrize("command", ["bench", "synthetic", "compare", "study"])
 def test_no_command_writes_over_a_run(command, trained, place, capsys):
     run = shutil.copytree(trained / "out", place / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    given = [*STARTS.get(command, []), "--out-dir", str(run)]
+    given = [*STARTS.get(command, []), "--out-dir", str(run), *(["--part", "x"] if command == "study" else [])]
     assert cli.main([command, *given]) == 2
     assert f"was made by `uncork train`: choose another folder for `uncork {command}`" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

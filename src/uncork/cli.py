@@ -17,7 +17,7 @@ from typing import Any
 from uncork.lab.errors import LabError, in_one_line
 from uncork.lab.machine import cores
 from uncork.lab.run.interrupts import Interrupted, handled, interrupt
-from uncork.lab.run.names import check_folder, require_settings
+from uncork.lab.run.names import as_arguments, check_folder, require_settings
 from uncork.lab.run.progress import Meter, announce, listening, tell_terminal
 from uncork.lab.terminal import NobodyReads, complain, ready_streams, say
 
@@ -101,9 +101,9 @@ def compare(command: Compare) -> dict[str, Any]:
     base = command.base()
     _announce_preset(command, base)
     cells = make_cells(command.heads, range(command.seeds), base)
+    _require_free(command.out_dir, command)
     store, texts = RunStore(command.out_dir / "runs"), Texts(command.data_dir)
     check_stored(store.root, cells, texts)
-    _require_free(command.out_dir, command)
     write_json(command.out_dir / "config.json", {**dataclasses.asdict(command), "command": _command_line()})
     corpus = cells[0].config.load_corpus(data_dir=command.data_dir)
     features = cells[0].config.in_features
@@ -218,9 +218,10 @@ def presets(command: Presets) -> dict[str, Any]:
 
 
 def _require_free(path: Path, command: Any) -> None:
-    """Raise LabError if another command has made this folder, whose files this one would write over."""
-    from uncork.lab.run.files import read_json
+    """Raise LabError if this folder cannot be written, or another command made it, whose files would be overwritten."""
+    from uncork.lab.run.files import read_json, require_writable
 
+    require_writable(path.absolute(), "out_dir")
     if not (path / "config.json").exists():
         return
     config, own = (
@@ -236,9 +237,9 @@ def _require_free(path: Path, command: Any) -> None:
 
 def _require_run(path: Path) -> None:
     """Raise LabError if the path is the folder of a comparison instead of one of its runs."""
-    inside = sorted(config.parent.name for config in path.glob("runs/[!.]*/config.json"))
+    inside = [config.parent for config in path.glob("runs/[!.]*/config.json")]
     if inside:
-        raise LabError(f"{path}: is a comparison; give one of its runs, {path / 'runs'}/ {', '.join(inside)}")
+        raise LabError(f"{path}: is a comparison; give one of its runs: {as_arguments(inside)}")
 
 
 def evaluate(command: Evaluate) -> dict[str, Any]:
@@ -316,9 +317,13 @@ def synthetic(command: Synthetic) -> dict[str, Any]:
 def study(command: Study) -> dict[str, Any]:
     """Trains a part of the language-model study; returns where the tables are."""
     from uncork.lab.experiments.study import experiment
+    from uncork.lab.run.files import require_writable
 
     _require_counts(command, "workers")
-    _require_free(command.out_dir, command)
+    if command.part:  # without one the parts are listed, and nothing is written
+        _require_free(command.out_dir, command)
+        if not command.report_only:
+            require_writable(command.work_dir.absolute(), "work_dir")
     outcome = experiment.run(command)
     if parts := outcome.get("parts"):
         plan = [] if command.plan == Study.plan else ["--plan", command.plan]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -47,6 +48,20 @@ def holds_tensors(folder: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def require_writable(folder: Path, name: str) -> None:
+    """Raise LabError that begins with the name if nothing can be written into a folder, which need not exist yet."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise LabError(f"{name}: {folder} cannot be written ({error.strerror or error}): choose another") from None
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def write_json(path: Path | str, obj: object) -> None:

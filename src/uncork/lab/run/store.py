@@ -48,7 +48,7 @@ from uncork.lab.run.files import (
     write_json,
 )
 from uncork.lab.run.key import RECORD, differences, flat, told
-from uncork.lab.run.names import check_name, is_name
+from uncork.lab.run.names import as_arguments, check_name, is_name, without_config
 
 __all__ = ["Checkpoint", "Run", "RunStore", "atomic_write_bytes", "atomic_write_text", "read_json", "write_json"]
 
@@ -93,8 +93,10 @@ class Run:
         if not path.is_dir():
             raise LabError(f"{path}: no such folder" if not path.exists() else f"{path}: is not a folder")
         if not (path / _CONFIG).exists():
-            inside = ", ".join(sorted(config.parent.name for config in path.glob(f"[!.]*/{_CONFIG}")))
-            hint = f"; the runs in it are: {inside}" if inside else ""
+            if lost := without_config(path):
+                raise LabError(lost)
+            inside = [config.parent for config in path.glob(f"[!.]*/{_CONFIG}")]
+            hint = f"; the runs in it are: {as_arguments(inside)}" if inside else ""
             raise LabError(f"{path}: is not a run, it has no {_CONFIG}{hint}")
         return cls(path, _read_object(path / _CONFIG, _RESTORE))
 
@@ -351,6 +353,8 @@ class RunStore:
             flush_to_disk(temporary / _CONFIG)
             return path
 
+        if lost := without_config(path):
+            raise LabError(lost)
         with os_errors(path, "the run cannot be created"):
             try:
                 commit(path, write)
