@@ -154,7 +154,9 @@ def test_evaluate_run_on_a_corpus_that_changed(finished, tiny_cache):
     ):
         evaluate_run(run.path, trained=other, cache_dir=tiny_cache)
     moved = dataclasses.replace(other, config=other.config.model_copy(update={"corpus": "/moved/away.txt"}))
-    with pytest.raises(LabError, match=r"its text cannot be read: corpus '/moved/away\.txt' is none of .* --text FILE"):
+    with pytest.raises(
+        LabError, match=r"its text cannot be read: corpus: '/moved/away\.txt' is none of .* --text FILE"
+    ):
         evaluate_run(run.path, trained=moved, cache_dir=tiny_cache)
 
 

@@ -178,7 +178,7 @@ def test_a_bad_folder_is_one_clear_error(tmp_path, files, message):
 
 @pytest.mark.parametrize("source", ["wikitext-103", "", "no/such/file.txt"])
 def test_an_unknown_source_is_one_clear_error(source):
-    with pytest.raises(LabError, match=f"corpus {source!r} is none of sotu, ptb, wikitext-2, and no file or folder"):
+    with pytest.raises(LabError, match=f"corpus: {source!r} is none of sotu, ptb, wikitext-2, and no file or folder"):
         load_corpus(source)
 
 

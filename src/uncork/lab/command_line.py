@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.terminal import say
 from uncork.messages import close_to
 
@@ -177,7 +177,9 @@ def _wrong(kind: type, arguments: Sequence[str], said: str) -> str:
     named = re.search(r"(?:Error parsing|for argument) '?(--[a-z-]+)", said)
     if named and named[1] in fields:
         hint = typing.get_type_hints(kind, include_extras=True)[fields[named[1]].name]
-        return f"{named[1]}: expected {_expected(hint)}, got {_value(named[1], arguments)}"
+        given_value = _value(named[1], arguments)
+        near = close_to(given_value.strip("'"), _choices(hint))
+        return f"{named[1]}: expected {_expected(hint)}, got {given_value}{near}"
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in given:
             return f"{name} is required"
@@ -207,6 +209,14 @@ def _value(name: str, arguments: Sequence[str]) -> str:
                 words.append(word)
             value = repr(" ".join(words)) if words else "nothing"
     return value
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values that a type lists."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return [*map(str, inner)]
+    return [choice for part in inner for choice in _choices(part)]
 
 
 def _expected(hint: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 
 if TYPE_CHECKING:  # --help must not wait for the import of torch
     from uncork.lab.train.config import TrainConfig

@@ -18,7 +18,7 @@ from typing import Literal
 
 from uncork.lab.data.text import PIECE_BYTES
 from uncork.lab.data.words import Style, normalize
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.run.files import os_errors
 
 SPLITS = ("train", "valid", "test")
@@ -141,8 +141,11 @@ def find_source(source: str, data_dir: Path | None) -> Source:
         return Source(path.stem, "raw", "documents", (document,), _checksum([document]), str(path), origin)
     if source and path.exists():
         raise LabError(f"corpus: expected a text file or a folder of .txt files, and {path} is neither")
-    names = ", ".join(["sotu", *KNOWN])
-    raise LabError(f"corpus {source!r} is none of {names}, and no file or folder of that name exists")
+    names = ["sotu", *KNOWN]
+    raise LabError(
+        f"corpus: {source!r} is none of {', '.join(names)}, and no file or folder of that name exists"
+        f"{close_to(source, names)}"
+    )
 
 
 def expanded(path: str | Path, name: str) -> Path:

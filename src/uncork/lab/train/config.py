@@ -9,8 +9,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 import uncork
+from uncork.heads.spec import HeadSpec
 from uncork.lab.data.corpora import Corpus, load_corpus
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.models import LookupConfig, ModelConfig, TransformerConfig
 from uncork.lab.run.key import RECORD
 from uncork.lab.train.presets import get_preset
@@ -136,7 +137,8 @@ class TrainConfig(Training, Text):
     @classmethod
     def _require_name(cls, name: str) -> str:
         if name not in uncork.HEAD_NAMES:
-            raise LabError(f"head must be one of {', '.join(uncork.HEAD_NAMES)}, got {name!r}")
+            near = close_to(name, uncork.HEAD_NAMES)
+            raise LabError(f"head must be one of {', '.join(uncork.HEAD_NAMES)}, got {name!r}{near}")
         return name
 
     @model_validator(mode="after")
@@ -255,7 +257,9 @@ class TrainConfig(Training, Text):
         try:
             return uncork.build_head(self.head, self.in_features, vocab_size, **prior, **self.head_options)
         except (TypeError, ValueError) as error:
-            raise LabError(f"head {self.head}: {error}") from error
+            known = HeadSpec(self.head).defaults
+            near = next((close_to(name, known) for name in self.head_options if name not in known), "")
+            raise LabError(f"head {self.head}: {error}{near}") from error
 
     def stored(self, text: dict[str, Any]) -> dict[str, Any]:
         """What a run's config.json holds: every setting, and the record of what decides its numbers."""

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.models import AWDLSTMConfig, LookupConfig, TransformerConfig
 
 
@@ -148,5 +148,5 @@ PRESETS: dict[str, Preset] = {
 def get_preset(name: str) -> Preset:
     """The preset of that name. Raises LabError, with the names there are, for any other."""
     if name not in PRESETS:
-        raise LabError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise LabError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{close_to(name, PRESETS)}")
     return PRESETS[name]

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import uncork
 from uncork import LogitFunction
 from uncork.heads import HEAD_NAMES, HeadSpec
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.experiments.bench.naive import naive_mixture_loss, naive_plif
-from uncork.lab.experiments.bench.settings import Setup, Shape
+from uncork.lab.experiments.bench.settings import CONTENDERS, Setup, Shape
 
 SCORE_DEVIATION = 3.0
 """Standard deviation of the scores, about that of a trained language model."""
@@ -102,7 +102,7 @@ def is_ours(name: str) -> bool:
 def check_name(name: str) -> None:
     """Raise LabError unless there is such a contender."""
     if name != "torch-best" and not any(re.fullmatch(pattern, name) for pattern, _ in _BUILDERS):
-        raise LabError(f"only: {name!r} is no contender; `uncork bench --help` lists them")
+        raise LabError(f"only: {name!r} is no contender{close_to(name, CONTENDERS)}; `uncork bench --help` lists them")
 
 
 # How many tensors of K N V numbers a contender holds at its peak; those that hold few are not listed.

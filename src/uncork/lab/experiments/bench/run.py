@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.experiments.base import execute
 from uncork.lab.experiments.bench import gate, instructions, memory
 from uncork.lab.experiments.bench.contenders import check_name, is_ours
@@ -50,7 +50,8 @@ def plan_of(settings: Bench) -> Plan:
         if value is not None and value < 1:
             raise LabError(f"{name}: expected at least 1, got {value}")
     if settings.impl is not None and settings.impl not in IMPLEMENTATIONS:
-        raise LabError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {settings.impl!r}")
+        near = close_to(settings.impl, IMPLEMENTATIONS)
+        raise LabError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {settings.impl!r}{near}")
     if not settings.max_seconds > 0:
         raise LabError(f"max-seconds: expected above 0, got {settings.max_seconds}")
     for name in settings.only:

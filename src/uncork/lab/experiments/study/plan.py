@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import pydantic
 
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.experiments.study.run import Cell, is_kept
 from uncork.lab.experiments.study.store import asked
 from uncork.lab.run.files import os_errors
@@ -98,7 +98,8 @@ class Part(_Read):
         for name, has in (("heads", self.labels), ("texts", self.texts), ("in_features", self.in_features)):
             unknown = [value for value in fields.get(name, ()) if value not in has]
             if unknown:
-                raise LabError(f"{name.replace('_', '-')}: this part has {has}, got {unknown[0]!r}")
+                near = close_to(str(unknown[0]), map(str, has))
+                raise LabError(f"{name.replace('_', '-')}: this part has {has}, got {unknown[0]!r}{near}")
         if "heads" in fields:
             wanted = fields["heads"]
             fields["tuned"] = tuple(label for label in wanted if label in self.tuned)
@@ -172,7 +173,7 @@ class Plan(_Read):
     def part(self, name: str) -> Part:
         """The part of that name. Raises LabError, with the names there are, for any other."""
         if name not in self.parts:
-            raise LabError(f"part: the plan has {', '.join(self.parts)}, got {name!r}")
+            raise LabError(f"part: the plan has {', '.join(self.parts)}, got {name!r}{close_to(name, self.parts)}")
         return self.parts[name]
 
     def cells(self, part: Part, rows: Rows) -> list[Cell]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uncork.heads import HEAD_NAMES, Head, HeadSpec, build_head
 from uncork.lab.data.corpora import load_corpus
-from uncork.lab.errors import LabError
+from uncork.lab.errors import LabError, close_to
 from uncork.lab.experiments.synthetic import targets
 from uncork.lab.experiments.synthetic.fitting import Fit, Fitting, fit, start
 from uncork.lab.experiments.synthetic.targets import Targets
@@ -103,7 +103,8 @@ class Cell:
         if not isinstance(equal, bool):
             raise LabError(f"heads: expected equal_parameters=true or false, got {self.head!r}")
         if name not in HEAD_NAMES:
-            raise LabError(f"heads: expected some of {', '.join(HEAD_NAMES)}, got {name!r}")
+            near = close_to(name, HEAD_NAMES)
+            raise LabError(f"heads: expected some of {', '.join(HEAD_NAMES)}, got {name!r}{near}")
         try:
             features = self.in_features
             most = self._parameters("softmax", features, {})
