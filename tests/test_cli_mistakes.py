@@ -234,6 +234,16 @@ def test_a_damaged_run_is_refused_with_what_was_expected(damage, trained, tmp_pa
     assert said in capsys.readouterr().err
 
 
+def test_a_run_is_not_verified_and_a_text_that_is_missing_names_its_flag(trained, capsys):
+    run = str(trained / "out")
+    assert cli.main(["verify", run]) == 2
+    assert f"is a run of `uncork train`, and verify is for models of transformers: uncork evaluate {run}" in (
+        capsys.readouterr().err
+    )
+    assert cli.main(["evaluate", run, "--text", "nosuch.txt"]) == 2
+    assert "uncork: --text: nosuch.txt: cannot be read (" in capsys.readouterr().err
+
+
 def test_a_damaged_result_does_not_keep_a_run_from_being_evaluated(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("UNCORK_CACHE", str(trained / "cache"))
     run = shutil.copytree(trained / "out", tmp_path / "run")

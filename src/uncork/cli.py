@@ -333,6 +333,11 @@ def study(command: Study) -> dict[str, Any]:
 
 def verify(command: Verify) -> dict[str, Any]:
     """Prints the checks of a transformers model; returns them."""
+    if (Path(command.path) / "metrics.jsonl").exists():
+        raise LabError(
+            f"{command.path}: is a run of `uncork train`, and verify is for models of transformers: "
+            f"{shlex.join(['uncork', 'evaluate', command.path])} evaluates it"
+        )
     try:
         from uncork.hf.load import load_cached
         from uncork.hf.proof.verify import verify as verified

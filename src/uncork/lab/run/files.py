@@ -89,13 +89,13 @@ def read_json(path: Path | str, mend: str = "") -> Any:
 
 
 @contextmanager
-def os_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn the errors of the file system into one line for the user."""
+def os_errors(path: Path, what: str, argument: str = "") -> Iterator[None]:
+    """Turn the errors of the file system into one line for the user; it begins with the argument, if one is given."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise LabError(f"{path}: {what} ({reason})") from error
+        raise LabError(f"{argument}{path}: {what} ({reason})") from error
 
 
 def commit(path: Path, write: Callable[[Path], Path]) -> Path:

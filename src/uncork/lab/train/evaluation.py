@@ -201,7 +201,7 @@ def evaluate_run(
     bytes: int | None
     if text is not None:
         path = Path(text)
-        with os_errors(path, "cannot be read"):
+        with os_errors(path, "cannot be read", "text: "):
             data = path.read_bytes()
         tokens, words, bytes = encode_text(trained.tokenizer, decode_utf8(data, str(path)))
         if len(tokens) < 2:
