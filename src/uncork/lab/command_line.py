@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.terminal import say
 from uncork.messages import close_to
 

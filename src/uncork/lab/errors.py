@@ -1,18 +1,8 @@
 """The laboratory's error for a user's mistake, and which other errors are reported without a traceback."""
 
-import difflib
-from collections.abc import Iterable
-
 
 class LabError(Exception):
     """Bad input or a damaged file: the command line prints it as one line and exits with a non-zero code."""
-
-
-def close_to(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing where no known word is near."""
-    names = {name.lstrip("-"): name for name in known}  # the dashes that all flags share make none of them near
-    found = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {names[found[0]]}?" if found else ""
 
 
 def in_one_line(error: BaseException) -> str | None:

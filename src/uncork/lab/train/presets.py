@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.models import AWDLSTMConfig, LookupConfig, TransformerConfig
+from uncork.messages import close_to
 
 
 class Preset(NamedTuple):

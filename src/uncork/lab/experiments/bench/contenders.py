@@ -16,9 +16,10 @@ from torch.nn import functional as F
 import uncork
 from uncork import LogitFunction
 from uncork.heads import HEAD_NAMES, HeadSpec
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.experiments.bench.naive import naive_mixture_loss, naive_plif
 from uncork.lab.experiments.bench.settings import CONTENDERS, Setup, Shape
+from uncork.messages import close_to
 
 SCORE_DEVIATION = 3.0
 """Standard deviation of the scores, about that of a trained language model."""

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.experiments.base import execute
 from uncork.lab.experiments.bench import gate, instructions, memory
 from uncork.lab.experiments.bench.contenders import check_name, is_ours
@@ -30,6 +30,7 @@ from uncork.lab.run.progress import told
 from uncork.lab.run.provenance import provenance
 from uncork.lab.terminal import say
 from uncork.loss.implementations import IMPLEMENTATIONS
+from uncork.messages import close_to
 
 CHUNKS = (64, 128, 256, 512, 1024)
 """Chunk sizes among which torch-best takes the quickest."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import pydantic
 
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.experiments.study.run import Cell, is_kept
 from uncork.lab.experiments.study.store import asked
 from uncork.lab.run.files import os_errors
@@ -18,6 +18,7 @@ from uncork.lab.run.key import key_of
 from uncork.lab.run.rows import Rows, outdated
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
+from uncork.messages import close_to
 
 Place = tuple[str, int]
 """The name of a text, and d, the features of the output layer."""

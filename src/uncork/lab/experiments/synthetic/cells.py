@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uncork.heads import HEAD_NAMES, Head, HeadSpec, build_head
 from uncork.lab.data.corpora import load_corpus
-from uncork.lab.errors import LabError, close_to
+from uncork.lab.errors import LabError
 from uncork.lab.experiments.synthetic import targets
 from uncork.lab.experiments.synthetic.fitting import Fit, Fitting, fit, start
 from uncork.lab.experiments.synthetic.targets import Targets
@@ -20,6 +20,7 @@ from uncork.lab.run.key import key_of
 from uncork.lab.train.config import text_record
 from uncork.lab.train.head import parse_head
 from uncork.logit_functions import LogitFunction
+from uncork.messages import close_to
 
 RULES = 1
 """Version of how targets, starts and fits are computed: to be raised when the same settings would give other numbers.
