@@ -47,8 +47,9 @@ study: $(READY) ## the language-model study, part by part; goes on where it was 
 figures: $(READY) ## draw all pictures of the study from its kept rows, those too that no page shows
 	for part in $(PARTS); do $(BIN)/uncork study --part $$part --report-only || exit; done
 
-test: $(READY) ## all tests but the slow ones
+test: $(READY) ## all tests but the slow ones; those of the GPU's tile in Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/loss -k triton
 
 coverage: $(READY) ## the same tests, and which lines they do not reach; takes half as long again
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
@@ -69,7 +70,7 @@ endef
 
 test-floor: ## all tests but the slow ones, with the oldest torch (2.6) that uncork asks for; downloads gigabytes
 	$(call is_python,PYTHON311,3.11)
-	@mkdir -p build && grep -vE '^(torch|sympy)==' constraints.txt > $(CONSTRAINTS) # torch asks for a sympy of its own
+	@mkdir -p build && grep -vE '^(torch|sympy|triton)==' constraints.txt > $(CONSTRAINTS) # torch asks for its own of these
 	$(call test_in,$(FLOOR_VENV),PYTHON311,-c $(CONSTRAINTS) $(FLOOR))
 
 test-transformers: ## the tests of uncork.hf with the oldest transformers (5.4) that it asks for
@@ -87,6 +88,7 @@ test-pythons: ## all tests but the slow ones, with Python 3.11, 3.12 and 3.13; d
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/pytest -q -m slow
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m slow tests/loss -k triton
 
 sanitize: $(READY) ## fuzz the native tile under the address and undefined-behaviour sanitizers
 	UNCORK_NATIVE=1 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \

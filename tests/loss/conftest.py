@@ -1,6 +1,7 @@
 """What the tests of the loss share: the implementations, the functions, and problems with a plain-torch answer."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +67,56 @@ def pytest_collection_modifyitems(config, items) -> None:
     refused = [item for item, reason in reasons.items() if not _is_missing(reason)]
     config.hook.pytest_deselected(items=refused)
     items[:] = [item for item in items if item not in set(refused)]
+    for item in items:
+        if "triton" in _impls(item) and _is_one_of_many(item):
+            item.add_marker(pytest.mark.slow)
+
+
+# Triton's interpreter takes a second and more for a call: with it `make test` runs each test with these functions
+# alone, and of those with many cases some.
+INTERPRETED = {"none", "compose"}
+MANY = {
+    "test_gradcheck": 10,
+    "test_all_implementations_agree": 10,
+    "test_statistics_agree": 10,
+    "test_no_valid_token": 10,
+    "test_a_masked_word_is_an_absent_word": 6,
+    "test_scores_of_any_size_lose_no_more_than_torchs": 20,
+    "test_nan_in_nan_out": 6,
+    "test_half_precision_is_no_worse_than_torch": 6,
+    "test_equals_plain_torch": 6,
+    "test_memory_is_that_of_a_chunk": 40,
+    "test_any_chunk_size_gives_the_same": 8,
+    "test_same_bits_again": 4,
+    "test_function_gradients_do_not_depend_on_threads": 10,
+    "test_any_integer_dtype": 15,
+    "test_gradient_of_each_alone": 6,
+    "test_gradient_of_each_pair": 6,
+    "test_only_one_operand_asks": 6,
+    "test_nothing_asks": 6,
+    "test_a_large_vocabulary_loses_no_digits": 10,
+    "test_weight_gradient_is_accumulated_in_float32": 10,
+    "test_loss_of_many_tokens": 10,
+    "test_large_scores": 10,
+}
+
+
+def _is_one_of_many(item) -> bool:
+    if (_drawn(item, "function_name", "name") & set(FUNCTIONS)) - INTERPRETED:
+        return True
+    number = int(hashlib.sha256(item.name.encode()).hexdigest(), 16)
+    return number % MANY.get(item.originalname, 1) > 0
+
+
+def _drawn(item, *names: str) -> set[str]:
+    """The values of a case's parameters of these names."""
+    drawn = getattr(item, "callspec", None)
+    given = {} if drawn is None else drawn.params
+    return {given[name] for name in names if isinstance(given.get(name), str)}
+
+
+def _impls(item) -> set[str]:
+    return _drawn(item, "impl", "chunked_impl", "module_impl") & set(IMPLS)
 
 
 def _is_missing(reason: str) -> bool:
@@ -75,10 +126,10 @@ def _is_missing(reason: str) -> bool:
 def _refused(item) -> str:
     drawn = getattr(item, "callspec", None)
     given = {} if drawn is None else drawn.params
-    impls = {given.get("impl"), given.get("chunked_impl"), given.get("module_impl")} & set(IMPLS)
+    impls = _impls(item)
     if item.path.name == "test_native.py":
         impls.add("native")
-    names = {given.get("function_name"), given.get("name")} & set(FUNCTIONS) or {"none"}
+    names = _drawn(item, "function_name", "name") & set(FUNCTIONS) or {"none"}
     cases = [given.get("kind"), given.get("case"), *(case for case in given.values() if isinstance(case, tuple))]
     probabilities = given.get("probabilities") is True or any("probabilities" in case for case in cases if case)
     kind = bool(given.get("mixture")), probabilities

@@ -45,17 +45,17 @@ class Walk(Generic[T]):
         self, call: Call, make_tiles: type[T], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
     ) -> None:
         self.call = call
-        self.dtype = make_tiles.product_dtype(call)
+        self.dtype, scores_dtype = make_tiles.operand_dtype(call), make_tiles.product_dtype(call)
         self.weight = call.weight.detach().to(self.dtype)
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
-        # Scores that are raised are rounded once, with their bias, as torch's own linear layer rounds them.
-        raises = self.dtype != call.dtype and not make_tiles.reads_products
-        self.bias = call.bias.detach().to(self.dtype) if raises and call.bias is not None else None
-        self.tiles = make_tiles(replace(call, bias=None) if raises else call, self.parameters, self.needs[4:])
-        self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, self.dtype) // call.components)
+        # Scores in half precision are rounded once, with their bias, as torch's own linear layer rounds them.
+        rounds = scores_dtype != call.dtype
+        self.bias = call.bias.detach().to(self.dtype) if rounds and call.bias is not None else None
+        self.tiles = make_tiles(replace(call, bias=None) if rounds else call, self.parameters, self.needs[4:])
+        self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, scores_dtype) // call.components)
         self.block = self.tiles.block(min(self.chunk, call.tokens) * call.components)
         self.raised: Tensor | None = None  # memory for a few rows of scores in the loss's dtype
-        if raises:
+        if rounds and not make_tiles.reads_products:
             rows = make_tiles.chunk_rule(call).raised_rows(call) // call.components * call.components
             shape = min(max(rows, call.components), self.block.shape[0]), self.block.shape[1]
             self.raised = torch.empty(shape, dtype=call.dtype, device=call.input.device)
@@ -73,8 +73,10 @@ class Walk(Generic[T]):
         """x W^T (rows, V), with the bias where the tiles get none, in the one block that all chunks share."""
         block = self.block[: x.shape[0]]
         if self.bias is None:
-            return torch.mm(x, self.weight.T, out=block)
-        return torch.addmm(self.bias, x, self.weight.T, out=block)
+            _multiply(x, self.weight.T, block)
+        else:
+            torch.addmm(self.bias, x, self.weight.T, out=block)
+        return block
 
     def statistics(self, span: slice) -> TileResult:
         scores = self.scores(self.rows(span))
@@ -173,17 +175,21 @@ def _joined(parts: Sequence[TileResult]) -> TileResult:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; a product of another dtype than `out` is computed first and then cast."""
+    """out = a b; of half-precision factors and a wider `out`, a GPU adds up in out's dtype, a CPU casts the product."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a b, with the same cast."""
+    """out += a b, likewise."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b)
 

@@ -3,6 +3,7 @@
 | impl | what it is | needs |
 |---|---|---|
 | "native" | works chunk by chunk, in C++, with one (chunk, V) block in memory | Linux, a CPU, the library's functions |
+| "triton" | works chunk by chunk, in Triton, with one (chunk, V) block in memory | a GPU, the library's functions |
 | "torch" | works chunk by chunk, in torch, with a few such blocks | any device, any elementwise module |
 | "reference" | keeps the (N, V) logits, leaves gradients to autograd: the definition | any device |
 """
@@ -16,10 +17,12 @@ from uncork.loss.reference import Reference
 from uncork.loss.tile import LogProbTiles
 from uncork.loss.tile_native import NativeTiles
 from uncork.loss.tile_torch import TorchTiles
+from uncork.loss.tile_triton import TritonTiles
 
 # The fastest first: `impl=None` takes the first that serves the call. The last serves every call.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": Chunked(NativeTiles),
+    "triton": Chunked(TritonTiles),
     "torch": Chunked(TorchTiles),
     "reference": Reference(),
 }

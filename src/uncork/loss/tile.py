@@ -66,6 +66,11 @@ class Tiles(ABC):
         return call.products_dtype
 
     @classmethod
+    def operand_dtype(cls, call: Call) -> torch.dtype:
+        """Of what the three products multiply: input, weight and the gradient to the scores."""
+        return cls.product_dtype(call)
+
+    @classmethod
     def variant(cls) -> str:
         """Which of its builds runs here; empty if there is but one."""
         return ""

@@ -1,0 +1,1 @@
+"""The tile's kernels in Triton: primitives of a logit function, and passes over rows of scores."""

@@ -1,0 +1,497 @@
+"""The tile on a GPU, in Triton (see `gpu/`).
+
+The products read bfloat16 inputs as they are and add up in float32. A learned function's gradients are sums of
+whole numbers (`functions.add_pieces`), so they have the same bits every time. Nothing here waits for the GPU.
+
+With TRITON_INTERPRET=1 Triton runs the same kernels on the CPU, slowly: so are they tested where there is no GPU.
+"""
+
+import functools
+import importlib.metadata
+import os
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uncork.logit_functions.base import LogitFunction, constants
+from uncork.logit_functions.operations import Affine, PiecewiseLinear, Sigmoid, Softplus, Tanh, recorded
+from uncork.loss.call import Call, Missing
+from uncork.loss.chunk_size import MIB, ChunkRule
+from uncork.loss.function import operations_of
+from uncork.loss.target import IndexTarget, ProbabilityTarget
+from uncork.loss.tile import TileResult, Tiles, Upstream
+
+if TYPE_CHECKING:
+    from uncork.loss.gpu.functions import Chain
+
+_KINDS = (Affine, Tanh, Sigmoid, Softplus, PiecewiseLinear)
+_OLDEST = (3, 6)  # of triton
+_LIMIT_OPERATIONS, _LIMIT_PIECES = 8, 2**24
+# Numbers of a row at once, for 256 threads (512 of AMD) whose registers they have to fit in; fewer, but 16 bytes for
+# each thread, in kernels that add to histograms or keep several components.
+_BLOCK, _BLOCK_OF_MANY = 2048, 1024 if torch.version.hip is None else 2048
+# Of kernels with several components: left to itself NVIDIA's compiler spills to have more rows at once.
+_REGISTERS = {"maxnreg": 96} if torch.version.hip is None else {}
+
+# Whether products of half-precision factors can be added up and returned in float32: NVIDIA's, from torch 2.8 on.
+_WIDENS = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+
+# Each chunk reads W twice and its gradient once, so chunks are large: 2,048 rows of 152,000 words in float32.
+RULE = ChunkRule(budget=1200 * MIB, narrow_budget=1200 * MIB, least_rows=256, limit_rows=4096)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "there is no package triton: pip install triton"
+    known = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    return "" if known >= _OLDEST else f"it needs triton {'.'.join(map(str, _OLDEST))} or newer, and this is {version}"
+
+
+def _refuses_function(function: nn.Module | None) -> str:
+    if function is None:
+        return ""
+    operations = operations_of(function)
+    if operations is None:
+        return f"{type(function).__name__} is not made of its primitives"
+    if len(operations) > _LIMIT_OPERATIONS:
+        return f"a chain of {len(operations)} primitives is longer than {_LIMIT_OPERATIONS}"
+    unknown = [type(operation).__name__ for operation in operations if type(operation) not in _KINDS]
+    if unknown:
+        return f"it has no kernel for {', '.join(unknown)}"
+    pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
+    return f"it takes fewer than {_LIMIT_PIECES} pieces" if max(pieces) >= _LIMIT_PIECES else ""
+
+
+class TritonTiles(Tiles):
+    """The tiles of one call."""
+
+    reads_products = True
+
+    @classmethod
+    def refuses(cls, call: Call) -> str:
+        """Refuses tensors of a subclass or not on a GPU, calls that torch traces, and functions without a kernel."""
+        tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+        device = call.input.device
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            return f"it works on a GPU, not on {device}"
+        if recorded():
+            return "it reads and writes memory, which no tracer, compiler or function transform sees"
+        odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+        if odd:
+            return f"it needs plain tensors, not {odd[0]}"
+        return _refuses_function(call.function) or (Missing(_missing()) if _missing() else "")
+
+    @classmethod
+    def chunk_rule(cls, call: Call) -> ChunkRule:
+        """One block of scores, large."""
+        return RULE
+
+    @classmethod
+    def operand_dtype(cls, call: Call) -> torch.dtype:
+        """bfloat16 inputs are multiplied as they are and added up in float32, where torch can.
+
+        float16 ones are not: without a factor of its own a small gradient to the scores would underflow.
+        """
+        as_it_is = call.input.dtype == torch.bfloat16 and call.input.is_cuda and _WIDENS
+        return call.input.dtype if as_it_is else cls.product_dtype(call)
+
+    @classmethod
+    def variant(cls) -> str:
+        """Whether Triton's interpreter runs it."""
+        return "interpreted" if interpreted() else ""
+
+    def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        from uncork.loss.gpu import functions
+
+        super().__init__(call, parameters, needs)
+        device = call.input.device
+        self.bias = None if call.bias is None else _padded(call.bias.detach().to(call.dtype))
+        assert call.function is None or isinstance(call.function, LogitFunction)
+        operations = (() if call.function is None else call.function.operations()) or ()
+        self.chain: Chain = functions.pack(operations, parameters, needs, call.dtype)
+        self.num_tables = [operation.num_tables for operation in operations]
+        target = call.target
+        uniform = target.uniform if isinstance(target, IndexTarget) else 0.0
+        whole = 1.0
+        if isinstance(target, ProbabilityTarget):
+            whole, uniform = 1 - target.smoothing, target.smoothing / call.weight.shape[0]
+        self.numbers = constants(call.dtype, device, whole, uniform)
+        weight = None if target is None else target.word_weight
+        self.dense = isinstance(target, ProbabilityTarget) or uniform != 0
+        self.word_weight = _padded(weight) if weight is not None and self.dense else None
+
+    def block(self, rows: int) -> Tensor:
+        """Memory for (rows, V) scores, not filled; rows begin at multiples of 16 numbers, for wide loads."""
+        vocab_size = self.call.weight.shape[0]
+        memory = torch.empty(
+            rows, _wide(vocab_size), dtype=self.product_dtype(self.call), device=self.call.input.device
+        )
+        return memory[:, :vocab_size]
+
+    # ---- what kernels are given
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or self.call.dtype, device=self.call.input.device)
+
+    def _given(self, span: slice) -> dict[str, Any]:
+        """The target of a span's tokens, as arguments of the kernels."""
+        target = None if self.call.target is None else self.call.target.rows(span)
+        return {
+            "index": target.index.contiguous() if isinstance(target, IndexTarget) else None,
+            "probabilities": target.probabilities.contiguous() if isinstance(target, ProbabilityTarget) else None,
+            "word_weight": self.word_weight,
+            "numbers": self.numbers,
+        }
+
+    def _common(self, scores: Tensor, block: int) -> dict[str, Any]:
+        import triton
+        from triton import language as tl
+
+        chain, vocab_size = self.chain, scores.shape[1]
+        return {
+            "scores": scores,
+            "stride": scores.stride(0),
+            "V": vocab_size,
+            "W": min(_wide(vocab_size), scores.stride(0)),
+            "bias": self.bias,
+            "tables": chain.tables,
+            "K": self.call.components,
+            "KINDS": chain.kinds,
+            "PIECES": chain.pieces,
+            "OFFSETS": chain.offsets,
+            "SIZE": len(chain.kinds),
+            "T": tl.float64 if self.call.dtype == torch.float64 else tl.float32,
+            "BLOCK": min(block, triton.next_power_of_2(vocab_size)),
+            "num_warps": 8 if vocab_size >= block else 4,
+        }
+
+    # ---- statistics
+
+    def _rows(
+        self, scores: Tensor, span: slice, *, dense: bool, masses: bool, details: bool
+    ) -> dict[str, Tensor | None]:
+        """The statistics of every row. dense: the part of the loss that all words have; details: entropy, argmax."""
+        from uncork.loss.gpu import rows
+
+        count = scores.shape[0]
+        given = self._given(span)
+        if not (dense or masses):
+            given["probabilities"] = None
+        out: dict[str, Tensor | None] = {
+            "top_out": self._empty(count),
+            "log_sum_out": self._empty(count),
+            "at_target_out": self._empty(count) if given["index"] is not None else None,
+            "loss_out": self._empty(count) if dense else None,
+            "mass_out": self._empty(count, 2) if masses else None,
+            "entropy_out": self._empty(count) if details else None,
+            "argmax_out": self._empty(count, dtype=torch.int64) if details else None,
+        }
+        _launch(rows.row_statistics, count, **self._common(scores, _BLOCK), **given, **out)
+        return out
+
+    def _cross_entropy(self, span: slice, found: dict[str, Tensor | None]) -> Tensor | None:
+        """(C,) of tokens under one softmax, from their rows' statistics."""
+        if self.call.target is None:
+            return None
+        target = self.call.target.rows(span)
+        loss = found["loss_out"]
+        log_sum, at_target = found["log_sum_out"], found["at_target_out"]
+        if isinstance(target, IndexTarget):
+            assert log_sum is not None
+            assert at_target is not None
+            surprise = log_sum - at_target
+            own = torch.where((target.hit == 0) & (surprise == torch.inf), 0, target.hit * surprise)
+            loss = own if loss is None else own + loss
+        assert loss is not None
+        return torch.where(target.kept, loss, 0)
+
+    def statistics(self, scores: Tensor, span: slice) -> TileResult:
+        """The tokens' statistics: entropy and argmax where the call asks for details."""
+        details = self.call.details
+        if self.call.prior_logits is None:
+            found = self._rows(scores, span, dense=self.dense, masses=False, details=details)
+            top, log_sum = found["top_out"], found["log_sum_out"]
+            assert top is not None
+            assert log_sum is not None
+            return TileResult(
+                self._cross_entropy(span, found), top + log_sum, found["entropy_out"], found["argmax_out"]
+            )
+        return self._mixture(scores, span, None)
+
+    # ---- gradients
+
+    def gradient(self, scores: Tensor, span: slice, upstream: Upstream) -> TileResult:
+        """Cross-entropy, lse, and all gradients but the products'; the scores are used up."""
+        if self.call.prior_logits is not None:
+            return self._mixture(scores, span, upstream)
+        target = None if self.call.target is None else self.call.target.rows(span)
+        grad_entropy = upstream.entropy
+        found = self._rows(scores, span, dense=self.dense, masses=self.dense, details=grad_entropy is not None)
+        top, log_sum = found["top_out"], found["log_sum_out"]
+        assert top is not None
+        assert log_sum is not None
+        lse = top + log_sum
+        factor = torch.zeros_like(lse) if upstream.logsumexp is None else upstream.logsumexp
+        if upstream.square is not None:
+            factor = factor + torch.where(upstream.square == 0, 0, 2 * upstream.square * lse)
+        hit = dense = None
+        size = torch.zeros_like(lse)  # of what is subtracted from factor p
+        if target is not None and upstream.cross_entropy is not None:
+            if isinstance(target, IndexTarget):
+                hit = upstream.cross_entropy * target.hit
+                factor, size = factor + hit, size + hit.abs()
+            if self.dense:
+                masses, dense = found["mass_out"], upstream.cross_entropy
+                assert masses is not None
+                factor, size = factor + dense * masses[:, 0], size + (dense * masses[:, 1]).abs()
+        used = torch.ones_like(lse, dtype=torch.bool)
+        if target is not None and upstream.cross_entropy is not None:
+            used = target.kept | (factor != 0)
+            if grad_entropy is not None:
+                used |= grad_entropy != 0
+        if grad_entropy is not None:
+            size = size + grad_entropy.abs() * 2 * torch.log(size.new_full((), max(3, scores.shape[1])))
+        size = torch.where(used, size + factor.abs(), 0)
+        grad_scores, sums = self._row_gradient(scores, span, found, used, factor, hit, dense, grad_entropy, size)
+        return TileResult(self._cross_entropy(span, found), lse, None, None, grad_scores, None, None, sums)
+
+    def _row_gradient(
+        self,
+        scores: Tensor,
+        span: slice,
+        found: dict[str, Tensor | None],
+        used: Tensor,
+        factor: Tensor,
+        hit: Tensor | None,
+        dense: Tensor | None,
+        grad_entropy: Tensor | None,
+        size: Tensor,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """(gradient to the scores, in their memory; that to each table). size: (R,), a bound of a row's sum of |g|."""
+        from uncork.loss.gpu import rows
+
+        given = self._given(span)
+        if hit is None:
+            given["index"] = None
+        if dense is None:
+            given["probabilities"] = None
+        gathered = self._gathering(scores, scores.shape[0], size)
+
+        def of_rows(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(self.call.dtype).contiguous()
+
+        arguments = {
+            "top_in": found["top_out"],
+            "log_sum_in": found["log_sum_out"],
+            "used": used.contiguous(),
+            "factor": of_rows(factor),
+            "hit": of_rows(hit),
+            "dense": of_rows(dense),
+            "entropy_factor": of_rows(grad_entropy),
+            "entropy": found["entropy_out"],
+        }
+        block = _BLOCK_OF_MANY if self.chain.num_bins else _BLOCK
+        _launch(rows.row_gradient, scores.shape[0], **self._common(scores, block), **given, **arguments, **gathered)
+        return gathered["out"], self._per_table(gathered)
+
+    def _gathering(self, scores: Tensor, programs: int, size: Tensor) -> dict[str, Any]:
+        """Where the gradient to the scores goes, and memory for the sums that the tables' gradients are made of."""
+        import triton
+
+        chain, device = self.chain, scores.device
+        out = self._narrow(scores)
+        scales = None
+        if chain.num_bins:
+            steps, bound = [], size.double().sum()
+            for gap, steepest in zip(reversed(chain.gaps), reversed(chain.steepest), strict=True):
+                # Sums stay below 2^61, so whole numbers of 64 bits hold them.
+                exponent = torch.floor(60 - torch.log2(bound)).nan_to_num(0, 0, 0).clamp(-100, 100)
+                steps += [gap, torch.exp2(exponent)]
+                bound = bound * steepest.clamp(min=1)
+            scales = torch.stack(steps[::-1])
+        return {
+            "out": out,
+            "out_stride": out.stride(0),
+            "bins": torch.zeros(chain.num_bins, dtype=torch.int64, device=device) if chain.num_bins else None,
+            "scales": None if scales is None else scales.to(self.call.dtype),
+            "row_sums": self._empty(programs, chain.num_scalars, dtype=torch.float64) if chain.num_scalars else None,
+            "SCALARS": chain.scalars,
+            "BINS": chain.bins,
+            "WANTED": chain.wanted,
+            "S": chain.num_scalars,
+            "PADDED": triton.next_power_of_2(max(1, chain.num_scalars)),
+            "SHARED": out.dtype != scores.dtype,
+            "ROUND": interpreted() and out.dtype == torch.bfloat16,
+        }
+
+    def _narrow(self, scores: Tensor) -> Tensor:
+        """The scores' own memory for gradients in the dtype of the products' operands."""
+        dtype = self.operand_dtype(self.call)
+        if dtype == scores.dtype:
+            return scores
+        return torch.as_strided(scores.view(dtype), scores.shape, (scores.stride(0) * 2, 1))
+
+    def _per_table(self, gathered: dict[str, Any]) -> list[Tensor | None]:
+        """The gradient to each table, in float64; None for knots, which have none, and where none is wanted."""
+        chain = self.chain
+        found: list[Tensor | None] = []
+        sums = None if gathered["row_sums"] is None else gathered["row_sums"].sum(0)
+        for i, num_tables in enumerate(self.num_tables):
+            if not chain.wanted[i]:
+                found += [None] * num_tables
+                continue
+            assert sums is not None
+            start, pieces = chain.scalars[i], chain.pieces[i]
+            if not pieces:
+                count = _count(chain.kinds[i])
+                found.append(sums[start : start + count])
+                continue
+            scale, gap = gathered["scales"][2 * i].double(), gathered["scales"][2 * i + 1].double()
+            whole = gathered["bins"][chain.bins[i] : chain.bins[i] + 2 * pieces].view(pieces, 2).double()
+            below, above = sums[start : start + 2].unbind()
+            nan = above * 0  # if some gradient was NaN or infinite
+            values, slopes = whole[:, 0] / scale + nan, whole[:, 1] / scale * gap + nan
+            slopes[0] += below
+            slopes[-1] += above
+            found += [None, values, slopes]
+        return found
+
+    # ---- mixtures
+
+    def _mixture(self, scores: Tensor, span: slice, upstream: Upstream | None) -> TileResult:
+        """The statistics of mixtures and, with upstream gradients, their gradients."""
+        call, target = self.call, None if self.call.target is None else self.call.target.rows(span)
+        assert call.prior_logits is not None
+        details = call.details and upstream is None
+        log_prior = call.prior_logits[span].detach().to(call.dtype).log_softmax(-1).contiguous()
+        found = self._rows(scores, span, dense=False, masses=False, details=False)
+        lse = torch.zeros_like(log_prior[:, 0])
+        grad_ce = None if upstream is None else upstream.cross_entropy
+        grad_entropy = None if upstream is None else upstream.entropy
+        if isinstance(target, IndexTarget) and target.sparse and not details and grad_entropy is None:
+            log_sum, at_target = found["log_sum_out"], found["at_target_out"]
+            assert log_sum is not None
+            assert at_target is not None
+            joint = log_prior + (at_target - log_sum).view_as(log_prior)
+            total = torch.logsumexp(joint, -1, keepdim=True)
+            surprise = -total.squeeze(-1)
+            loss = torch.where((target.hit == 0) & (surprise == torch.inf), 0, target.hit * surprise)
+            cross_entropy = torch.where(target.kept, loss, 0)
+            if upstream is None:
+                return TileResult(cross_entropy, lse, None, None)
+            posterior = (joint - total).exp().masked_fill_(total == -torch.inf, 0)
+            own = torch.zeros_like(lse) if grad_ce is None else torch.where(target.kept, grad_ce * target.hit, 0)
+            factor = own[:, None] * posterior
+            flat = factor.flatten()
+            used = target.kept[:, None].expand_as(factor).flatten()
+            grad_scores, sums = self._row_gradient(
+                scores, span, found, used, flat, flat, None, None, torch.where(used, 2 * flat.abs(), 0)
+            )
+            return TileResult(cross_entropy, lse, None, None, grad_scores, None, _to_prior(-factor, log_prior), sums)
+        return self._dense_mixture(scores, span, found, log_prior, lse, upstream)
+
+    def _dense_mixture(
+        self,
+        scores: Tensor,
+        span: slice,
+        found: dict[str, Tensor | None],
+        log_prior: Tensor,
+        lse: Tensor,
+        upstream: Upstream | None,
+    ) -> TileResult:
+        import triton
+
+        from uncork.loss.gpu import rows
+
+        call, target = self.call, None if self.call.target is None else self.call.target.rows(span)
+        tokens, components = log_prior.shape
+        details, gradient = call.details and upstream is None, upstream is not None
+        grad_ce = None if upstream is None else upstream.cross_entropy
+        grad_entropy = None if upstream is None else upstream.entropy
+        given = self._given(span)
+        kept = None if target is None else target.kept
+        zeros = torch.zeros_like(lse)
+        common = {
+            **self._common(scores, _BLOCK_OF_MANY),
+            **given,
+            "hit": torch.where(target.kept, target.hit, 0) if isinstance(target, IndexTarget) else None,
+            "top_in": found["top_out"],
+            "log_sum_in": found["log_sum_out"],
+            "log_prior": log_prior,
+            "loss_factor": zeros if grad_ce is None or kept is None else torch.where(kept, grad_ce, 0).to(call.dtype),
+            "entropy_factor": None if grad_entropy is None else grad_entropy.to(call.dtype).contiguous(),
+        }
+        out = {
+            "loss_out": None if target is None else self._empty(tokens),
+            "entropy_out": self._empty(tokens) if details else None,
+            "argmax_out": self._empty(tokens, dtype=torch.int64) if details else None,
+            "component_out": self._empty(tokens, components) if gradient else None,
+            "size_out": self._empty(tokens) if gradient else None,
+        }
+        _launch(rows.mixed_sums, tokens, **common, **_REGISTERS, **out, PADDED=triton.next_power_of_2(components))
+        loss = out["loss_out"]
+        cross_entropy = None if loss is None or kept is None else torch.where(kept, loss, 0)
+        if not gradient:
+            return TileResult(cross_entropy, lse, out["entropy_out"], out["argmax_out"])
+        shares, size = out["component_out"], out["size_out"]
+        assert shares is not None
+        assert size is not None
+        used = torch.ones_like(lse, dtype=torch.bool)
+        if kept is not None:
+            used = kept if grad_entropy is None else kept | (grad_entropy != 0)
+        shares = torch.where(used[:, None], shares, 0)
+        gathered = self._gathering(scores, tokens, torch.where(used, 2 * size, 0))
+        more = {"used": used.contiguous(), "component_in": shares, "HAS_TARGET": target is not None}
+        _launch(rows.mixed_gradient, tokens, **common, **_REGISTERS, **gathered, **more)
+        grad_prior = _to_prior(shares, log_prior)
+        return TileResult(cross_entropy, lse, None, None, gathered["out"], None, grad_prior, self._per_table(gathered))
+
+
+def _quiet() -> AbstractContextManager[object]:
+    """Without numpy's warnings of infinities and NaN, by which the interpreter computes."""
+    if not interpreted():
+        return nullcontext()
+    import numpy
+
+    return numpy.errstate(all="ignore")
+
+
+def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Runs a kernel, unless there is nothing to do."""
+    if not programs:
+        return
+    with _quiet():
+        kernel[(programs,)](**arguments)
+
+
+def _wide(vocab_size: int) -> int:
+    """V rounded up to a multiple of 16."""
+    return (vocab_size + 15) // 16 * 16
+
+
+def _padded(per_word: Tensor) -> Tensor:
+    """Numbers of all words, up to a multiple of 16."""
+    return F.pad(per_word, (0, _wide(per_word.numel()) - per_word.numel()))
+
+
+def _to_prior(grad_component: Tensor, log_prior: Tensor) -> Tensor:
+    """The gradient to the prior's logits from that to its log-probabilities."""
+    return grad_component - log_prior.exp() * grad_component.sum(-1, keepdim=True)
+
+
+def _count(kind: int) -> int:
+    """How many numbers a primitive without pieces has."""
+    return (2, 2, 3, 2)[kind]

@@ -1,0 +1,204 @@
+"""What only the tile for GPUs has: kernels in Triton, run by its interpreter, and the machine code that they become.
+
+The tests of the contract run on it too where TRITON_INTERPRET=1 (`make test`). The interpreter must be chosen before
+triton is imported, so these tests start a process for it; compiling needs a process without it.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import uncork
+from uncork.loss import tile_triton
+from uncork.loss.call import Missing, build_call
+from uncork.loss.implementations import IMPLEMENTATIONS
+
+pytest.importorskip("triton", reason="the tile for GPUs is in Triton, which is not installed")
+if tile_triton._missing():
+    pytest.skip(tile_triton._missing(), allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Skips unless Triton's interpreter runs the kernels."""
+    if not tile_triton.interpreted():
+        pytest.skip("run with TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def several_blocks(monkeypatch):
+    """Rows of a few blocks."""
+    monkeypatch.setattr(tile_triton, "_BLOCK", 16)
+
+
+def gradients(problem, impl, **options):
+    loss = problem.loss(impl, **options)
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad(loss, problem.operands(), upstream)]
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "none"}], ids=["sparse", "dense"])
+@pytest.mark.parametrize("name", ["none", "plif", "compose", "monotone-relu"])
+def test_rows_of_several_blocks(interpreter, several_blocks, name, mixture, options, make_problem):
+    problem = make_problem(name, mixture=mixture, vocab=50, tokens=3)
+    for a, b in zip(gradients(problem, "triton", **options), gradients(problem, "reference", **options), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        for a, b in zip(problem.statistics("triton"), problem.statistics("reference"), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_what_stood_in_memory_before_does_not_matter(interpreter, several_blocks, monkeypatch, mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture, vocab=50)
+    wanted = gradients(problem, "triton", label_smoothing=0.1)
+    empty = torch.empty
+
+    def filled(*shape, **kwargs):
+        made = empty(*shape, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(-7)
+
+    monkeypatch.setattr(torch, "empty", filled)
+    for a, b in zip(gradients(problem, "triton", label_smoothing=0.1), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_stand_in_the_memory_of_their_scores(
+    interpreter, several_blocks, monkeypatch, narrow, mixture, make_problem
+):
+    """Every number is that of float32, rounded once, though it is written over scores that were read before."""
+    problem = make_problem("plif", mixture=mixture, vocab=200, dtype=torch.float32, grad=False)
+    call = problem.call()
+    parameters = call.function.tables()
+    rows = problem.input.reshape(-1, 3)
+    upstream = tile_triton.Upstream(torch.linspace(-1, 2, 5))
+
+    def result():
+        tiles = tile_triton.TritonTiles(call, parameters, [True] * 3)
+        block = tiles.block(rows.shape[0])
+        torch.mm(rows, problem.weight.T, out=block)
+        return tiles.gradient(block, slice(0, 5), upstream), block
+
+    wide, _ = result()
+    monkeypatch.setattr(tile_triton.TritonTiles, "operand_dtype", classmethod(lambda cls, call: narrow))
+    short, block = result()
+    assert short.grad_scores.dtype == narrow
+    assert short.grad_scores.data_ptr() == block.data_ptr()
+    assert torch.equal(short.grad_scores, wide.grad_scores.to(narrow))
+    for a, b in zip(short.sums, wide.sums, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 1000, 100_000])
+def test_slope_gradients_against_float64(interpreter, pieces):
+    """Scores far beyond the bound too, whose distance to the last knot is large."""
+    torch.manual_seed(0)
+    x, weight, target = 4 * torch.randn(4, 8), torch.randn(3000, 8), torch.randint(3000, (4,))
+    plif = uncork.PLIF(pieces, 10.0, init="random", spread=0.3)
+
+    def slopes(x, weight, plif, impl):
+        loss = uncork.linear_cross_entropy(x, weight, target, logit_function=plif, impl=impl)
+        return torch.autograd.grad(loss, plif.raw_slopes)[0]
+
+    got = slopes(x, weight, plif, "triton").double()
+    plain = slopes(x, weight, plif, "torch").double()
+    truth = slopes(x.double(), weight.double(), plif.double(), "reference")
+    assert (got - truth).norm() < 1.5 * (plain - truth).norm() + 1e-6 * truth.norm()
+    assert (got - truth).norm() < 1e-4 * truth.norm()
+
+
+def test_no_number_of_a_tiny_gradient_is_lost(interpreter):
+    """A piece that holds 1e-13 of a row's gradient is as exact as the others: the whole numbers are of a fine unit."""
+    plif = uncork.PLIF(8, 40.0)
+    weight = torch.tensor([[0.5], [1.5], [2.5], [3.5]])
+    x, target = torch.full((1, 1), 10.0), torch.tensor([3])
+    call, _ = build_call(x, weight, target, logit_function=plif)
+    tiles = tile_triton.TritonTiles(call, plif.tables(), [True] * 3)
+    block = tiles.block(1)
+    torch.mm(x, weight.T, out=block)
+    values = tiles.gradient(block, slice(0, 1), tile_triton.Upstream(torch.ones(1))).sums[1]
+    assert values is not None
+    wanted = (x.double() @ weight.double().T).softmax(-1)[0, :3]
+    torch.testing.assert_close(values[4:7], wanted, rtol=1e-5, atol=0)
+    assert values[:4].eq(0).all()
+
+
+def test_it_is_chosen_on_a_gpu_alone(make_problem):
+    call = make_problem("plif").call()
+    if tile_triton.interpreted():
+        assert IMPLEMENTATIONS["triton"].refuses(call) == ""
+    else:
+        with pytest.raises(ValueError, match=r'impl="triton" cannot serve this call: it works on a GPU, not on cpu'):
+            make_problem("plif").loss("triton")
+
+
+def test_refusals_name_what_is_missing(monkeypatch, make_problem):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refuses = IMPLEMENTATIONS["triton"].refuses
+    assert "Bend is not made of its primitives" in refuses(make_problem("module").call())
+    assert "no kernel for TanhUnits" in refuses(make_problem("monotone-tanh").call())
+    long = uncork.Compose(*[uncork.Scale(1.1)] * 9)
+    assert "a chain of 9 primitives is longer than 8" in refuses(make_problem(long).call())
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("3.2.0", "it needs triton 3.6 or newer, and this is 3.2.0"), ("", "pip")]
+)
+def test_a_missing_or_old_triton_is_said_once_and_torch_serves(monkeypatch, version, said, make_problem):
+    def found(name):
+        if not version:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    tile_triton._missing.cache_clear()
+    try:
+        reason = IMPLEMENTATIONS["triton"].refuses(make_problem("plif").call())
+    finally:
+        monkeypatch.undo()
+        tile_triton._missing.cache_clear()
+    assert isinstance(reason, Missing)
+    assert said in reason
+
+
+def test_nothing_imports_triton_before_it_is_needed():
+    code = """
+        import sys, torch, uncork
+        uncork.linear_cross_entropy(torch.randn(3, 2), torch.randn(5, 2), torch.tensor([0, 1, 2]))
+        assert not [m for m in sys.modules if m.split(".")[0] == "triton"]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    if tile_triton.interpreted():
+        pytest.skip("the interpreter compiles nothing")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import machine_code  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    return machine_code
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_machine_code_spills_nothing_and_reads_16_bytes_at_once(machine_code, target):
+    for kernel, function in machine_code.cases():
+        if function not in ("softmax", "plif", "monotone", "scale, plif, softcap"):
+            continue
+        made = machine_code.compiled(kernel, function, target)
+        assert made["spilled"] == 0, made
+        assert made["shared bytes"] <= 48 * 1024, made
+        assert made["wide reads"] >= 1, made
+        if "gradient" in kernel:
+            assert made["wide writes"] >= 1, made
