@@ -160,7 +160,9 @@ def test_imports_run_one_way_and_there_is_no_circle():
 
 
 def test_only_the_loss_knows_that_hardware_exists():
-    knows = {name for name, others in imports().items() if any("native" in other or "triton" in other for other in others)}
+    knows = {
+        name for name, others in imports().items() if any("native" in other or "triton" in other for other in others)
+    }
     assert {room(name) for name in knows} <= {"loss", "lab.experiments", "lab.run", "versions"}  # they say what ran
 
 
