@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,16 @@ def test_no_number_of_a_tiny_gradient_is_lost(interpreter):
     assert values[:4].eq(0).all()
 
 
+def test_a_class_that_does_not_exist_costs_infinity(interpreter, make_problem):
+    """A GPU's targets are not checked: nothing outside of the row is read for them."""
+    call = make_problem("none", tokens=3, grad=False).call()
+    target = replace(call.target, index=torch.tensor([-3, -3, 7]), kept=torch.ones(3, dtype=torch.bool))
+    tiles = tile_triton.TritonTiles(replace(call, target=target), (), ())
+    block = tiles.block(3)
+    torch.mm(call.input, call.weight.T, out=block)
+    assert tiles.statistics(block, slice(0, 3)).cross_entropy.eq(torch.inf).all()
+
+
 def test_it_is_chosen_on_a_gpu_alone(make_problem):
     call = make_problem("plif").call()
     if tile_triton.interpreted():
@@ -177,6 +188,68 @@ def test_nothing_imports_triton_before_it_is_needed():
         assert not [m for m in sys.modules if m.split(".")[0] == "triton"]
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=os.environ)
+
+
+class Compiler:
+    """In the place of a GPU's driver, enough to compile for it."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return -1  # what is kept for a device that is there stays its own
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The names of the kernels that calls launch: compiled for the arguments that they get there, and not run."""
+    if tile_triton.interpreted():
+        pytest.skip("the interpreter compiles nothing")
+    from triton.runtime import driver
+
+    names = []
+
+    def compile_it(kernel, programs, **arguments):
+        assert kernel.warmup(grid=(programs,), **arguments)
+        names.append(kernel.__name__)
+
+    monkeypatch.setattr(tile_triton, "_launch", compile_it)
+    monkeypatch.setattr(tile_triton, "interpreted", lambda: True)
+    monkeypatch.setattr(driver, "_active", Compiler())
+    return names
+
+
+# Of a call: the options of the loss, or of the statistics; the target's kind; the words.
+CALLS = {
+    "sparse": ({"z_loss": 0.1}, None, False, 50),
+    "smoothed": ({"label_smoothing": 0.1, "weight": torch.ones(50)}, None, False, 50),
+    "probabilities": ({"label_smoothing": 0.1}, None, True, 50),
+    "statistics": (None, {}, False, 50),
+    "statistics without a target": (None, {"target": False}, False, 50),
+    "one word": (None, {}, False, 1),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_kernels_of_every_kind_of_call_compile(compiled, case, dtype, mixture, make_problem):
+    """Each branch of a kernel: the interpreter does not see what the compiler refuses."""
+    options, asked, probabilities, vocab = CALLS[case]
+    problem = make_problem("compose", mixture=mixture, probabilities=probabilities, vocab=vocab, dtype=dtype)
+    if options is None:
+        statistics = problem.statistics("triton", **asked)
+        made = sum(x.sum() for x in statistics if x is not None and x.is_floating_point())
+    else:
+        if mixture:
+            options = {key: value for key, value in options.items() if key != "z_loss"}
+        made = problem.loss("triton", **options)
+    made.backward()
+    assert len(set(compiled)) >= 2
 
 
 @pytest.fixture(scope="module")

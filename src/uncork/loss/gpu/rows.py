@@ -127,8 +127,9 @@ def row_statistics(
         tl.store(argmax_out + at, where.to(tl.int64))
     if index is not None:
         word = tl.load(index + at // K)
-        z, possible = load_scores(row, bias, word, word < V, W, T)
-        logit = tl.where(possible, apply(z, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
+        word = tl.where(word < 0, V, word)  # a class that does not exist is impossible
+        score, exists = load_scores(row, bias, word, word < V, W, T)
+        logit = tl.where(exists, apply(score, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
         tl.store(at_target_out + at, logit - top)
     if (loss_out is not None) or (entropy_out is not None):
         loss = tl.zeros((), T)
