@@ -18,7 +18,7 @@ from uncork.logit_functions.operations import first_order, readable
 from uncork.loss.call import Call, Implementation, Statistics, without_autocast
 from uncork.loss.function import function_parameters, module_state
 from uncork.loss.target import ProbabilityTarget
-from uncork.loss.tile import TileResult, Tiles, Upstream
+from uncork.loss.tile import WIDENS, TileResult, Tiles, Upstream
 
 
 @dataclass
@@ -175,10 +175,10 @@ def _joined(parts: Sequence[TileResult]) -> TileResult:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; of half-precision factors and a wider `out`, a GPU adds up in out's dtype, a CPU casts the product."""
+    """out = a b; of half-precision factors and a wider `out`, a GPU adds up in out's dtype; others cast the product."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif a.is_cuda and WIDENS:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))
@@ -188,7 +188,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a b, likewise."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.is_cuda and WIDENS:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b)

@@ -13,6 +13,10 @@ from torch import Tensor
 from uncork.loss.call import Call
 from uncork.loss.chunk_size import ChunkRule
 
+# Whether half-precision matrices can be multiplied, and added, into float32: NVIDIA's, since torch's addmm takes a
+# float32 `self` beside them (2.8 and 2.9 have out_dtype and refuse that).
+WIDENS = torch.version.hip is None and torch.__version__ >= "2.11"
+
 
 class Upstream(NamedTuple):
     """(C,) each: the upstream gradients of a token's cross-entropy, logsumexp, its square, and entropy."""

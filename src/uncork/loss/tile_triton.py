@@ -24,7 +24,7 @@ from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import MIB, ChunkRule
 from uncork.loss.function import operations_of
 from uncork.loss.target import IndexTarget, ProbabilityTarget
-from uncork.loss.tile import TileResult, Tiles, Upstream
+from uncork.loss.tile import WIDENS, TileResult, Tiles, Upstream
 
 if TYPE_CHECKING:
     from uncork.loss.gpu.functions import Chain
@@ -37,9 +37,6 @@ _LIMIT_OPERATIONS, _LIMIT_PIECES = 8, 2**24
 _BLOCK, _BLOCK_OF_MANY = 2048, 1024 if torch.version.hip is None else 2048
 # Of kernels with several components: left to itself NVIDIA's compiler spills to have more rows at once.
 _REGISTERS = {"maxnreg": 96} if torch.version.hip is None else {}
-
-# Whether products of half-precision factors can be added up and returned in float32: NVIDIA's, from torch 2.8 on.
-_WIDENS = torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
 
 # Each chunk reads W twice and its gradient once, so chunks are large: 2,048 rows of 152,000 words in float32.
 RULE = ChunkRule(budget=1200 * MIB, narrow_budget=1200 * MIB, least_rows=256, limit_rows=4096)
@@ -105,7 +102,7 @@ class TritonTiles(Tiles):
 
         float16 ones are not: without a factor of its own a small gradient to the scores would underflow.
         """
-        as_it_is = call.input.dtype == torch.bfloat16 and call.input.is_cuda and _WIDENS
+        as_it_is = call.input.dtype == torch.bfloat16 and call.input.is_cuda and WIDENS
         return call.input.dtype if as_it_is else cls.product_dtype(call)
 
     @classmethod
