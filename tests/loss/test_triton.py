@@ -4,11 +4,11 @@ The tests of the contract run on it too where TRITON_INTERPRET=1 (`make test`). 
 triton is imported, so these tests start a process for it; compiling needs a process without it.
 """
 
-import importlib.metadata
 import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +142,41 @@ def test_a_class_that_does_not_exist_costs_infinity(interpreter, make_problem):
     assert tiles.statistics(block, slice(0, 3)).cross_entropy.eq(torch.inf).all()
 
 
+def test_nan_below_the_first_knot_reaches_every_sum(interpreter, make_problem):
+    """Whole numbers cannot say it."""
+    plif = uncork.PLIF(4, 1.0)
+    call, _ = build_call(torch.ones(1, 1), -100 * torch.ones(2, 1), torch.tensor([0]), logit_function=plif)
+    tiles = tile_triton.TritonTiles(call, plif.tables(), [True] * 3)
+    block = tiles.block(1)
+    torch.mm(call.input, call.weight.T, out=block)
+    _, values, slopes = tiles.gradient(block, slice(0, 1), tile_triton.Upstream(torch.tensor([torch.nan]))).sums
+    assert values.isnan().all()
+    assert slopes.isnan().all()
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_scores(monkeypatch):
+    """Triton launches on the current device, which need not be the tensors'."""
+    current, seen = [None], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    scores = torch.ones(1)
+    tile_triton._launch({(3,): lambda scores: seen.append(current[-1])}, 3, scores=scores)
+    assert seen == [scores]
+
+
+def test_a_weight_that_is_not_copied_needs_no_memory(make_problem):
+    call = make_problem("none", dtype=torch.bfloat16).call()
+    call = replace(call, memory_budget=10 * 7 * 4)
+    assert tile_triton.RULE.rows(call, torch.float32, torch.bfloat16) == 10
+    assert tile_triton.RULE.rows(replace(call, memory_budget=10 * 7 * 4 + 21 * 4), torch.float32) == 10
+
+
 def test_it_is_chosen_on_a_gpu_alone(make_problem):
     call = make_problem("plif").call()
     if tile_triton.interpreted():
@@ -164,13 +199,11 @@ def test_refusals_name_what_is_missing(monkeypatch, make_problem):
     ("version", "said"), [("3.2.0", "it needs triton 3.6 or newer, and this is 3.2.0"), ("", "pip")]
 )
 def test_a_missing_or_old_triton_is_said_once_and_torch_serves(monkeypatch, version, said, make_problem):
-    def found(name):
-        if not version:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(importlib.metadata, "version", found)
+    if version:
+        monkeypatch.setattr("triton.__version__", version)
+    else:
+        monkeypatch.setitem(sys.modules, "triton", None)
     tile_triton._missing.cache_clear()
     try:
         reason = IMPLEMENTATIONS["triton"].refuses(make_problem("plif").call())

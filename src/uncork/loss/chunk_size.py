@@ -48,11 +48,11 @@ class ChunkRule:
         """How many rows of half-precision scores are raised to the loss's dtype at once: what stays in a cache."""
         return max(1, min(RAISED, self.budget // self.blocks) // (call.weight.shape[0] * call.dtype.itemsize))
 
-    def rows(self, call: Call, dtype: torch.dtype) -> int:
-        """Rows for a call whose matrix products are computed in `dtype`.
+    def rows(self, call: Call, dtype: torch.dtype, operands: torch.dtype | None = None) -> int:
+        """Rows for a call whose scores are of `dtype`; so is what the products multiply, unless `operands` says else.
 
-        The caller's memory_budget is not exceeded, and a copy of the weight in `dtype` counts towards it; a ValueError
-        says so if it is too small for one token.
+        The caller's memory_budget is not exceeded, and a copy of the weight counts towards it where there is one; a
+        ValueError says so if it is too small for one token.
         """
         vocab_size, features = call.weight.shape
         if call.chunk_size is not None:
@@ -61,12 +61,13 @@ class ChunkRule:
             return self.default_rows(vocab_size, features, dtype.itemsize)
         raised = call.dtype.itemsize if dtype != call.dtype else 0
         row = max(1, vocab_size) * (dtype.itemsize + raised) * self.blocks
-        copies = 0 if call.weight.dtype == dtype else call.weight.numel() * dtype.itemsize
+        operands = operands or dtype
+        copies = 0 if call.weight.dtype == operands else call.weight.numel() * operands.itemsize
         rows, least = (call.memory_budget - copies) // row, call.components
         if rows < least:
             raise ValueError(
                 f"memory_budget: expected at least {copies + least * row} bytes ({least * row} for one token's scores, "
-                f"{copies} for the weight in {dtype}), got {call.memory_budget}"
+                f"{copies} for the weight in {operands}), got {call.memory_budget}"
             )
         return min(rows // 32 * 32 or rows, self.limit_rows)
 

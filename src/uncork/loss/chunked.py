@@ -52,7 +52,7 @@ class Walk(Generic[T]):
         rounds = scores_dtype != call.dtype
         self.bias = call.bias.detach().to(self.dtype) if rounds and call.bias is not None else None
         self.tiles = make_tiles(replace(call, bias=None) if rounds else call, self.parameters, self.needs[4:])
-        self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, scores_dtype) // call.components)
+        self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, scores_dtype, self.dtype) // call.components)
         self.block = self.tiles.block(min(self.chunk, call.tokens) * call.components)
         self.raised: Tensor | None = None  # memory for a few rows of scores in the loss's dtype
         if rounds and not make_tiles.reads_products:
@@ -155,8 +155,9 @@ def _add_rows(result: TileResult, into: Tensor | None) -> None:
     if into is None:
         return
     assert result.grad_scores is not None
-    grad, scale = result.grad_scores.to(into.dtype), result.scale
-    into += grad.sum(0) if scale is None else torch.mv(grad.T, scale)
+    grad, scale = result.grad_scores, result.scale
+    # A GPU raises half precision as it adds up, without a copy of the block.
+    into += grad.sum(0, dtype=into.dtype) if scale is None else torch.mv(grad.to(into.dtype).T, scale)
 
 
 def _joined(parts: Sequence[TileResult]) -> TileResult:

@@ -7,7 +7,7 @@ With TRITON_INTERPRET=1 Triton runs the same kernels on the CPU, slowly: so are 
 """
 
 import functools
-import importlib.metadata
+import importlib
 import os
 import re
 from collections.abc import Sequence
@@ -49,9 +49,9 @@ def interpreted() -> bool:
 
 @functools.cache
 def _missing() -> str:
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    try:  # not by importlib.metadata: torch's builds for AMD bring it under another name
+        version = importlib.import_module("triton").__version__
+    except ImportError:
         return "there is no package triton: pip install triton"
     known = tuple(map(int, re.findall(r"\d+", version)[:2]))
     return "" if known >= _OLDEST else f"it needs triton {'.'.join(map(str, _OLDEST))} or newer, and this is {version}"
@@ -359,7 +359,7 @@ class TritonTiles(Tiles):
             scale, gap = gathered["scales"][2 * i].double(), gathered["scales"][2 * i + 1].double()
             whole = gathered["bins"][chain.bins[i] : chain.bins[i] + 2 * pieces].view(pieces, 2).double()
             below, above = sums[start : start + 2].unbind()
-            nan = above * 0  # if some gradient was NaN or infinite
+            nan = (below + above) * 0  # if some gradient was NaN or infinite
             values, slopes = whole[:, 0] / scale + nan, whole[:, 1] / scale * gap + nan
             slopes[0] += below
             slopes[-1] += above
@@ -470,7 +470,8 @@ def _launch(kernel: Any, programs: int, **arguments: Any) -> None:
     """Runs a kernel, unless there is nothing to do."""
     if not programs:
         return
-    with _quiet():
+    # Triton launches on the current device, whatever device its arguments are on.
+    with _quiet(), torch.cuda.device_of(arguments["scores"]):
         kernel[(programs,)](**arguments)
 
 
