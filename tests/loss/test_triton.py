@@ -156,7 +156,8 @@ def test_nan_below_the_first_knot_reaches_every_sum(interpreter, make_problem):
 
 def test_a_kernel_is_launched_on_the_device_of_its_scores(monkeypatch):
     """Triton launches on the current device, which need not be the tensors'."""
-    current, seen = [None], []
+    current: list[torch.Tensor | None] = [None]
+    seen: list[torch.Tensor | None] = []
 
     @contextmanager
     def device_of(tensor):
@@ -212,6 +213,23 @@ def test_a_missing_or_old_triton_is_said_once_and_torch_serves(monkeypatch, vers
         tile_triton._missing.cache_clear()
     assert isinstance(reason, Missing)
     assert said in reason
+
+
+def test_where_triton_cannot_launch_the_reason_is_said(monkeypatch):
+    """Without a C compiler, say, which many images with a GPU lack, it raises when a kernel is first launched."""
+    from triton.runtime import driver
+
+    class Broken:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    tile_triton._cannot_launch.cache_clear()
+    monkeypatch.setattr(driver, "_active", Broken())
+    assert "Failed to find C compiler" in tile_triton._cannot_launch()
+    tile_triton._cannot_launch.cache_clear()
+    monkeypatch.setattr(driver, "_active", Compiler())
+    assert tile_triton._cannot_launch() == ""
+    tile_triton._cannot_launch.cache_clear()
 
 
 def test_nothing_imports_triton_before_it_is_needed():

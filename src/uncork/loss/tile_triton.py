@@ -10,6 +10,7 @@ import functools
 import importlib
 import os
 import re
+import subprocess
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,16 @@ def _missing() -> str:
     return "" if known >= _OLDEST else f"it needs triton {'.'.join(map(str, _OLDEST))} or newer, and this is {version}"
 
 
+@functools.cache
+def _cannot_launch() -> str:
+    """Why Triton reaches no GPU here: it compiles what launches its kernels when it is first asked for its driver."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"triton cannot launch here (it needs a C compiler and Python's headers): {error}"
+    return ""
+
+
 def _refuses_function(function: nn.Module | None) -> str:
     if function is None:
         return ""
@@ -89,7 +100,10 @@ class TritonTiles(Tiles):
         odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
         if odd:
             return f"it needs plain tensors, not {odd[0]}"
-        return _refuses_function(call.function) or (Missing(_missing()) if _missing() else "")
+        if reason := _refuses_function(call.function):
+            return reason
+        missing = _missing() or ("" if interpreted() else _cannot_launch())
+        return Missing(missing) if missing else ""
 
     @classmethod
     def chunk_rule(cls, call: Call) -> ChunkRule:
