@@ -1,6 +1,6 @@
 """The logit function inside the loss: how it is applied, and the tensors that a tile computes gradients for."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,25 @@ def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
 def operations_of(function: nn.Module) -> Sequence[Operation] | None:
     """A LogitFunction's primitives; None if only autograd can differentiate the function."""
     return function.operations() if isinstance(function, LogitFunction) else None
+
+
+def no_kernel(function: nn.Module | None, kinds: Container[type[Operation]], longest: int, most_pieces: int) -> str:
+    """Why a tile with kernels for these primitives cannot compute the function; empty if it can.
+
+    longest: primitives of a chain. most_pieces: pieces or units, exclusive.
+    """
+    if function is None:
+        return ""
+    operations = operations_of(function)
+    if operations is None:
+        return f"{type(function).__name__} is not made of its primitives"
+    if len(operations) > longest:
+        return f"a chain of {len(operations)} primitives is longer than {longest}"
+    unknown = [type(operation).__name__ for operation in operations if type(operation) not in kinds]
+    if unknown:
+        return f"it has no kernel for {', '.join(unknown)}"
+    pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
+    return f"it takes fewer than {most_pieces} pieces" if max(pieces) >= most_pieces else ""
 
 
 def module_state(function: nn.Module | None) -> ModuleState | None:

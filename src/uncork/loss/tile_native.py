@@ -26,7 +26,7 @@ from uncork.logit_functions.operations import (
 )
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import CPU, ChunkRule
-from uncork.loss.function import operations_of
+from uncork.loss.function import no_kernel
 from uncork.loss.target import IndexTarget, ProbabilityTarget
 from uncork.loss.tile import LogProbTiles, TileResult, Upstream
 
@@ -135,20 +135,11 @@ def instructions() -> str:
 
 
 def _refuses_function(function: nn.Module | None) -> str:
-    if function is None:
-        return ""
-    operations = operations_of(function)
-    if operations is None:
-        return f"{type(function).__name__} is not made of its primitives"
-    if len(operations) > _LIMIT_OPERATIONS:
-        return f"a chain of {len(operations)} primitives is longer than {_LIMIT_OPERATIONS}"
-    unknown = [type(operation).__name__ for operation in operations if type(operation) not in _KINDS]
-    if unknown:
-        return f"it has no kernel for {', '.join(unknown)}"
-    if not all(f.increasing for f in function.modules() if isinstance(f, LogitFunction)):
+    if reason := no_kernel(function, _KINDS, _LIMIT_OPERATIONS, _LIMIT_PIECES):
+        return reason
+    if function is not None and not all(f.increasing for f in function.modules() if isinstance(f, LogitFunction)):
         return f"{type(function).__name__} does not increase, and the largest score is taken for the largest logit"
-    pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
-    return f"it takes fewer than {_LIMIT_PIECES} pieces" if max(pieces) >= _LIMIT_PIECES else ""
+    return ""
 
 
 def _check_tables(operations: Sequence[Operation], tables: Sequence[Tensor]) -> None:

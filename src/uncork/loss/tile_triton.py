@@ -23,7 +23,7 @@ from uncork.logit_functions.base import LogitFunction, constants
 from uncork.logit_functions.operations import Affine, PiecewiseLinear, Sigmoid, Softplus, Tanh, recorded
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import MIB, ChunkRule
-from uncork.loss.function import operations_of
+from uncork.loss.function import no_kernel
 from uncork.loss.target import IndexTarget, ProbabilityTarget
 from uncork.loss.tile import WIDENS, TileResult, Tiles, Upstream
 
@@ -68,21 +68,6 @@ def _cannot_launch() -> str:
     return ""
 
 
-def _refuses_function(function: nn.Module | None) -> str:
-    if function is None:
-        return ""
-    operations = operations_of(function)
-    if operations is None:
-        return f"{type(function).__name__} is not made of its primitives"
-    if len(operations) > _LIMIT_OPERATIONS:
-        return f"a chain of {len(operations)} primitives is longer than {_LIMIT_OPERATIONS}"
-    unknown = [type(operation).__name__ for operation in operations if type(operation) not in _KINDS]
-    if unknown:
-        return f"it has no kernel for {', '.join(unknown)}"
-    pieces = [max(getattr(f, "num_pieces", 0), getattr(f, "num_units", 0)) for f in function.modules()]
-    return f"it takes fewer than {_LIMIT_PIECES} pieces" if max(pieces) >= _LIMIT_PIECES else ""
-
-
 class TritonTiles(Tiles):
     """The tiles of one call."""
 
@@ -100,7 +85,7 @@ class TritonTiles(Tiles):
         odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
         if odd:
             return f"it needs plain tensors, not {odd[0]}"
-        if reason := _refuses_function(call.function):
+        if reason := no_kernel(call.function, _KINDS, _LIMIT_OPERATIONS, _LIMIT_PIECES):
             return reason
         missing = _missing() or ("" if interpreted() else _cannot_launch())
         return Missing(missing) if missing else ""
