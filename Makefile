@@ -25,7 +25,7 @@ CONSTRAINTS := build/constraints-floor.txt
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
 	baseline-places baseline-transformer baseline-final baseline-final-transformer
 
-.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site examples dist test-dist clean
+.PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site examples gpu dist test-dist clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -116,6 +116,9 @@ examples: $(READY) ## run the examples at their full size: ten minutes on 2 core
 	$(BIN)/python examples/classifier.py
 	$(BIN)/python examples/finetune_trainer.py --out-dir runs/finetuned
 	OMP_NUM_THREADS=1 $(BIN)/jupyter-execute examples/bottleneck.ipynb
+
+gpu: $(READY) ## check, tune and time the tile for GPUs on one; stops after nine minutes, and goes on when run again
+	PYTHONPATH=src $(BIN)/python benchmarks/gpu.py all --out results/gpu
 
 # Built from the sdist, whose bytes and the wheel's depend on the commit alone. auditwheel says which Linux the wheel fits.
 dist: ## the sdist and the wheel for this kind of Linux machine, in dist/
