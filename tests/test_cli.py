@@ -383,15 +383,18 @@ def test_cells_go_seed_by_seed():
 
 
 def test_the_completion_for_bash_knows_the_commands(capsys, tmp_path):
+    scripts = []
     for arguments, read in (
         (["--tyro-print-completion", "bash"], lambda: capsys.readouterr().out),
         (["--tyro-write-completion", "bash", str(tmp_path / "uncork")], (tmp_path / "uncork").read_text),
     ):
         assert cli.main(arguments) == 0
         script = read()
+        scripts.append(script.strip())
         assert "complete" in script
         assert all(kind.__name__.lower() in script for kind in cli._COMMANDS)
         assert "--function-lr-scale" in script
+    assert scripts[0] == scripts[1]
 
 
 def test_a_refused_run_leaves_its_folder_to_the_corrected_command(text, tmp_path, capsys):

@@ -254,9 +254,9 @@ def test_every_file_of_a_run_is_read_once(tmp_path, store, monkeypatch):
     (beside.path / "analysis.json").write_text(json.dumps(runs[0].result["analysis"]))
     reads: Counter[str] = Counter()
 
-    def counted(path):
+    def counted(path, *mend):
         reads[str(path.relative_to(store.root))] += 1
-        return files.read_json(path)
+        return files.read_json(path, *mend)
 
     monkeypatch.setattr(store_module, "read_json", counted)
     monkeypatch.setattr(records, "read_json", counted)

@@ -44,7 +44,8 @@ def parse(kinds: Mapping[str, type], arguments: Sequence[str], about: str) -> An
     except SystemExit as end:
         if end.code:
             raise LabError(_mistake(kinds, arguments, err.getvalue())) from None
-    say(_wrapped(out.getvalue().rstrip("\n")))
+    said = out.getvalue().rstrip("\n")
+    say(_wrapped(said) if {"-h", "--help"} & set(arguments) else said)  # else a script for completion
     for line in _long_defaults(kinds.get(next(iter(arguments), ""))):
         say(line)
     return None
