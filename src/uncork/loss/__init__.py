@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from uncork.loss.call import build_call
+from uncork.loss.estimate import estimate_memory
+from uncork.loss.memory import MemoryEstimate
 from uncork.loss.operator import implementation
 from uncork.loss.reduction import TokenStatistics, answer_statistics, check_reduction, reduce_loss
 
 __all__ = [
+    "MemoryEstimate",
     "TokenStatistics",
+    "estimate_memory",
     "linear_cross_entropy",
     "mixture_cross_entropy",
     "mixture_token_statistics",

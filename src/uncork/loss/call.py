@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from uncork.logit_functions.operations import readable
 from uncork.loss.function import ModuleState, check_function
+from uncork.loss.memory import MemoryEstimate
 from uncork.loss.target import IndexTarget, ProbabilityTarget, Target
 from uncork.messages import position
 
@@ -75,6 +76,14 @@ class Implementation(ABC):
     def variant(self) -> str:
         """Which of its builds runs here; empty if there is but one."""
         return ""
+
+    def memory(self, call: Call, gradients: bool) -> MemoryEstimate:
+        """What a scalar reduction with index targets needs; the call has no target and may be of `Described` tensors.
+
+        Args:
+            gradients: whether all inputs and the function's parameters get theirs, or there is a forward alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how much memory it needs")
 
     @abstractmethod
     def statistics(self, call: Call) -> Statistics:
@@ -236,15 +245,21 @@ def _checked_weight(weight: Tensor | None, vocab_size: int, dtype: torch.dtype, 
     return weight.to(dtype)
 
 
-def _check_chunk(chunk_size: object, memory_budget: object) -> None:
-    for key, size, unit in (("chunk_size", chunk_size, "rows of scores"), ("memory_budget", memory_budget, "bytes")):
+def checked_chunk(chunk_size: int | None, memory_budget: int | None) -> tuple[int | None, int | None]:
+    """Both as Python's own numbers (they may be numpy's); raises unless one at most is given, and at least 1."""
+    given: dict[str, tuple[object, str]] = {
+        "chunk_size": (chunk_size, "rows of scores"),
+        "memory_budget": (memory_budget, "bytes"),
+    }
+    for key, (size, unit) in given.items():
         whole = not isinstance(size, bool) and isinstance(size, Integral) and int(size) > 0
         _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", repr(size))
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
+    return None if chunk_size is None else int(chunk_size), None if memory_budget is None else int(memory_budget)
 
 
-def _check_scores_dtype(asked: object, input: Tensor) -> None:
+def check_scores_dtype(asked: object, input: Tensor) -> None:
     """Raises unless the scores of an input can be kept in the dtype asked for."""
     if asked is None:
         return
@@ -304,9 +319,7 @@ def build_call(
     ignore_index = int(ignore_index)
     check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    _check_chunk(chunk_size, memory_budget)
-    chunk_size = None if chunk_size is None else int(chunk_size)  # numpy's too
-    memory_budget = None if memory_budget is None else int(memory_budget)
+    chunk_size, memory_budget = checked_chunk(chunk_size, memory_budget)
     leading = tuple(input.shape[:-1])
     if prior_logits is not None:
         prior_logits, leading = _checked_prior(prior_logits, input), leading[:-1]
@@ -315,7 +328,7 @@ def build_call(
     if cast is not None and input.dtype != torch.float64:
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)
-    _check_scores_dtype(scores_dtype, input)
+    check_scores_dtype(scores_dtype, input)
     flat = input.reshape(-1, *input.shape[-2:]) if mixture else input.reshape(-1, features)
     prepared: Target | None = None
     if target is not None:

@@ -17,8 +17,10 @@ from uncork.logit_functions.base import table_dtype
 from uncork.logit_functions.operations import first_order, readable
 from uncork.loss.call import Call, Implementation, Statistics, without_autocast
 from uncork.loss.function import function_parameters, module_state
+from uncork.loss.memory import MemoryEstimate
+from uncork.loss.plan import Plan, add_product, multiply, walk_memory
 from uncork.loss.target import ProbabilityTarget
-from uncork.loss.tile import WIDENS, TileResult, Tiles, Upstream
+from uncork.loss.tile import TileResult, Tiles, Upstream
 
 
 @dataclass
@@ -44,20 +46,17 @@ class Walk(Generic[T]):
     def __init__(
         self, call: Call, make_tiles: type[T], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
     ) -> None:
-        self.call = call
-        self.dtype, scores_dtype = make_tiles.operand_dtype(call), make_tiles.product_dtype(call)
+        self.call, plan = call, Plan.of(call, make_tiles)
+        self.dtype, self.chunk = plan.operands, plan.tokens
         self.weight = call.weight.detach().to(self.dtype)
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
         # Scores in half precision are rounded once, with their bias, as torch's own linear layer rounds them.
-        rounds = scores_dtype != call.dtype
-        self.bias = call.bias.detach().to(self.dtype) if rounds and call.bias is not None else None
-        self.tiles = make_tiles(replace(call, bias=None) if rounds else call, self.parameters, self.needs[4:])
-        self.chunk = max(1, make_tiles.chunk_rule(call).rows(call, scores_dtype, self.dtype) // call.components)
-        self.block = self.tiles.block(min(self.chunk, call.tokens) * call.components)
+        self.bias = call.bias.detach().to(self.dtype) if plan.rounds and call.bias is not None else None
+        self.tiles = make_tiles(replace(call, bias=None) if plan.rounds else call, self.parameters, self.needs[4:])
+        self.block = self.tiles.block(plan.rows)
         self.raised: Tensor | None = None  # memory for a few rows of scores in the loss's dtype
-        if rounds and not make_tiles.reads_products:
-            rows = make_tiles.chunk_rule(call).raised_rows(call) // call.components * call.components
-            shape = min(max(rows, call.components), self.block.shape[0]), self.block.shape[1]
+        if plan.raised:
+            shape = plan.raised, self.block.shape[1]
             self.raised = torch.empty(shape, dtype=call.dtype, device=call.input.device)
 
     def spans(self) -> list[slice]:
@@ -73,7 +72,7 @@ class Walk(Generic[T]):
         """x W^T (rows, V), with the bias where the tiles get none, in the one block that all chunks share."""
         block = self.block[: x.shape[0]]
         if self.bias is None:
-            _multiply(x, self.weight.T, block)
+            multiply(x, self.weight.T, block)
         else:
             torch.addmm(self.bias, x, self.weight.T, out=block)
         return block
@@ -137,11 +136,11 @@ class Walk(Generic[T]):
         assert grad_scores is not None
         if into.input is not None:
             part = into.input[span].view(grad_scores.shape[0], -1)
-            _multiply(grad_scores, self.weight, part)
+            multiply(grad_scores, self.weight, part)
             if scale is not None:
                 part.mul_(scale[:, None])
         if into.weight is not None:
-            _add_product(grad_scores.T, x if scale is None else (x * scale[:, None]).to(self.dtype), into.weight)
+            add_product(grad_scores.T, x if scale is None else (x * scale[:, None]).to(self.dtype), into.weight)
         if into.prior is not None and result.grad_prior is not None:
             into.prior[span] = result.grad_prior
         for total, own in zip(into.parameters, result.sums, strict=True):
@@ -173,26 +172,6 @@ def _joined(parts: Sequence[TileResult]) -> TileResult:
     fields = {name: together(name) for name in names}
     sums = [sum(own) if own[0] is not None else None for own in zip(*(part.sums for part in parts), strict=True)]
     return TileResult(**fields, sums=sums)  # type: ignore[arg-type]
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; of half-precision factors and a wider `out`, a GPU adds up in out's dtype; others cast the product."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda and WIDENS:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a b, likewise."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif a.is_cuda and WIDENS:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out += torch.mm(a, b)
 
 
 def _join(parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
@@ -381,6 +360,10 @@ class Chunked(Implementation):
     def variant(self) -> str:
         """The tiles' answer."""
         return self.tiles.variant()
+
+    def memory(self, call: Call, gradients: bool) -> MemoryEstimate:
+        """By the walk's own plan and the tiles' answer."""
+        return walk_memory(call, self.tiles, gradients)
 
     def _inputs(self, call: Call) -> list[Tensor | None]:
         parameters = function_parameters(call.function, call.dtype, call.input.device)

@@ -1,5 +1,8 @@
 """The reference implementation, which defines the results: it keeps the logits and leaves gradients to autograd."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,11 +10,33 @@ from torch.nn import functional as F
 from uncork.functional import mixture_log_softmax
 from uncork.loss.call import Call, Implementation, Statistics, without_autocast
 from uncork.loss.function import apply_function
+from uncork.loss.memory import Live, MemoryEstimate, shapes_alone
+from uncork.loss.reduction import reduce_loss
+from uncork.loss.stand_in import on_meta
 from uncork.loss.target import highest
 
 
 class Reference(Implementation):
     """Computes any call, on any device."""
+
+    def memory(self, call: Call, gradients: bool) -> MemoryEstimate:
+        """What a step makes that computes on the meta device; its scores are all that is no gradient."""
+        counted = call.input.device
+        call = on_meta(call, call.tokens)
+        call = replace(call, function=None if call.function is None else deepcopy(call.function).to("meta"))
+        inputs = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+        leaves = [t.requires_grad_(gradients) for t in inputs]
+        parameters = [] if call.function is None else [p for p in call.function.parameters() if p.requires_grad]
+
+        def run() -> int:
+            with torch.set_grad_enabled(gradients), Live(counted) as live:
+                loss = reduce_loss(self, call, (call.tokens,), None, "mean", 0.0)
+                if gradients:
+                    torch.autograd.grad(loss, [*leaves, *parameters])
+            return live.peak
+
+        kept = sum(t.nbytes for t in (*leaves, *parameters)) if gradients else 0
+        return MemoryEstimate.of(shapes_alone(run) - kept, 0, kept, 0, call.tokens * call.components)
 
     def statistics(self, call: Call) -> Statistics:
         """Per-token statistics, differentiable but for argmax."""

@@ -45,6 +45,18 @@ class TileResult(NamedTuple):
     sums: Sequence[Tensor | None] = ()
 
 
+class TileMemory(NamedTuple):
+    """Bytes that tiles need beside the block of scores.
+
+    whole: for as long as the call: results, tables in a kernel's form. peak: more than that, while one tile computes.
+    kept: of these, what stays until the products are made: a gradient that does not lie in the scores' memory.
+    """
+
+    whole: int
+    peak: int
+    kept: int = 0
+
+
 class Tiles(ABC):
     """The tiles of one call; before there are any, the class says whether and how it would serve the call.
 
@@ -73,6 +85,21 @@ class Tiles(ABC):
     def operand_dtype(cls, call: Call) -> torch.dtype:
         """Of what the three products multiply: input, weight and the gradient to the scores."""
         return cls.product_dtype(call)
+
+    @classmethod
+    @abstractmethod
+    def memory(cls, call: Call, parameters: Sequence[Tensor], rows: int, gradients: bool) -> TileMemory:
+        """What tiles of so many rows need, of a call with index targets, whose tensors may be `Described`.
+
+        Args:
+            parameters: of the function, as for a tile; those that require one get a gradient.
+            gradients: whether there are gradients at all, or statistics alone.
+        """
+
+    @classmethod
+    def width(cls, call: Call) -> int:
+        """Numbers from one row of the block of scores to the next."""
+        return call.weight.shape[0]
 
     @classmethod
     def variant(cls) -> str:

@@ -26,9 +26,10 @@ from uncork.logit_functions.operations import (
 )
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import CPU, ChunkRule
-from uncork.loss.function import no_kernel
+from uncork.loss.function import no_kernel, operations_of
+from uncork.loss.stand_in import PLAIN
 from uncork.loss.target import IndexTarget, ProbabilityTarget
-from uncork.loss.tile import LogProbTiles, TileResult, Upstream
+from uncork.loss.tile import LogProbTiles, TileMemory, TileResult, Upstream
 
 LIBRARY = Path(__file__).with_name("_tile_native.so")
 _VERSION = 2
@@ -37,6 +38,9 @@ _SIZES: dict[type[Operation], int] = {Affine: 2, Tanh: 2, Sigmoid: 3, Softplus: 
 _SORTED = 5
 _STATISTICS, _GRADIENT, _LOG_PROB = 0, 1, 2
 _LIMIT_OPERATIONS, _LIMIT_PIECES = 16, 2**24
+# As in native/rows.cpp: blocks of tokens that have sums of their own, and how many sums they share unless there are few
+# blocks. As in native/worker.h: up to so many pieces, or V / 2, a thread has histograms, and beyond them a trail.
+_MOST_BLOCKS, _FEWEST_BLOCKS, _MOST_SUMS, _FEW_PIECES = 128, 4, 2**20, 256
 
 _forked = False
 
@@ -175,7 +179,7 @@ class NativeTiles(LogProbTiles):
             return f"it works on the CPU, not on {call.input.device}"
         if recorded():
             return "it reads and writes memory, which no tracer, compiler or function transform sees"
-        odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+        odd = [type(t).__name__ for t in tensors if type(t) not in PLAIN]
         if odd:
             return f"it needs plain tensors, not {odd[0]}"
         return Missing(missing) if missing else _refuses_function(call.function)
@@ -184,6 +188,28 @@ class NativeTiles(LogProbTiles):
     def chunk_rule(cls, call: Call) -> ChunkRule:
         """The CPU's rule for one block of scores, which every step overwrites with its result."""
         return CPU
+
+    @classmethod
+    def memory(cls, call: Call, parameters: Sequence[Tensor], rows: int, gradients: bool) -> TileMemory:
+        """Results of all tokens; in the C++ sums of every block of tokens, and each thread's histograms or trails."""
+        k, size = call.components, call.dtype.itemsize
+        results = 2 + gradients * (k if call.prior_logits is None else 2 * k)
+        whole, sums, thread, start = call.tokens * results * size, 0, 0, 0
+        for operation in () if call.function is None else operations_of(call.function) or ():
+            own = parameters[start : start + operation.num_tables]
+            start += len(own)
+            numbers = sum(t.numel() for t in own)
+            whole += 2 * numbers * size  # the tables, and as the C++ lays them out
+            if not gradients or not any(t.requires_grad for t in own):
+                continue
+            pieces = own[0].numel() if isinstance(operation, PiecewiseLinear) else 0
+            sums += 2 * pieces or numbers
+            if pieces > max(_FEW_PIECES, call.weight.shape[0] // 2):
+                thread += k * call.weight.shape[0] * 4 * size  # a trail: a piece and two numbers, aligned
+            else:
+                thread += k * pieces * 2 * 8 * (4 if pieces <= _FEW_PIECES else 2)
+        blocks = min(_MOST_BLOCKS, max(_FEWEST_BLOCKS, _MOST_SUMS // max(1, sums)), max(1, rows // k))
+        return TileMemory(whole, (blocks + 1) * sums * 8 + torch.get_num_threads() * thread)
 
     @classmethod
     def variant(cls) -> str:

@@ -1,6 +1,6 @@
 """The tile in plain torch: any function, any device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,8 +13,10 @@ from uncork.logit_functions.operations import Operation, function_transforms, re
 from uncork.loss.call import Call
 from uncork.loss.chunk_size import ChunkRule, rule_of
 from uncork.loss.function import ModuleState, checked_logits, operations_of
+from uncork.loss.memory import Live, shapes_alone
+from uncork.loss.stand_in import on_meta
 from uncork.loss.target import IndexTarget, Target, highest
-from uncork.loss.tile import TileResult, Tiles, Upstream
+from uncork.loss.tile import TileMemory, TileResult, Tiles, Upstream
 
 
 class FunctionRunner(Protocol):
@@ -32,31 +34,52 @@ def _impossible(scores: Tensor) -> Tensor | None:
     return None if known_possible(scores) else scores == -torch.inf
 
 
+Masks = Callable[[Tensor], Tensor | None]
+
+
 def _fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
     """x with the value wherever the mask is True, in place."""
     return x if mask is None else x.masked_fill_(mask, value)
 
 
 class NoFunction:
-    """The plain softmax."""
+    """The plain softmax.
+
+    Args:
+        impossible: says where scores are -inf.
+    """
+
+    def __init__(self, impossible: Masks = _impossible) -> None:
+        self.impossible = impossible
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
-        return scores, _impossible(scores)
+        return scores, self.impossible(scores)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         return _fill(grad, context, 0), []
 
 
 class OperationsRunner:
-    """A chain of primitives over tables."""
+    """A chain of primitives over tables.
 
-    def __init__(self, operations: Sequence[Operation], tables: Sequence[Tensor], needs: Sequence[bool]) -> None:
+    Args:
+        needs: for which tables a gradient is asked. impossible: says where scores are -inf.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        tables: Sequence[Tensor],
+        needs: Sequence[bool],
+        impossible: Masks = _impossible,
+    ) -> None:
         device = tables[0].device
+        self.impossible = impossible
         self.chain = with_tables(operations, tables, device)
         self.needs = list(needs)
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
-        impossible = _impossible(scores)
+        impossible = self.impossible(scores)
         x = _fill(scores, impossible, 0)
         stages = []
         for operation, tables in self.chain:
@@ -235,6 +258,29 @@ class TorchTiles(Tiles):
         """The device's rule, with its budget divided among BLOCKS blocks."""
         return replace(rule_of(call.input.device), blocks=BLOCKS)
 
+    @classmethod
+    def memory(cls, call: Call, parameters: Sequence[Tensor], rows: int, gradients: bool) -> TileMemory:
+        """What a tile makes that computes on the meta device."""
+        call, counted = on_meta(call, rows // call.components), call.input.device
+        needs = [gradients and p.requires_grad for p in parameters]
+        meta = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in parameters]
+        span = slice(0, call.tokens)
+
+        def run() -> TileMemory:
+            with torch.no_grad():
+                scores = torch.empty(rows, call.weight.shape[0], dtype=call.dtype, device="meta")
+                upstream = Upstream(torch.empty(call.tokens, dtype=call.dtype, device="meta"))
+                with Live(counted) as live:
+                    tiles = cls(call, meta, needs)
+                    if counted.type == "cpu":  # it would read the scores, and find none of -inf
+                        tiles.runner = make_runner(call, meta, needs, lambda scores: None)
+                    whole = live.live
+                    result = tiles.gradient(scores, span, upstream) if gradients else tiles.statistics(scores, span)
+                    kept = 0 if result.grad_scores is None else live.live - whole
+            return TileMemory(whole, live.peak - whole, kept)
+
+        return shapes_alone(run)
+
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
         super().__init__(call, parameters, needs)
         self.bias = None if call.bias is None else call.bias.detach().to(call.dtype)
@@ -262,12 +308,14 @@ class TorchTiles(Tiles):
         return TileResult(tile.cross_entropy, tile.lse, None, None, grad_scores, None, grad_prior, sums)
 
 
-def make_runner(call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> FunctionRunner:
+def make_runner(
+    call: Call, parameters: Sequence[Tensor], needs: Sequence[bool], impossible: Masks = _impossible
+) -> FunctionRunner:
     """The runner of a function whose differentiable tensors are `parameters` (see `function_parameters`)."""
     if call.function is None:
-        return NoFunction()
+        return NoFunction(impossible)
     operations = operations_of(call.function)
     if operations is None:
         assert call.module_state is not None
         return ModuleRunner(call.function, call.module_state, parameters)
-    return OperationsRunner(operations, parameters, needs) if operations else NoFunction()
+    return OperationsRunner(operations, parameters, needs, impossible) if operations else NoFunction(impossible)

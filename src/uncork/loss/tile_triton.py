@@ -23,9 +23,10 @@ from uncork.logit_functions.base import LogitFunction, constants
 from uncork.logit_functions.operations import Affine, PiecewiseLinear, Sigmoid, Softplus, Tanh, recorded
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import MIB, ChunkRule
-from uncork.loss.function import no_kernel
+from uncork.loss.function import no_kernel, operations_of
+from uncork.loss.stand_in import PLAIN
 from uncork.loss.target import IndexTarget, ProbabilityTarget
-from uncork.loss.tile import WIDENS, TileResult, Tiles, Upstream
+from uncork.loss.tile import WIDENS, TileMemory, TileResult, Tiles, Upstream
 
 if TYPE_CHECKING:
     from uncork.loss.gpu.functions import Chain
@@ -82,7 +83,7 @@ class TritonTiles(Tiles):
             return f"it works on a GPU, not on {device}"
         if recorded():
             return "it reads and writes memory, which no tracer, compiler or function transform sees"
-        odd = [type(t).__name__ for t in tensors if type(t) not in (Tensor, nn.Parameter)]
+        odd = [type(t).__name__ for t in tensors if type(t) not in PLAIN]
         if odd:
             return f"it needs plain tensors, not {odd[0]}"
         if reason := no_kernel(call.function, _KINDS, _LIMIT_OPERATIONS, _LIMIT_PIECES):
@@ -103,6 +104,26 @@ class TritonTiles(Tiles):
         """
         as_it_is = call.input.dtype == torch.bfloat16 and call.input.is_cuda and WIDENS
         return call.input.dtype if as_it_is else cls.product_dtype(call)
+
+    @classmethod
+    def memory(cls, call: Call, parameters: Sequence[Tensor], rows: int, gradients: bool) -> TileMemory:
+        """The packed tables and bias, the histogram that all rows share, and a few numbers a row."""
+        size, bins, scalars, start = call.dtype.itemsize, 0, 0, 0
+        bias = 0 if call.bias is None else _wide(call.weight.shape[0]) * size
+        numbers = sum(t.numel() for t in parameters)
+        for operation in () if call.function is None else operations_of(call.function) or ():
+            own = parameters[start : start + operation.num_tables]
+            start += len(own)
+            if gradients and any(t.requires_grad for t in own):
+                pieces = own[0].numel() if isinstance(operation, PiecewiseLinear) else 0
+                bins, scalars = bins + 2 * pieces, scalars + (2 if pieces else own[0].numel())
+        statistics = 3 + (8 if gradients else 0)  # top, log-sum, target; factors, which of them count, and their sizes
+        return TileMemory(bias + numbers * size, bins * 8 + rows * (statistics * size + scalars * 8))
+
+    @classmethod
+    def width(cls, call: Call) -> int:
+        """Rows begin at multiples of 16 numbers, for wide loads."""
+        return _wide(call.weight.shape[0])
 
     @classmethod
     def variant(cls) -> str:
@@ -130,12 +151,10 @@ class TritonTiles(Tiles):
         self.word_weight = _padded(weight) if weight is not None and self.dense else None
 
     def block(self, rows: int) -> Tensor:
-        """Memory for (rows, V) scores, not filled; rows begin at multiples of 16 numbers, for wide loads."""
-        vocab_size = self.call.weight.shape[0]
-        memory = torch.empty(
-            rows, _wide(vocab_size), dtype=self.product_dtype(self.call), device=self.call.input.device
-        )
-        return memory[:, :vocab_size]
+        """Memory for (rows, V) scores, not filled."""
+        call = self.call
+        memory = torch.empty(rows, self.width(call), dtype=self.product_dtype(call), device=call.input.device)
+        return memory[:, : call.weight.shape[0]]
 
     # ---- what kernels are given
 

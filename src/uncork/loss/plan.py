@@ -1,0 +1,118 @@
+"""What is decided of a walk over the chunks before it starts, its matrix products, and the memory that it will need."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uncork.logit_functions.base import table_dtype
+from uncork.loss.call import Call
+from uncork.loss.function import function_parameters
+from uncork.loss.memory import Live, MemoryEstimate, device_of
+from uncork.loss.tile import WIDENS, Tiles
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one call with one kind of tile.
+
+    Attributes:
+        operands: dtype of what the products multiply. scores: dtype of the scores.
+        rounds: whether scores are kept in another dtype than the loss's.
+        tokens: of a chunk. rows: of the block of scores that all chunks share.
+        raised: rows of scores that are copied to the loss's dtype at once; 0 if none are.
+    """
+
+    operands: torch.dtype
+    scores: torch.dtype
+    rounds: bool
+    tokens: int
+    rows: int
+    raised: int
+
+    @classmethod
+    def of(cls, call: Call, tiles: type[Tiles]) -> "Plan":
+        """Raises a ValueError if the caller's memory_budget is too small for one token."""
+        scores, rule, k = tiles.product_dtype(call), tiles.chunk_rule(call), call.components
+        rounds = scores != call.dtype
+        operands = tiles.operand_dtype(call)
+        tokens = max(1, rule.rows(call, scores, operands) // k)
+        rows = min(tokens, call.tokens) * k
+        raised = 0
+        if rounds and not tiles.reads_products:
+            raised = min(max(rule.raised_rows(call) // k * k, k), rows)
+        return cls(operands, scores, rounds, tokens, rows, raised)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b; of half-precision factors and a wider `out`, a GPU adds up in out's dtype; others cast the product."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and WIDENS:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a b, likewise."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda and WIDENS:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += torch.mm(a, b)
+
+
+def _product_bytes(call: Call, operands: torch.dtype) -> int:
+    """Bytes that `add_product` makes for W's gradient: the product, and torch's copy of it in the dtype of the sum.
+
+    (The copy is made by the addition. Where the processor has no bfloat16 products, torch's own is added up in a matrix
+    of that size too, before.)
+    """
+    if operands == call.dtype or (call.input.is_cuda and WIDENS):
+        return 0
+    return call.weight.numel() * (operands.itemsize + call.dtype.itemsize)
+
+
+def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstimate:
+    """What `Walk` needs for a scalar reduction with an index target, and its backward.
+
+    Args:
+        gradients: whether all inputs and the function's parameters get theirs, or there is a forward alone.
+    """
+    plan, wide = Plan.of(call, tiles), call.dtype.itemsize
+    vocab_size, features = call.weight.shape
+    with torch.set_grad_enabled(gradients), Live(call.input.device) as made:
+        parameters = function_parameters(call.function, call.dtype, device_of(call.function))
+    tile = tiles.memory(call, parameters, plan.raised or plan.rows, gradients)
+    # A part's result is held until that of the next one is there.
+    several = plan.rows > plan.raised > 0 or (not plan.raised and call.tokens > plan.tokens)
+    working = tile.peak + (tile.kept if several else 0)
+    if gradients:  # the products, and the input times each row's factor
+        products = _product_bytes(call, plan.operands) + plan.rows * features * wide
+        working = max(working, products + (0 if plan.raised else tile.kept))
+    scores = plan.rows * tiles.width(call) * plan.scores.itemsize + plan.raised * vocab_size * wide + working
+    copies = 0 if call.weight.dtype == plan.operands else call.weight.numel() * plan.operands.itemsize
+    other = tile.whole + made.live + call.tokens * token_bytes(call)
+    if call.input.dtype != plan.operands:
+        other += plan.rows * features * plan.operands.itemsize
+    if call.bias is not None and plan.rounds and call.bias.dtype != plan.operands:
+        other += vocab_size * plan.operands.itemsize
+    if not gradients:
+        return MemoryEstimate.of(scores, copies, 0, other, plan.rows)
+    inputs = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+    sums = sum(p.numel() * table_dtype(p.device).itemsize for p in parameters if p.requires_grad)
+    kept = sum(t.numel() for t in inputs) * wide + sums
+    forward = MemoryEstimate.of(scores, copies, kept, other, plan.rows)
+    # The backward casts what was kept.
+    cast = sum(t.numel() * t.dtype.itemsize for t in inputs if t.dtype != call.dtype)
+    cast += sum(p.nbytes for p in parameters if p.requires_grad)
+    backward = MemoryEstimate.of(0, 0, kept + cast, made.live + call.tokens * token_bytes(call), plan.rows)
+    return max(forward, backward, key=lambda found: found.total)
+
+
+def token_bytes(call: Call) -> int:
+    """Bytes that a token has whatever its vector and its scores: its target, factors, cross-entropy and logsumexp."""
+    index, kept, numbers = 8, 1, 7  # the numbers: weight, hit, share, denominator, factor; and the two results
+    return index + kept + numbers * call.dtype.itemsize
