@@ -192,7 +192,10 @@ def test_a_number_that_only_training_meets_is_one_line(given, trained, tmp_path,
         (["synthetic", "--beta", "-1"], "uncork: --beta: expected finite numbers above 0, got -1"),
         (["synthetic", "--workers", "9999"], "uncork: --workers: expected at least 1 and at most 1024, got 9999"),
         (["study", "--workers", "9999"], "uncork: --workers: expected at least 1 and at most 1024, got 9999"),
-        (["bench", "--impl", "nosuch"], "uncork: --impl: expected one of native, triton, torch, reference or None, got"),
+        (
+            ["bench", "--impl", "nosuch"],
+            "uncork: --impl: expected one of native, triton, torch, reference or None, got",
+        ),
         (["bench", "--threads", "9999"], "uncork: --threads: expected at least 1 and at most 1024, got 9999"),
         (["bench", "--shapes", "999999999999,400,10"], "uncork: --shapes: 999999999999, 400, 10 needs at least"),
         (
