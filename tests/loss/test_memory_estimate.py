@@ -203,7 +203,6 @@ class Reads(nn.Module):
         ({"scores_dtype": torch.bfloat16}, ValueError),
         ({"impl": "nativ"}, ValueError),
     ],
-    ids=str,
 )
 def test_bad_input_is_named(options, error):
     with pytest.raises(error, match=f"^{next(iter(options))}: "):
