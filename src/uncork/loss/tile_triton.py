@@ -88,7 +88,8 @@ class TritonTiles(Tiles):
             return f"it needs plain tensors, not {odd[0]}"
         if reason := no_kernel(call.function, _KINDS, _LIMIT_OPERATIONS, _LIMIT_PIECES):
             return reason
-        missing = _missing() or ("" if interpreted() else _cannot_launch())
+        here = torch.cuda.is_available() and not interpreted()  # an estimate needs no GPU
+        missing = _missing() or (_cannot_launch() if here else "")
         return Missing(missing) if missing else ""
 
     @classmethod
