@@ -1,8 +1,9 @@
 """The primitives of `logit_functions/operations.py` on a block of scores in a Triton kernel.
 
 A chain of primitives is given by tuples of constants, an entry for each: KINDS, PIECES (0 without pieces), OFFSETS
-(where its numbers begin in `tables`). `pack` says what these numbers are. A chain is short, so what the backward needs
-of a stage is computed again from the first score; the compiler sees the repetition and leaves it out.
+(where its numbers begin in `tables`). Tuples of tuples compile from triton 3.9 on alone. `pack` says what the numbers
+are. A chain is short, so what the backward needs of a stage is computed again from the first score; the compiler sees
+the repetition and leaves it out.
 """
 
 import math

@@ -65,31 +65,17 @@ def better(best, where, x, words, inside, V):
 
 @triton.jit
 def row_statistics(
-    scores,
-    stride,
-    V,
-    W,
-    bias,
-    tables,
-    index,
-    probabilities,
-    word_weight,
+    scores, stride, V, W, bias, tables, index, probabilities, word_weight,
     numbers,  # (2,): whole, uniform
-    top_out,  # (R,)
-    log_sum_out,  # (R,)
+    top_out, log_sum_out,  # (R,)
     at_target_out,  # (R,): the target's logit less top
     loss_out,  # (R,): - sum_v t_v log p_v over what load_target gives
     mass_out,  # (R, 2): sum_v t_v, sum_v |t_v|
     entropy_out,  # (R,)
     argmax_out,  # (R,)
-    K: tl.constexpr,
-    KINDS: tl.constexpr,
-    PIECES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    SIZE: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SIZE: tl.constexpr,
+    T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     row = scores + at * stride
     given = probabilities
@@ -132,19 +118,10 @@ def row_statistics(
         logit = tl.where(exists, apply(score, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
         tl.store(at_target_out + at, logit - top)
     if (loss_out is not None) or (entropy_out is not None):
-        loss = tl.zeros((), T)
-        entropy = tl.zeros((), T)
-        for start in range(0, V, BLOCK):
-            words = start + tl.arange(0, BLOCK)
-            inside = words < V
-            z, possible = load_scores(row, bias, words, inside, W, T)
-            logits = tl.where(possible, apply(z, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
-            log_p = (logits - top) - log_sum
-            if loss_out is not None:
-                t = load_target(given, word_weight, words, inside, W, numbers, T)
-                loss -= tl.sum(product(t, log_p), 0)
-            if entropy_out is not None:
-                entropy -= tl.sum(tl.where(inside, product(tl.exp(log_p), log_p), 0.0), 0)
+        loss, entropy = row_sums_of_log_p(
+            row, V, W, bias, tables, given, word_weight, numbers, top, log_sum, loss_out is not None,
+            entropy_out is not None, KINDS, PIECES, OFFSETS, SIZE, T, BLOCK,
+        )  # fmt: skip
         if loss_out is not None:
             tl.store(loss_out + at, loss)
         if entropy_out is not None:
@@ -152,45 +129,46 @@ def row_statistics(
 
 
 @triton.jit
+def row_sums_of_log_p(
+    row, V, W, bias, tables, given, word_weight, numbers, top, log_sum, LOSS: tl.constexpr, ENTROPY: tl.constexpr,
+    KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(- sum_v t_v log p_v, - sum_v p_v log p_v) of a row, each 0 where it is not asked for."""
+    loss = tl.zeros((), T)
+    entropy = tl.zeros((), T)
+    for start in range(0, V, BLOCK):
+        words = start + tl.arange(0, BLOCK)
+        inside = words < V
+        z, possible = load_scores(row, bias, words, inside, W, T)
+        logits = tl.where(possible, apply(z, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
+        log_p = (logits - top) - log_sum
+        if LOSS:
+            t = load_target(given, word_weight, words, inside, W, numbers, T)
+            loss -= tl.sum(product(t, log_p), 0)
+        if ENTROPY:
+            entropy -= tl.sum(tl.where(inside, product(tl.exp(log_p), log_p), 0.0), 0)
+    return loss, entropy
+
+
+@triton.jit
 def row_gradient(
-    scores,
-    stride,
-    V,
-    W,
-    bias,
-    tables,
-    index,
-    probabilities,
-    word_weight,
+    scores, stride, V, W, bias, tables, index, probabilities, word_weight,
     numbers,  # (2,): whole, uniform
-    top_in,  # (R,)
-    log_sum_in,  # (R,)
+    top_in, log_sum_in,  # (R,)
     used,  # (R,) bool: a row that is not used gets 0, whatever its scores
     factor,  # (R,) a
     hit,  # (R,): t at the target's word
     dense,  # (R,): what all that load_target gives is multiplied by
     entropy_factor,  # (R,) e
     entropy,  # (R,) H
-    out,
-    out_stride,
-    bins,
-    scales,
+    out, out_stride, bins, scales,
     row_sums,  # (R, S)
-    K: tl.constexpr,
-    KINDS: tl.constexpr,
-    PIECES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    SCALARS: tl.constexpr,
-    BINS: tl.constexpr,
-    WANTED: tl.constexpr,
-    SIZE: tl.constexpr,
-    S: tl.constexpr,
-    PADDED: tl.constexpr,
+    K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr,
+    BINS: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
     SHARED: tl.constexpr,  # whether narrower numbers are written into the row's own scores
-    ROUND: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ROUND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     row = scores + at * stride
     into = out + at * out_stride
@@ -270,24 +248,9 @@ def mix(
     total = tl.zeros_like(words).to(T)
     for k in range(K):
         _, log_p, _ = component(
-            scores,
-            stride,
-            k,
-            W,
-            bias,
-            tables,
-            top_in,
-            log_sum_in,
-            at,
-            words,
-            inside,
-            K,
-            KINDS,
-            PIECES,
-            OFFSETS,
-            SIZE,
-            T,
-        )
+            scores, stride, k, W, bias, tables, top_in, log_sum_in, at, words, inside,
+            K, KINDS, PIECES, OFFSETS, SIZE, T,
+        )  # fmt: skip
         joint = tl.load(log_prior + at * K + k) + log_p
         higher = tl.where(joint > top, joint, top)
         lift = tl.where(higher == MINUS, 0.0, higher)
@@ -334,14 +297,8 @@ def mixed_sums(
     argmax_out,  # (N,)
     component_out,  # (N, K): the sums over words of each component's share
     size_out,  # (N,): sum_v |dL / d log p_v|
-    K: tl.constexpr,
-    PADDED: tl.constexpr,
-    KINDS: tl.constexpr,
-    PIECES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    SIZE: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr, PADDED: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr,
+    SIZE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     loss = tl.zeros((), T)
@@ -394,26 +351,12 @@ def mixed_gradient(
     loss_factor, entropy_factor,
     used,  # (N,) bool
     component_in,
-    out,
-    out_stride,
-    bins,
-    scales,
+    out, out_stride, bins, scales,
     row_sums,  # (N, S)
     HAS_TARGET: tl.constexpr,
-    K: tl.constexpr,
-    KINDS: tl.constexpr,
-    PIECES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    SCALARS: tl.constexpr,
-    BINS: tl.constexpr,
-    WANTED: tl.constexpr,
-    SIZE: tl.constexpr,
-    S: tl.constexpr,
-    PADDED: tl.constexpr,
-    SHARED: tl.constexpr,
-    ROUND: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr,
+    BINS: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
+    SHARED: tl.constexpr, ROUND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     live = tl.load(used + at)
