@@ -112,7 +112,7 @@ def compiled(kernel: str, name: str, target: str) -> dict[str, Any]:
         if value.startswith("*") or argument in ("stride", "out_stride", "W"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(code, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": NUM_WARPS}
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     if components > 1 and TARGETS[target].backend == "cuda":
         options |= tile_triton._REGISTERS
     made = triton.compile(source, target=TARGETS[target], options=options)

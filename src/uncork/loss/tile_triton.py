@@ -192,6 +192,7 @@ class TritonTiles(Tiles):
             "T": tl.float64 if self.call.dtype == torch.float64 else tl.float32,
             "BLOCK": min(block, triton.next_power_of_2(vocab_size)),
             "num_warps": 8 if vocab_size >= block else 4,
+            "enable_fp_fusion": True,  # its default changes with triton 3.10
         }
 
     # ---- statistics
