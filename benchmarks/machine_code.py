@@ -27,7 +27,8 @@ from uncork import PLIF, Compose, LogitFunction, MonotoneNetwork, Scale, Softcap
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
 from uncork.loss import tile_triton
-from uncork.loss.gpu import functions, rows
+from uncork.loss.gpu import rows
+from uncork.loss.gpu.chain import Chain, pack
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,10 +61,10 @@ NUM_WARPS = 8
 def arguments_of(name: str, out: str, components: int, block: int) -> dict[str, Any]:
     """The arguments of a kernel by name: a type (text) for what is given at run time, else a constant."""
     function, learned = FUNCTIONS[name]
-    chain = functions.Chain()
+    chain = Chain()
     if function is not None:
         tables = function.tables()
-        chain = functions.pack(function.operations() or (), tables, [learned] * len(tables), torch.float32)
+        chain = pack(function.operations() or (), tables, [learned] * len(tables), torch.float32)
     numbers = ("top_out", "log_sum_out", "at_target_out", "numbers", "top_in", "log_sum_in", "factor", "hit")
     mixed = ("log_prior", "loss_factor", "loss_out", "component_out", "size_out", "component_in")
     return {

@@ -65,6 +65,10 @@ class Call:
     def components(self) -> int:
         return 1 if self.prior_logits is None else self.input.shape[1]
 
+    def tensors(self) -> list[Tensor]:
+        """Those that it multiplies and mixes, as far as they are given."""
+        return [t for t in (self.input, self.weight, self.bias, self.prior_logits) if t is not None]
+
 
 class Implementation(ABC):
     """One way to compute losses and statistics; `refuses` says which calls it does not support."""

@@ -101,7 +101,7 @@ def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstima
         other += vocab_size * plan.operands.itemsize
     if not gradients:
         return MemoryEstimate.of(scores, copies, 0, other, plan.rows)
-    inputs = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+    inputs = call.tensors()
     sums = sum(p.numel() * table_dtype(p.device).itemsize for p in parameters if p.requires_grad)
     kept = sum(t.numel() for t in inputs) * wide + sums
     forward = MemoryEstimate.of(scores, copies, kept, other, plan.rows)

@@ -24,7 +24,7 @@ class Reference(Implementation):
         counted = call.input.device
         call = on_meta(call, call.tokens)
         call = replace(call, function=None if call.function is None else deepcopy(call.function).to("meta"))
-        inputs = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
+        inputs = call.tensors()
         leaves = [t.requires_grad_(gradients) for t in inputs]
         parameters = [] if call.function is None else [p for p in call.function.parameters() if p.requires_grad]
 

@@ -10,12 +10,22 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from uncork.logit_functions.operations import recorded
 from uncork.loss.call import Call
 from uncork.loss.chunk_size import ChunkRule
+from uncork.loss.stand_in import PLAIN
 
 # Whether half-precision matrices can be multiplied, and added, into float32: NVIDIA's, since torch's addmm takes a
 # float32 `self` beside them (2.8 and 2.9 have out_dtype and refuse that).
 WIDENS = torch.version.hip is None and torch.__version__ >= "2.11"
+
+
+def hides_memory(call: Call) -> str:
+    """Why tiles that read and write the tensors' memory themselves cannot serve the call; empty if they can."""
+    if recorded():
+        return "it reads and writes memory, which no tracer, compiler or function transform sees"
+    odd = [type(t).__name__ for t in call.tensors() if type(t) not in PLAIN]
+    return f"it needs plain tensors, not {odd[0]}" if odd else ""
 
 
 class Upstream(NamedTuple):

@@ -22,14 +22,12 @@ from uncork.logit_functions.operations import (
     Sigmoid,
     Softplus,
     Tanh,
-    recorded,
 )
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import CPU, ChunkRule
 from uncork.loss.function import no_kernel, operations_of
-from uncork.loss.stand_in import PLAIN
 from uncork.loss.target import IndexTarget, ProbabilityTarget
-from uncork.loss.tile import LogProbTiles, TileMemory, TileResult, Upstream
+from uncork.loss.tile import LogProbTiles, TileMemory, TileResult, Upstream, hides_memory
 
 LIBRARY = Path(__file__).with_name("_tile_native.so")
 _VERSION = 2
@@ -174,14 +172,10 @@ class NativeTiles(LogProbTiles):
     @classmethod
     def refuses(cls, call: Call) -> str:
         """Refuses tensors of a subclass or not on the CPU, calls that torch traces, and functions without a kernel."""
-        tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
-        if any(t.device.type != "cpu" for t in tensors):
+        if any(t.device.type != "cpu" for t in call.tensors()):
             return f"it works on the CPU, not on {call.input.device}"
-        if recorded():
-            return "it reads and writes memory, which no tracer, compiler or function transform sees"
-        odd = [type(t).__name__ for t in tensors if type(t) not in PLAIN]
-        if odd:
-            return f"it needs plain tensors, not {odd[0]}"
+        if reason := hides_memory(call):
+            return reason
         return Missing(missing) if missing else _refuses_function(call.function)
 
     @classmethod

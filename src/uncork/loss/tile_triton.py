@@ -13,25 +13,21 @@ import re
 import subprocess
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from uncork.logit_functions.base import LogitFunction, constants
-from uncork.logit_functions.operations import Affine, PiecewiseLinear, Sigmoid, Softplus, Tanh, recorded
+from uncork.logit_functions.operations import PiecewiseLinear
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import MIB, ChunkRule
 from uncork.loss.function import no_kernel, operations_of
-from uncork.loss.stand_in import PLAIN
+from uncork.loss.gpu.chain import KIND_OF, pack
 from uncork.loss.target import IndexTarget, ProbabilityTarget
-from uncork.loss.tile import WIDENS, TileMemory, TileResult, Tiles, Upstream
+from uncork.loss.tile import WIDENS, TileMemory, TileResult, Tiles, Upstream, hides_memory
 
-if TYPE_CHECKING:
-    from uncork.loss.gpu.functions import Chain
-
-_KINDS = (Affine, Tanh, Sigmoid, Softplus, PiecewiseLinear)
 _OLDEST = (3, 6)  # of triton
 _LIMIT_OPERATIONS, _LIMIT_PIECES = 8, 2**24
 # Numbers of a row at once, for 256 threads (512 of AMD) whose registers they have to fit in; fewer, but 16 bytes for
@@ -77,16 +73,10 @@ class TritonTiles(Tiles):
     @classmethod
     def refuses(cls, call: Call) -> str:
         """Refuses tensors of a subclass or not on a GPU, calls that torch traces, and functions without a kernel."""
-        tensors = [t for t in (call.input, call.weight, call.bias, call.prior_logits) if t is not None]
         device = call.input.device
         if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
             return f"it works on a GPU, not on {device}"
-        if recorded():
-            return "it reads and writes memory, which no tracer, compiler or function transform sees"
-        odd = [type(t).__name__ for t in tensors if type(t) not in PLAIN]
-        if odd:
-            return f"it needs plain tensors, not {odd[0]}"
-        if reason := no_kernel(call.function, _KINDS, _LIMIT_OPERATIONS, _LIMIT_PIECES):
+        if reason := hides_memory(call) or no_kernel(call.function, KIND_OF, _LIMIT_OPERATIONS, _LIMIT_PIECES):
             return reason
         here = torch.cuda.is_available() and not interpreted()  # an estimate needs no GPU
         missing = _missing() or (_cannot_launch() if here else "")
@@ -132,15 +122,12 @@ class TritonTiles(Tiles):
         return "interpreted" if interpreted() else ""
 
     def __init__(self, call: Call, parameters: Sequence[Tensor], needs: Sequence[bool]) -> None:
-        from uncork.loss.gpu import functions
-
         super().__init__(call, parameters, needs)
         device = call.input.device
         self.bias = None if call.bias is None else _padded(call.bias.detach().to(call.dtype))
         assert call.function is None or isinstance(call.function, LogitFunction)
         operations = (() if call.function is None else call.function.operations()) or ()
-        self.chain: Chain = functions.pack(operations, parameters, needs, call.dtype)
-        self.num_tables = [operation.num_tables for operation in operations]
+        self.chain = pack(operations, parameters, needs, call.dtype)
         target = call.target
         uniform = target.uniform if isinstance(target, IndexTarget) else 0.0
         whole = 1.0
@@ -330,15 +317,7 @@ class TritonTiles(Tiles):
 
         chain, device = self.chain, scores.device
         out = self._narrow(scores)
-        scales = None
-        if chain.num_bins:
-            steps, bound = [], size.double().sum()
-            for gap, steepest in zip(reversed(chain.gaps), reversed(chain.steepest), strict=True):
-                # Sums stay below 2^61, so whole numbers of 64 bits hold them.
-                exponent = torch.floor(60 - torch.log2(bound)).nan_to_num(0, 0, 0).clamp(-100, 100)
-                steps += [gap, torch.exp2(exponent)]
-                bound = bound * steepest.clamp(min=1)
-            scales = torch.stack(steps[::-1])
+        scales = chain.scales(size.double().sum())
         return {
             "out": out,
             "out_stride": out.stride(0),
@@ -354,37 +333,15 @@ class TritonTiles(Tiles):
             "ROUND": interpreted() and out.dtype == torch.bfloat16,
         }
 
+    def _per_table(self, gathered: dict[str, Any]) -> list[Tensor | None]:
+        return self.chain.per_table(gathered["row_sums"], gathered["bins"], gathered["scales"])
+
     def _narrow(self, scores: Tensor) -> Tensor:
         """The scores' own memory for gradients in the dtype of the products' operands."""
         dtype = self.operand_dtype(self.call)
         if dtype == scores.dtype:
             return scores
         return torch.as_strided(scores.view(dtype), scores.shape, (scores.stride(0) * 2, 1))
-
-    def _per_table(self, gathered: dict[str, Any]) -> list[Tensor | None]:
-        """The gradient to each table, in float64; None for knots, which have none, and where none is wanted."""
-        chain = self.chain
-        found: list[Tensor | None] = []
-        sums = None if gathered["row_sums"] is None else gathered["row_sums"].sum(0)
-        for i, num_tables in enumerate(self.num_tables):
-            if not chain.wanted[i]:
-                found += [None] * num_tables
-                continue
-            assert sums is not None
-            start, pieces = chain.scalars[i], chain.pieces[i]
-            if not pieces:
-                count = _count(chain.kinds[i])
-                found.append(sums[start : start + count])
-                continue
-            scale, gap = gathered["scales"][2 * i].double(), gathered["scales"][2 * i + 1].double()
-            whole = gathered["bins"][chain.bins[i] : chain.bins[i] + 2 * pieces].view(pieces, 2).double()
-            below, above = sums[start : start + 2].unbind()
-            nan = (below + above) * 0  # if some gradient was NaN or infinite
-            values, slopes = whole[:, 0] / scale + nan, whole[:, 1] / scale * gap + nan
-            slopes[0] += below
-            slopes[-1] += above
-            found += [None, values, slopes]
-        return found
 
     # ---- mixtures
 
@@ -508,8 +465,3 @@ def _padded(per_word: Tensor) -> Tensor:
 def _to_prior(grad_component: Tensor, log_prior: Tensor) -> Tensor:
     """The gradient to the prior's logits from that to its log-probabilities."""
     return grad_component - log_prior.exp() * grad_component.sum(-1, keepdim=True)
-
-
-def _count(kind: int) -> int:
-    """How many numbers a primitive without pieces has."""
-    return (2, 2, 3, 2)[kind]

@@ -1,123 +1,22 @@
 """The primitives of `logit_functions/operations.py` on a block of scores in a Triton kernel.
 
 A chain of primitives is given by tuples of constants, an entry for each: KINDS, PIECES (0 without pieces), OFFSETS
-(where its numbers begin in `tables`). Tuples of tuples compile from triton 3.9 on alone. `pack` says what the numbers
-are. A chain is short, so what the backward needs of a stage is computed again from the first score; the compiler sees
-the repetition and leaves it out.
+(where its numbers begin in `tables`). Tuples of tuples compile from triton 3.9 on alone. `chain.pack` says what the
+numbers are. A chain is short, so what the backward needs of a stage is computed again from the first score; the
+compiler sees the repetition and leaves it out.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from uncork.logit_functions.operations import Affine, Operation, PiecewiseLinear, Sigmoid, Softplus, Tanh
+from uncork.loss.gpu import chain
 
-AFFINE = tl.constexpr(0)
-TANH = tl.constexpr(1)
-SIGMOID = tl.constexpr(2)
-SOFTPLUS = tl.constexpr(3)
-UNIFORM = tl.constexpr(4)  # P equal pieces
-SORTED = tl.constexpr(5)  # pieces among sorted knots
-
-KIND_OF: dict[type[Operation], int] = {Affine: 0, Tanh: 1, Sigmoid: 2, Softplus: 3, PiecewiseLinear: 4}
-NUM_SCALARS = (2, 2, 3, 2, 2, 2)  # sums over elements that a row keeps of each kind
-_HEADER = 6  # numbers before the lines of a piecewise linear primitive
-_HEADER_SIZE = tl.constexpr(_HEADER)
+AFFINE = tl.constexpr(chain.AFFINE)
+TANH = tl.constexpr(chain.TANH)
+SIGMOID = tl.constexpr(chain.SIGMOID)
+UNIFORM = tl.constexpr(chain.UNIFORM)
+HEADER = tl.constexpr(chain.HEADER)
 LIMIT_BITS = tl.constexpr(24)  # fewer than 2^24 pieces
-
-
-@dataclass
-class Chain:
-    """A function's primitives as the kernels take them."""
-
-    kinds: tuple[int, ...] = ()
-    pieces: tuple[int, ...] = ()
-    offsets: tuple[int, ...] = ()
-    scalars: tuple[int, ...] = ()  # where each one's sums begin among a row's
-    bins: tuple[int, ...] = ()  # where each one's histogram of 2 P sums begins
-    wanted: tuple[int, ...] = ()  # whether its tables' gradients are asked for
-    num_scalars: int = 0
-    num_bins: int = 0
-    tables: Tensor | None = None
-    gaps: list[Tensor] = field(default_factory=list)  # of each, a power of two that a distance to a knot stays below
-    steepest: list[Tensor] = field(default_factory=list)  # of each, a bound of its slope
-
-
-def pack(operations: Sequence[Operation], tables: Sequence[Tensor], needs: Sequence[bool], dtype: torch.dtype) -> Chain:
-    """The chain of operations over their tables; needs: for which tables a gradient is asked.
-
-    Affine (a, b), Tanh (lower, upper), Sigmoid (a, b, c) and Softplus (c, w) are packed as they are. P equal pieces:
-    1 / spacing, (P mod 2) / 2, the spacing in two parts, 2 numbers unused; sorted ones: 6 unused; then value and slope
-    of every piece by turns, then sorted knots.
-    """
-    chain = Chain()
-    parts: list[Tensor] = []
-    start = offset = 0
-    for operation in operations:
-        own = [t.detach() for t in tables[start : start + operation.num_tables]]
-        wanted = any(needs[start : start + operation.num_tables])
-        start += operation.num_tables
-        kind, pieces = KIND_OF[type(operation)], 0
-        numbers = own[0].reshape(-1).double()
-        gap = numbers.new_ones(())
-        if isinstance(operation, PiecewiseLinear):
-            pieces = own[0].numel()
-            kind = kind if operation.bound is not None else kind + 1
-            numbers, gap = _pieces(operation.bound, *(t.reshape(-1).double() for t in own))
-        chain.steepest.append(_steepest(kind, numbers, own))
-        chain.gaps.append(gap)
-        chain.kinds += (kind,)
-        chain.pieces += (pieces,)
-        chain.offsets += (offset,)
-        chain.scalars += (chain.num_scalars,)
-        chain.bins += (chain.num_bins,)
-        chain.wanted += (int(wanted),)
-        chain.num_scalars += NUM_SCALARS[kind] if wanted else 0
-        chain.num_bins += 2 * pieces if wanted else 0
-        parts.append(torch.cat([numbers, numbers.new_zeros(numbers.numel() % 2)]).to(dtype))
-        offset += parts[-1].numel()
-    chain.tables = torch.cat(parts) if parts else None
-    return chain
-
-
-def _pieces(bound: float | None, knots: Tensor, values: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """(packed numbers, a power of two of at least twice every piece's width)."""
-    pieces = knots.numel()
-    lines = torch.stack([values, slopes], -1).reshape(-1)
-    if bound is None:
-        widths = (knots[1:] - knots[:-1]).amax() if pieces > 1 else knots.new_ones(())
-        gap = torch.exp2(torch.ceil(torch.log2(widths.clamp(1e-30, 1e30))) + 1)
-        return torch.cat([knots.new_zeros(_HEADER), lines, knots]), gap
-    spacing = 2 * bound / pieces
-    coarse = _leading_bits(spacing, max(1, 24 - pieces.bit_length()))
-    numbers = (pieces / (2 * bound), (pieces % 2) / 2, coarse, spacing - coarse, 0.0, 0.0)
-    filled = [torch.full((1,), number, dtype=torch.float64, device=knots.device) for number in numbers]
-    gap = torch.full((), 2.0 ** (math.ceil(math.log2(spacing)) + 1), dtype=torch.float64, device=knots.device)
-    return torch.cat([*filled, lines]), gap
-
-
-def _leading_bits(x: float, bits: int) -> float:
-    """x > 0 cut down to its leading bits, so that small multiples of it are exact in float32."""
-    mantissa, exponent = math.frexp(x)
-    return math.ldexp(math.floor(mantissa * 2**bits) / 2**bits, exponent)
-
-
-def _steepest(kind: int, numbers: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """An upper bound of a primitive's slope."""
-    if kind == AFFINE.value:
-        return numbers[0].abs()
-    if kind == TANH.value:
-        return numbers.new_ones(())
-    if kind == SIGMOID.value:
-        return (numbers[0] / numbers[2]).abs() / 4
-    if kind == SOFTPLUS.value:
-        return 1 + numbers[1].abs()
-    return (1 + tables[2].double()).abs().amax()
 
 
 @triton.jit
@@ -213,7 +112,7 @@ def locate(x, table, KIND: tl.constexpr, PIECES: tl.constexpr):
         distance = x - (steps * tl.load(table + 2) + steps * tl.load(table + 3))
         piece = i - lowest
     else:  # the last knot at or below x, or the first knot
-        knots = table + _HEADER_SIZE + 2 * PIECES
+        knots = table + HEADER + 2 * PIECES
         piece = tl.zeros_like(x).to(tl.int32)
         for j in tl.static_range(LIMIT_BITS):
             if (PIECES >> j) > 0:  # steps of P / 2, P / 4 ..., rounded up, reach every knot
@@ -231,7 +130,7 @@ def value_and_slope(x, tables, KIND: tl.constexpr, PIECES: tl.constexpr, OFFSET:
     table = tables + OFFSET
     if KIND >= UNIFORM:
         piece, distance = locate(x, table, KIND, PIECES)
-        line = table + _HEADER_SIZE + 2 * piece
+        line = table + HEADER + 2 * piece
         steeper = tl.load(line + 1)
         y = x + (tl.load(line) + steeper * distance)
         slope = 1.0 + steeper
