@@ -98,7 +98,7 @@ class Function(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["strict", "loose"])
-@pytest.mark.parametrize("name", [name for name in loss.__all__ if name[0].islower()])
+@pytest.mark.parametrize("name", [n for n in loss.__all__ if n[0].islower() and n != "estimate_memory"])  # no tensors
 def test_the_functions_themselves(name, strict):
     mixture = name.startswith("mixture")
     tokens = torch.export.Dim("tokens")
