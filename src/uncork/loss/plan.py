@@ -7,6 +7,7 @@ from torch import Tensor
 
 from uncork.logit_functions.base import table_dtype
 from uncork.loss.call import Call
+from uncork.loss.chunk_size import MIB
 from uncork.loss.function import function_parameters
 from uncork.loss.memory import Live, MemoryEstimate, device_of
 from uncork.loss.tile import WIDENS, Tiles
@@ -55,24 +56,33 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a b, likewise."""
+    """out += a b, likewise; a product that is cast is made some rows at a time."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif a.is_cuda and WIDENS:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        out += torch.mm(a, b)
+        step = _rows_cast(out.shape[1], a.dtype, out.dtype)
+        for start in range(0, out.shape[0], step):
+            out[start : start + step] += torch.mm(a[start : start + step], b)
 
 
-def _product_bytes(call: Call, operands: torch.dtype) -> int:
-    """Bytes that `add_product` makes for W's gradient: the product, and torch's copy of it in the dtype of the sum.
+def _rows_cast(columns: int, operands: torch.dtype, dtype: torch.dtype) -> int:
+    """Rows of a product that `add_product` casts at once, in 8 MiB: the product, and torch's copy in the sum's dtype.
 
     (The copy is made by the addition. Where the processor has no bfloat16 products, torch's own is added up in a matrix
     of that size too, before.)
     """
+    return max(1, 8 * MIB // (max(1, columns) * (operands.itemsize + dtype.itemsize)))
+
+
+def _product_bytes(call: Call, operands: torch.dtype) -> int:
+    """Bytes that `add_product` makes for W's gradient."""
     if operands == call.dtype or (call.input.is_cuda and WIDENS):
         return 0
-    return call.weight.numel() * (operands.itemsize + call.dtype.itemsize)
+    vocab_size, features = call.weight.shape
+    rows = min(vocab_size, _rows_cast(features, operands, call.dtype))
+    return rows * features * (operands.itemsize + call.dtype.itemsize)
 
 
 def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstimate:
