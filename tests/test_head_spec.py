@@ -40,7 +40,7 @@ def test_a_spec_is_printed_and_read_back_with_every_option(name):
             key: type(int(value) if isinstance(value, float) and value.is_integer() else value)
             for key, value in spec.options.items()
         }
-        if option not in ("unit_slope", None):  # which is for a learned PLIF alone
+        if option not in ("unit_slope", "unit_slope_at", None):  # which need each other, or a learned PLIF
             assert spec.build(D, V)(torch.randn(2, D)).shape == (2, V)
     assert HeadSpec.parse(name) == head
     assert str(head) == head.title == name

@@ -176,13 +176,13 @@ def test_one_step_of_bfloat16_spans_many_pieces_but_f_does_not_see_it():
 
 
 @repeatable
-@given(st.integers(1, 400), st.floats(0.5, 100.0), st.floats(0.1, 3.0), seeds)
-def test_unit_slope_holds_the_rise_of_the_middle_tenth(num_pieces, bound, spread, seed):
+@given(st.integers(1, 400), st.floats(0.5, 100.0), st.floats(0.1, 3.0), st.sampled_from([0.0, -0.9, 0.37]), seeds)
+def test_unit_slope_holds_the_rise_of_a_tenth(num_pieces, bound, spread, at, seed):
     torch.manual_seed(seed)
     free = scattered(num_pieces, bound, spread)
-    plif = PLIF(num_pieces, bound, unit_slope=True).double()
+    plif = PLIF(num_pieces, bound, unit_slope=True, unit_slope_at=at * bound).double()
     plif.load_state_dict(free.state_dict())
-    ends = torch.tensor([-bound / 10, bound / 10], dtype=F64)
+    ends = torch.tensor([(at - 0.1) * bound, (at + 0.1) * bound], dtype=F64)
     assert plif(ends).diff().item() == pytest.approx(bound / 5, rel=1e-6)
     # The shape is that of the free function, divided by its own mean slope there.
     x = torch.randn(300, dtype=F64) * bound
@@ -196,6 +196,21 @@ def test_unit_slope_starts_as_the_identity_to_the_bit_and_keeps_its_spec():
     assert torch.equal(plif(x), x)
     assert PLIF.from_spec(plif.spec()).unit_slope
     assert not PLIF.from_spec(PLIF(30).spec()).unit_slope
+    assert PLIF.from_spec(PLIF(30, 7.0, unit_slope=True, unit_slope_at=5).spec()).unit_slope_at == 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit_slope": True, "unit_slope_at": 18.5}, "unit_slope_at: expected at most 0.9 bound = 18 in size, got 18"),
+        ({"unit_slope": True, "unit_slope_at": float("nan")}, "unit_slope_at: expected a finite number, got nan"),
+        ({"unit_slope": True, "unit_slope_at": "5"}, "unit_slope_at: expected a finite number, got '5'"),
+        ({"unit_slope_at": 5.0}, "unit_slope_at: expected 0 without unit_slope=True, got 5"),
+    ],
+)
+def test_a_place_of_unit_slope_that_is_none_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PLIF(**options)
 
 
 @pytest.mark.parametrize("middle", [-800.0, -5.0, 0.0, 40.0])

@@ -92,10 +92,10 @@ def interrupt_at(monkeypatch):
     def install(steps):
         counter, real = itertools.count(), trainer_module.set_lr
 
-        def set_lr(optimizer, factor):
+        def set_lr(optimizer, factor, **options):
             if next(counter) in steps:
                 signal.raise_signal(signal.SIGINT)
-            return real(optimizer, factor)
+            return real(optimizer, factor, **options)
 
         monkeypatch.setattr(trainer_module, "set_lr", set_lr)
 

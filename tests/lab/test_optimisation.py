@@ -41,6 +41,14 @@ def test_set_lr_keeps_the_ratio_and_does_not_compound():
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.01]
 
 
+def test_functions_that_are_not_trained_yet_have_a_rate_of_zero():
+    optimizer = build_optimizer(uncork.build_head("plif", 4, 50), ADAM, function_lr_scale=2.0)
+    set_lr(optimizer, 0.5, functions=False)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.0]
+    set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.01]
+
+
 def test_the_learning_rate_rises_then_stays_or_falls_to_zero():
     cosine = [lr_factor(step, 100, schedule="cosine", warmup=0.1) for step in range(101)]
     assert cosine[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])

@@ -128,7 +128,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing_half_done(tmp_path, tin
     config = tiny_config(checkpoint_every=0.0)
     run = new_run(tmp_path, config, tiny_corpus)
 
-    def twice(*args):
+    def twice(*args, **options):
         if len(run.metrics()) == 1:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)

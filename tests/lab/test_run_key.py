@@ -79,7 +79,7 @@ def test_a_value_that_came_later_leaves_keys_as_they_are_where_it_means_as_befor
     before = record()
     del before["training"]["decay"]
     key = key_of(before)
-    monkeypatch.setattr(run_key, "LATER", {"training.decay": "all"})
+    monkeypatch.setattr(run_key, "LATER", {**run_key.LATER, "training.decay": "all"})
     assert key_of(before) == key
     assert key_of(record(training_options={"decay": "all"})) == key
     assert differences(before, record(training_options={"decay": "all"})) == []
@@ -94,7 +94,7 @@ def test_an_option_of_a_function_that_came_later_is_found_within_a_composition(m
     plif = before["head"]["logit_function"]["options"]["functions"][1]
     del plif["options"]["unit_slope"]
     assert key_of(before) != key_of(record(**scaled))
-    monkeypatch.setattr(run_key, "LATER", {"PLIF.unit_slope": False})
+    monkeypatch.setattr(run_key, "LATER", {**run_key.LATER, "PLIF.unit_slope": False})
     assert key_of(before) == key_of(record(**scaled))
     another = record(head="plif", head_options={"scale": 4, "unit_slope": True})
     assert key_of(another) != key_of(before)

@@ -54,6 +54,14 @@ def test_metrics_and_result_hold_what_the_report_reads(tmp_path, tiny_corpus, ti
     assert all(p.steps_total == 42 and p.tokens_per_second > 0 for p in seen)
 
 
+@pytest.mark.parametrize(("start", "learns"), [(0.5, True), (0.95, False)])
+def test_a_function_waits_for_its_share_of_the_steps(tmp_path, tiny_corpus, tiny_config, start, learns):
+    config = tiny_config(head="plif", head_options={"num_pieces": 9}, function_start=start, max_steps=10)
+    run = new_run(tmp_path, config, tiny_corpus)
+    train(config, tiny_corpus, run)
+    assert load_trained(run.path).model.head.logit_function.raw_slopes.any().item() == learns
+
+
 def test_training_learns(tmp_path, tiny_corpus, tiny_config):
     """The words of the text have 4 successors each: a bigram's worth must be learned, not just the unigram."""
     options = {"input_dropout": 0.0, "weight_drop": 0.0, "output_dropout": 0.0, "hidden_sizes": [32]}

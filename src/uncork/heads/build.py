@@ -31,7 +31,7 @@ def build_head(
             is in_features.
 
     >>> build_head("plif", 16, 1000, num_pieces=50).logit_function
-    PLIF(num_pieces=50, bound=20.0, init='identity', spread=1.0, frozen=False, unit_slope=False)
+    PLIF(num_pieces=50, bound=20.0, init='identity', spread=1.0, frozen=False, unit_slope=False, unit_slope_at=0.0)
 
     >>> build_head("softmax", 16, 1000, scale=2.0).logit_function
     Scale(factor=2.0, learnable=False)

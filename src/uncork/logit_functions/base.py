@@ -1,5 +1,6 @@
 """What every logit function is: elementwise, increasing, continuous, one for all words."""
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -386,6 +387,13 @@ def positive(name: str, value: Any) -> float:
     """The value as a float if it is finite and above 0; a ValueError that names it otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def finite(name: str, value: Any) -> float:
+    """The value as a float if it is finite; a ValueError that names it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 
 

@@ -1,13 +1,20 @@
 """Functions with a closed form: identity, scale, softcaps, sigmoids."""
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from uncork import functional
-from uncork.logit_functions.base import LogitFunction, checked_scores, constants, positive, start_at_zero, table_dtype
+from uncork.logit_functions.base import (
+    LogitFunction,
+    checked_scores,
+    constants,
+    finite,
+    positive,
+    start_at_zero,
+    table_dtype,
+)
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
 
 __all__ = [
@@ -190,9 +197,8 @@ class ScaledSigmoid(LogitFunction):
 
     def __init__(self, height: float = 23.0, shift: float = 5.0, width: float = 7.5) -> None:
         super().__init__()
-        self.height, self.width, self.shift = positive("height", height), positive("width", width), float(shift)
-        if not math.isfinite(self.shift):
-            raise ValueError(f"shift: expected a finite number, got {shift!r}")
+        self.height, self.width = positive("height", height), positive("width", width)
+        self.shift = finite("shift", shift)
 
     def transform(self, scores: Tensor) -> Tensor:
         return functional.scaled_sigmoid(scores, self.height, self.shift, self.width)
@@ -240,10 +246,8 @@ class GeneralizedSigsoftmax(LogitFunction):
     def __init__(self, center: float | None = None, steepness: float | None = None, *, learnable: bool = False) -> None:
         super().__init__()
         start = (0.0, 1.0) if learnable else (-1.5, 2.5)
-        self.center = start[0] if center is None else float(center)
+        self.center = start[0] if center is None else finite("center", center)
         self.steepness = start[1] if steepness is None else positive("steepness", steepness)
-        if not math.isfinite(self.center):
-            raise ValueError(f"center: expected a finite number, got {center!r}")
         self.learnable = bool(learnable)
         self.log_gain = nn.Parameter(torch.empty(())) if learnable else None
         self.shift = nn.Parameter(torch.empty(())) if learnable else None

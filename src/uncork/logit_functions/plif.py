@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, start_at, table_dtype
+from uncork.logit_functions.base import (
+    LIMIT_PARTS,
+    LogitFunction,
+    finite,
+    positive,
+    positive_int,
+    start_at,
+    table_dtype,
+)
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
 
 __all__ = ["PLIF"]
@@ -50,8 +58,9 @@ class PLIF(LogitFunction):
         init: "identity", or "random" for the published start v_i ~ N(0, spread^2) + log(e - 1).
         spread: standard deviation of the random start.
         frozen: keep the slopes as they start (the control: with init="random" the published frozen one).
-        unit_slope: divide the slopes by their mean over the middle tenth of [-T, T], so that f(T/10) - f(-T/10) = T/5
+        unit_slope: divide the slopes by their mean over a tenth of [-T, T], so that f(c + T/10) - f(c - T/10) = T/5
             whatever they learn. It fixes the scale of f there and nowhere else.
+        unit_slope_at: c, the middle of that tenth, in logits, at most 0.9 T away from 0.
 
     >>> f = PLIF(num_pieces=4, bound=2.0)
     >>> f(torch.tensor([-5.0, 0.5])).detach()
@@ -66,7 +75,13 @@ class PLIF(LogitFunction):
 
     examples: ClassVar = {
         "plif": {"num_pieces": 6, "bound": 2.0},
-        "plif-unit-slope": {"num_pieces": 6, "bound": 2.0, "unit_slope": True, "init": "random"},
+        "plif-unit-slope": {
+            "num_pieces": 6,
+            "bound": 2.0,
+            "unit_slope": True,
+            "unit_slope_at": 0.7,
+            "init": "random",
+        },
     }
     start_options = frozenset({"init", "spread", "frozen"})
 
@@ -79,13 +94,20 @@ class PLIF(LogitFunction):
         spread: float = 1.0,
         frozen: bool = False,
         unit_slope: bool = False,
+        unit_slope_at: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, LIMIT_PARTS), positive("bound", bound)
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
         self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)
-        self.unit_slope = bool(unit_slope)
+        self.unit_slope, self.unit_slope_at = bool(unit_slope), finite("unit_slope_at", unit_slope_at)
+        if abs(self.unit_slope_at) > 0.9 * self.bound:
+            raise ValueError(
+                f"unit_slope_at: expected at most 0.9 bound = {0.9 * self.bound:g} in size, got {unit_slope_at}"
+            )
+        if self.unit_slope_at and not self.unit_slope:
+            raise ValueError(f"unit_slope_at: expected 0 without unit_slope=True, got {unit_slope_at}")
         self.raw_slopes = nn.Parameter(torch.empty(self.num_pieces), requires_grad=not frozen)
         self.reset_parameters()
 
@@ -147,9 +169,10 @@ class PLIF(LogitFunction):
         excess = excess_slope(self.raw_slopes.to(table_dtype(self.raw_slopes.device)))
         if not self.unit_slope:
             return excess
-        # Each piece's share of the middle tenth; they sum to 1.
+        # Each piece's share of the tenth; they sum to 1.
         ends = torch.arange(self.num_pieces + 1, dtype=excess.dtype, device=excess.device) / self.num_pieces * 2 - 1
-        middle = 5 * ends.clamp(-0.1, 0.1).diff() @ excess
+        at = self.unit_slope_at / self.bound
+        middle = 5 * ends.clamp(at - 0.1, at + 0.1).diff() @ excess
         return (1 - MIN_SLOPE) * (excess - middle) / (1 + middle)
 
     def knots(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -195,4 +218,5 @@ class PLIF(LogitFunction):
             "spread": self.spread,
             "frozen": self.frozen,
             "unit_slope": self.unit_slope,
+            "unit_slope_at": self.unit_slope_at,
         }

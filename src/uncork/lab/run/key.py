@@ -18,7 +18,7 @@ from typing import Any
 
 FORM = 1
 """Version of how keys are made: to be raised when the same record should get another key."""
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {"PLIF.unit_slope_at": 0.0, "settings.function_start": 0.0}
 """Settings that records gained later, by the end of their dotted names (as "training.decay" or "PLIF.unit_slope"), with
 the value that all earlier runs had. At that value they are left out of the key, so that earlier keys stay."""
 RECORD = "record"

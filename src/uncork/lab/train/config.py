@@ -119,6 +119,9 @@ class TrainConfig(Training, Text):
     """Stop after so many steps, if that is earlier. The learning-rate schedule then ends with them."""
     function_lr_scale: NonNegative = 1.0
     """Factor on the learning rate for the parameters of the logit function."""
+    function_start: Share = 0.0
+    """Share of all steps, in [0, 1), before the parameters of the logit function are trained; until then their rate is
+    0, and then what schedule and function_lr_scale make it."""
     function_clip: NonNegative = Field(default_factory=lambda settings: settings["clip"])
     """Largest norm of the gradient of the functions' parameters, which is clipped separately. Not given: the same as
     clip. 0: no clipping."""

@@ -9,7 +9,8 @@ from uncork.lab.train.config import TrainConfig
 
 # What a head may set for itself beside its own options, since a fair comparison tunes it for each head.
 OWN_SETTINGS = (
-    "lr", "function_lr_scale", "output_lr_scale", "function_clip", "epochs", "max_steps", "in_features", "bias_prior",
+    "lr", "function_lr_scale", "output_lr_scale", "function_clip", "function_start",
+    "epochs", "max_steps", "in_features", "bias_prior",
 )  # fmt: skip
 
 

@@ -53,10 +53,13 @@ def lr_factor(step: int, steps_total: int, *, schedule: str, warmup: float) -> f
     return (1 + math.cos(math.pi * (step - rising) / (steps_total - rising))) / 2
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group's learning rate to `factor` times its initial one, and return that of the first group."""
+def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, functions: bool = True) -> float:
+    """Set each group's learning rate to `factor` times its initial one, and return that of the first group.
+
+    functions: whether the logit functions are trained yet; their rate is 0 otherwise.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group["initial_lr"] * factor if functions or group["name"] != "function" else 0.0
     lr: float = optimizer.param_groups[0]["lr"]
     return lr
 

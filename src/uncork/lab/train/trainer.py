@@ -233,7 +233,7 @@ class Trainer:
         start, length = self.segments[state.segment]
         tokens, target = (part.to(self.device) for part in self.streams.batch(start, length))
         factor = self._lr_factor(state.step) * (length / self.config.bptt if self.config.variable_bptt else 1.0)
-        set_lr(self.optimizer, factor)
+        set_lr(self.optimizer, factor, functions=state.step >= self.config.function_start * self.steps_total)
         output = self.wrapped(tokens, target, self.hidden)
         self.optimizer.zero_grad()
         self.accelerator.backward(output.loss)
