@@ -113,10 +113,14 @@ def with_flags(message: str, command: Any) -> str:
 
 
 def _require_values(command: Any, arguments: Sequence[str]) -> None:
-    """Raise LabError for an empty list, an empty path (the present folder) and a folder that would be in a file."""
+    """Raise LabError for an empty list, a list given in parts, an empty path, and a folder that would be in a file."""
+    heads = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
     for field in dataclasses.fields(command):
-        if getattr(command, field.name) == () and field.default != ():
-            raise LabError(f"{arguments[0]}: {flag(field.name)}: expected at least one value")
+        name, value = flag(field.name), getattr(command, field.name)
+        if value == () and field.default != ():
+            raise LabError(f"{arguments[0]}: {name}: expected at least one value")
+        if isinstance(value, tuple) and heads.count(name) > 1:  # the last one alone would count
+            raise LabError(f"{arguments[0]}: {name} is given twice; write all its values after one {name}")
     for name, hint in typing.get_type_hints(type(command)).items():
         if Path in (hint, *typing.get_args(hint)) and _value(flag(name), arguments) == "''":
             raise LabError(f"{arguments[0]}: {flag(name)}: expected a path, got ''")
