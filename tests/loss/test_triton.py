@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import uncork
-from uncork.loss import tile_triton
+from uncork.loss import chunked, tile_triton
 from uncork.loss.call import Missing, build_call
 from uncork.loss.implementations import IMPLEMENTATIONS
 
@@ -96,6 +96,50 @@ def test_half_precision_gradients_stand_in_the_memory_of_their_scores(
     assert torch.equal(short.grad_scores, wide.grad_scores.to(narrow))
     for a, b in zip(short.sums, wide.sums, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+@pytest.fixture
+def narrow_products(monkeypatch):
+    """float16 inputs are multiplied as a GPU does, added up in float32; torch has no such products on a CPU."""
+
+    def multiply(a, b, out):
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    def add_product(a, b, out):
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+    monkeypatch.setattr(chunked, "multiply", multiply)
+    monkeypatch.setattr(chunked, "add_product", add_product)
+    monkeypatch.setattr(tile_triton.TritonTiles, "operand_dtype", classmethod(lambda cls, call: call.input.dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("factor", "square"), [(1.0, 0.0), (1e-9, 0.0), (1e-9, 1e-6)])
+def test_float16_loses_no_small_gradient_and_overflows_at_no_large_one(
+    interpreter, narrow_products, factor, square, options, mixture, make_problem
+):
+    """A mean over many tokens makes gradients below float16's least number; a square makes unforeseen large ones."""
+    if mixture and square:
+        pytest.skip("a mixture has no z-loss")
+    problem = make_problem("plif", mixture=mixture, vocab=50, tokens=9, dtype=torch.float16, grad=False)
+    problem.input *= 500 if square else 1  # the gradient of the squared logsumexp grows with it
+    call = build_call(
+        problem.input, problem.weight, problem.target, prior_logits=problem.prior, linear_bias=problem.bias,
+        logit_function=problem.function, chunk_size=4, **options,
+    )[0]  # fmt: skip
+    factors = torch.linspace(factor, 2 * factor, 9), torch.full((9,), square) if square else None
+
+    def found(dtype):
+        own = {name: getattr(call, name) for name in ("input", "weight", "bias", "prior_logits")}
+        wide = replace(call, **{name: None if t is None else t.to(dtype) for name, t in own.items()})
+        parameters = list(call.function.tables())
+        return chunked.weighted(wide, tile_triton.TritonTiles, [True] * 7, *factors, parameters)[3].in_order()
+
+    narrow, wide = found(torch.float16), found(torch.float32)
+    assert all(g.any() for g in wide[:3])
+    for a, b in zip(narrow, wide, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 1000, 100_000])

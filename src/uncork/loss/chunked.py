@@ -109,9 +109,12 @@ class Walk(Generic[T]):
             parts.append(result._replace(grad_scores=None, sums=sums))
         return _joined(parts)._replace(grad_scores=scores)
 
-    def gradients(self) -> Gradients:
-        """Memory for the gradients: zeros; not filled for input and prior, of which each chunk writes its own rows."""
-        call = self.call
+    def gradients(self, upstream: Upstream) -> Gradients:
+        """Memory for the gradients: zeros; not filled for input and prior, of which each chunk writes its own rows.
+
+        upstream: the factors or upstream gradients of all tokens.
+        """
+        call, self.enlarged = self.call, self.tiles.enlarge(upstream)
 
         def of(tensor: Tensor | None, need: bool, make: Callable[..., Tensor]) -> Tensor | None:
             return make(tensor.shape, dtype=call.dtype, device=tensor.device) if tensor is not None and need else None
@@ -127,6 +130,14 @@ class Walk(Generic[T]):
                 for p, need in zip(self.parameters, need_parameters, strict=True)
             ],
         )
+
+    def finish(self, into: Gradients) -> Gradients:
+        """The gradients when all chunks are added."""
+        if self.enlarged is not None:
+            for total in (into.input, into.weight, into.bias):
+                if total is not None:
+                    total.div_(self.enlarged)
+        return into
 
     def add_gradients(self, into: Gradients, span: slice, upstream: Upstream) -> TileResult:
         """Adds a chunk's gradients; returns its statistics."""
@@ -155,8 +166,12 @@ def _add_rows(result: TileResult, into: Tensor | None) -> None:
         return
     assert result.grad_scores is not None
     grad, scale = result.grad_scores, result.scale
-    # A GPU raises half precision as it adds up, without a copy of the block.
-    into += grad.sum(0, dtype=into.dtype) if scale is None else torch.mv(grad.to(into.dtype).T, scale)
+    if scale is None:  # a GPU raises half precision as it adds up, without a copy of the block
+        into += grad.sum(0, dtype=into.dtype)
+    elif grad.dtype == into.dtype:
+        into += torch.mv(grad.T, scale)
+    else:
+        add_product(grad.T, scale[:, None].to(grad.dtype), into[:, None])
 
 
 def _joined(parts: Sequence[TileResult]) -> TileResult:
@@ -198,13 +213,14 @@ def backward_statistics(
     walk: Walk[Tiles], grad_ce: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None
 ) -> Gradients:
     """The gradients of the statistics, from upstream gradients per token."""
-    into, target = walk.gradients(), walk.call.target
+    target = walk.call.target
     if target is not None and grad_ce is not None:
         grad_ce = torch.where(target.kept, grad_ce, 0)
+    into = walk.gradients(Upstream(grad_ce, grad_lse, None, grad_entropy))
     for span in walk.spans():
         own = [None if g is None else g[span] for g in (grad_ce, grad_lse, grad_entropy)]
         walk.add_gradients(into, span, Upstream(own[0], own[1], None, own[2]))
-    return into
+    return walk.finish(into)
 
 
 def _cast(grads: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -273,13 +289,13 @@ def weighted(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """sum_n a_n CE_n + b_n lse_n^2, CE_n, lse_n^2, and the gradients of the sum."""
     walk = Walk(call, tiles, parameters, needs)
-    into = walk.gradients()
+    factors = Upstream(ce_factor.detach(), square=None if lse_factor is None else lse_factor.detach())
+    into = walk.gradients(factors)
     empty = ce_factor.new_zeros(0, dtype=call.dtype)
     ce, lse = [empty], [empty]  # nothing else is kept of a chunk
     for span in walk.spans():
         if any(needs):
-            b = None if lse_factor is None else lse_factor[span].detach()
-            result = walk.add_gradients(into, span, Upstream(ce_factor[span].detach(), square=b))
+            result = walk.add_gradients(into, span, Upstream(*(None if f is None else f[span] for f in factors)))
         else:
             result = walk.statistics(span)
         assert result.cross_entropy is not None
@@ -290,7 +306,7 @@ def weighted(
     total = (ce_factor.detach() * each).sum()
     if lse_factor is not None:
         total = total + (lse_factor.detach() * square).sum()
-    return total, each, square, into
+    return total, each, square, walk.finish(into)
 
 
 class _TokenStatistics(torch.autograd.Function):

@@ -40,9 +40,9 @@ class Upstream(NamedTuple):
 class TileResult(NamedTuple):
     """Of C tokens with K rows of scores each. cross_entropy, lse, entropy, argmax: (C,).
 
-    The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of grad_scores (C K, V), which
-    has the dtype of the scores that were given; grad_prior is (C, K); sums holds the gradient to each of the function's
-    tables, or None.
+    The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of grad_scores (C K, V), over what
+    `Tiles.enlarge` gave. grad_scores has the dtype of the scores that were given or of the products' operands; grad_prior
+    is (C, K); sums holds the gradient to each of the function's tables, or None.
     """
 
     cross_entropy: Tensor | None
@@ -125,6 +125,14 @@ class Tiles(ABC):
         """Memory for (rows, V) scores, not filled."""
         call = self.call
         return torch.empty(rows, call.weight.shape[0], dtype=self.product_dtype(call), device=call.input.device)
+
+    def enlarge(self, upstream: Upstream) -> Tensor | None:
+        """Called once before `gradient`, with the upstream gradients of all tokens: what will be too large by then.
+
+        Half precision has no room for small gradients, so tiles may make every one larger: this factor (), if it is not
+        1. The driver divides the gradients to input, weight and bias by it in the end.
+        """
+        return None
 
     @abstractmethod
     def statistics(self, scores: Tensor, span: slice) -> TileResult:

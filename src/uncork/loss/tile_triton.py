@@ -1,6 +1,6 @@
 """The tile on a GPU, in Triton (see `gpu/`).
 
-The products read bfloat16 inputs as they are and add up in float32. A learned function's gradients are sums of
+The products read half-precision inputs as they are and add up in float32. A learned function's gradients are sums of
 whole numbers (`functions.add_pieces`), so they have the same bits every time. Nothing here waits for the GPU.
 
 With TRITON_INTERPRET=1 Triton runs the same kernels on the CPU, slowly: so are they tested where there is no GPU.
@@ -89,11 +89,8 @@ class TritonTiles(Tiles):
 
     @classmethod
     def operand_dtype(cls, call: Call) -> torch.dtype:
-        """bfloat16 inputs are multiplied as they are and added up in float32, where torch can.
-
-        float16 ones are not: without a factor of its own a small gradient to the scores would underflow.
-        """
-        as_it_is = call.input.dtype == torch.bfloat16 and call.input.is_cuda and WIDENS
+        """Half-precision inputs are multiplied as they are and added up in float32, where torch can."""
+        as_it_is = call.input.dtype in (torch.bfloat16, torch.float16) and call.input.is_cuda and WIDENS
         return call.input.dtype if as_it_is else cls.product_dtype(call)
 
     @classmethod
@@ -137,6 +134,7 @@ class TritonTiles(Tiles):
         weight = None if target is None else target.word_weight
         self.dense = isinstance(target, ProbabilityTarget) or uniform != 0
         self.word_weight = _padded(weight) if weight is not None and self.dense else None
+        self.enlarged: Tensor | None = None
 
     def block(self, rows: int) -> Tensor:
         """Memory for (rows, V) scores, not filled."""
@@ -237,6 +235,35 @@ class TritonTiles(Tiles):
 
     # ---- gradients
 
+    def enlarge(self, upstream: Upstream) -> Tensor | None:
+        """In float16, a power of two that takes the largest upstream gradient to between 32 and 64.
+
+        float16 holds nothing below 2^-24: a probability of a token of 8,192 would be lost below 2^-11 without it.
+        """
+        if self.operand_dtype(self.call) != torch.float16:
+            return None
+        top = torch.stack(
+            [u.detach().abs().amax() for u in upstream if u is not None and u.numel()] or [self.numbers[0]]
+        )
+        exponent = torch.floor(6 - torch.log2(top.amax().double())).nan_to_num(0, 0, 0).clamp(-100, 100)
+        self.enlarged = torch.exp2(exponent).to(self.call.dtype)
+        return self.enlarged
+
+    def _within(self, size: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(what each row's gradients are multiplied by, what is left of `enlarge`'s factor), so that none overflows.
+
+        Args:
+            size: (R,), a bound of each row's sum of absolute gradients to the logits.
+        """
+        if self.enlarged is None:
+            return None, None
+        largest = size.double() * self.enlarged
+        for steepest in self.chain.steepest:
+            largest = largest * steepest.clamp(min=1)
+        excess = torch.ceil(torch.log2(largest) - 15).nan_to_num(0, 0, 0).clamp(0, 15)
+        scale = torch.exp2(excess).to(self.call.dtype)
+        return self.enlarged / scale, scale
+
     def gradient(self, scores: Tensor, span: slice, upstream: Upstream) -> TileResult:
         """Cross-entropy, lse, and all gradients but the products'; the scores are used up."""
         if self.call.prior_logits is not None:
@@ -269,8 +296,8 @@ class TritonTiles(Tiles):
         if grad_entropy is not None:
             size = size + grad_entropy.abs() * 2 * torch.log(size.new_full((), max(3, scores.shape[1])))
         size = torch.where(used, size + factor.abs(), 0)
-        grad_scores, sums = self._row_gradient(scores, span, found, used, factor, hit, dense, grad_entropy, size)
-        return TileResult(self._cross_entropy(span, found), lse, None, None, grad_scores, None, None, sums)
+        own = self._row_gradient(scores, span, found, used, factor, hit, dense, grad_entropy, size)
+        return TileResult(self._cross_entropy(span, found), lse, None, None, **own)
 
     def _row_gradient(
         self,
@@ -283,8 +310,11 @@ class TritonTiles(Tiles):
         dense: Tensor | None,
         grad_entropy: Tensor | None,
         size: Tensor,
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """(gradient to the scores, in their memory; that to each table). size: (R,), a bound of a row's sum of |g|."""
+    ) -> dict[str, Any]:
+        """The gradient to the scores, in their memory, its scale, and that to each table, as fields of a result.
+
+        size: (R,), a bound of a row's sum of |g|.
+        """
         from uncork.loss.gpu import rows
 
         given = self._given(span)
@@ -292,7 +322,7 @@ class TritonTiles(Tiles):
             given["index"] = None
         if dense is None:
             given["probabilities"] = None
-        gathered = self._gathering(scores, scores.shape[0], size)
+        gathered, scale = self._gathering(scores, scores.shape[0], size)
 
         def of_rows(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(self.call.dtype).contiguous()
@@ -309,18 +339,23 @@ class TritonTiles(Tiles):
         }
         block = _BLOCK_OF_MANY if self.chain.num_bins else _BLOCK
         _launch(rows.row_gradient, scores.shape[0], **self._common(scores, block), **given, **arguments, **gathered)
-        return gathered["out"], self._per_table(gathered)
+        return {"grad_scores": gathered["out"], "scale": scale, "sums": self._per_table(gathered)}
 
-    def _gathering(self, scores: Tensor, programs: int, size: Tensor) -> dict[str, Any]:
-        """Where the gradient to the scores goes, and memory for the sums that the tables' gradients are made of."""
+    def _gathering(self, scores: Tensor, programs: int, size: Tensor) -> tuple[dict[str, Any], Tensor | None]:
+        """(Where the gradient to the scores goes, and the sums that the tables' gradients are made of; its scale (R,)).
+
+        size: of each program's rows, a bound of the sum of |g|.
+        """
         import triton
 
         chain, device = self.chain, scores.device
         out = self._narrow(scores)
         scales = chain.scales(size.double().sum())
+        larger, scale = self._within(size.repeat_interleave(scores.shape[0] // max(1, programs)))
         return {
             "out": out,
             "out_stride": out.stride(0),
+            "larger": larger,
             "bins": torch.zeros(chain.num_bins, dtype=torch.int64, device=device) if chain.num_bins else None,
             "scales": None if scales is None else scales.to(self.call.dtype),
             "row_sums": self._empty(programs, chain.num_scalars, dtype=torch.float64) if chain.num_scalars else None,
@@ -331,7 +366,7 @@ class TritonTiles(Tiles):
             "PADDED": triton.next_power_of_2(max(1, chain.num_scalars)),
             "SHARED": out.dtype != scores.dtype,
             "ROUND": interpreted() and out.dtype == torch.bfloat16,
-        }
+        }, scale
 
     def _per_table(self, gathered: dict[str, Any]) -> list[Tensor | None]:
         return self.chain.per_table(gathered["row_sums"], gathered["bins"], gathered["scales"])
@@ -371,10 +406,9 @@ class TritonTiles(Tiles):
             factor = own[:, None] * posterior
             flat = factor.flatten()
             used = target.kept[:, None].expand_as(factor).flatten()
-            grad_scores, sums = self._row_gradient(
-                scores, span, found, used, flat, flat, None, None, torch.where(used, 2 * flat.abs(), 0)
-            )
-            return TileResult(cross_entropy, lse, None, None, grad_scores, None, _to_prior(-factor, log_prior), sums)
+            size = torch.where(used, 2 * flat.abs(), 0)
+            given = self._row_gradient(scores, span, found, used, flat, flat, None, None, size)
+            return TileResult(cross_entropy, lse, None, None, **given, grad_prior=_to_prior(-factor, log_prior))
         return self._dense_mixture(scores, span, found, log_prior, lse, upstream)
 
     def _dense_mixture(
@@ -427,11 +461,11 @@ class TritonTiles(Tiles):
         if kept is not None:
             used = kept if grad_entropy is None else kept | (grad_entropy != 0)
         shares = torch.where(used[:, None], shares, 0)
-        gathered = self._gathering(scores, tokens, torch.where(used, 2 * size, 0))
+        gathered, scale = self._gathering(scores, tokens, torch.where(used, 2 * size, 0))
         more = {"used": used.contiguous(), "component_in": shares, "HAS_TARGET": target is not None}
         _launch(rows.mixed_gradient, tokens, **common, **_REGISTERS, **gathered, **more)
-        grad_prior = _to_prior(shares, log_prior)
-        return TileResult(cross_entropy, lse, None, None, gathered["out"], None, grad_prior, self._per_table(gathered))
+        grad_prior, sums = _to_prior(shares, log_prior), self._per_table(gathered)
+        return TileResult(cross_entropy, lse, None, None, gathered["out"], scale, grad_prior, sums)
 
 
 def _quiet() -> AbstractContextManager[object]:

@@ -162,7 +162,9 @@ def row_gradient(
     dense,  # (R,): what all that load_target gives is multiplied by
     entropy_factor,  # (R,) e
     entropy,  # (R,) H
-    out, out_stride, bins, scales,
+    out, out_stride,
+    larger,  # (R,): what a row's numbers are multiplied by before they are written
+    bins, scales,
     row_sums,  # (R, S)
     K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr,
     BINS: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
@@ -205,15 +207,17 @@ def row_gradient(
         g = tl.where(possible & live, g, 0.0)
         g, sums = backward(z, g, sums, tables, bins, scales, KINDS, PIECES, OFFSETS, SCALARS, BINS, WANTED, SIZE)
         g = tl.where(possible & live, g, 0.0)
-        tl.store(into + words, narrowed(g, out, ROUND), mask=words < W)
+        tl.store(into + words, narrowed(g, larger, at, out, ROUND), mask=words < W)
     if S > 0:
         places = tl.arange(0, PADDED)
         tl.store(row_sums + at * S + places, sums, mask=places < S)
 
 
 @triton.jit
-def narrowed(x, out, ROUND: tl.constexpr):
-    """x in the dtype of what out points to. ROUND: by hand, since Triton's interpreter cuts digits off for bfloat16."""
+def narrowed(x, larger, row, out, ROUND: tl.constexpr):
+    """x, larger[row] times, in out's dtype. ROUND: by hand, since Triton's interpreter cuts digits off for bfloat16."""
+    if larger is not None:
+        x *= tl.load(larger + row)
     dtype: tl.constexpr = out.dtype.element_ty
     if ROUND:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -351,7 +355,7 @@ def mixed_gradient(
     loss_factor, entropy_factor,
     used,  # (N,) bool
     component_in,
-    out, out_stride, bins, scales,
+    out, out_stride, larger, bins, scales,
     row_sums,  # (N, S)
     HAS_TARGET: tl.constexpr,
     K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr,
@@ -385,7 +389,7 @@ def mixed_gradient(
             g = tl.where(possible & live, g, 0.0)
             g, sums = backward(z, g, sums, tables, bins, scales, KINDS, PIECES, OFFSETS, SCALARS, BINS, WANTED, SIZE)
             g = tl.where(possible & live, g, 0.0)
-            tl.store(out + r * out_stride + words, narrowed(g, out, ROUND), mask=words < W)
+            tl.store(out + r * out_stride + words, narrowed(g, larger, r, out, ROUND), mask=words < W)
     if S > 0:
         places = tl.arange(0, PADDED)
         tl.store(row_sums + at * S + places, sums, mask=places < S)
