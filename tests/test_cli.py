@@ -10,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from uncork import build_head, cli
 from uncork.lab.errors import LabError
+from uncork.lab.experiments import base as experiments_base
 from uncork.lab.experiments import compare
 from uncork.lab.experiments.compare import make_cells
+from uncork.lab.run.pool import run_jobs
 from uncork.lab.train import trainer
 from uncork.lab.train.config import TrainConfig
 from uncork.lab.train.head import parse_head
@@ -36,6 +39,13 @@ def text(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(LINES[i * i % 4] for i in range(400)) + "\n")
     return path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of a comparison are trained here: to start a process for each takes far longer than to train so little."""
+    here = partial(run_jobs, workers=1, fresh=False)
+    monkeypatch.setattr(experiments_base, "run_jobs", lambda jobs, *, workers, fresh, **given: here(jobs, **given))
 
 
 def run(*arguments):
@@ -122,7 +132,9 @@ def test_compare_reports_and_does_not_run_rows_twice(text, tmp_path, capsys):
     assert json.loads((out / "runs/plif_lr_0.01-seed0/config.json").read_text())["lr"] == 0.01
 
 
-def test_a_comparison_whose_files_are_damaged_reports_what_is_intact_and_how_to_mend_the_rest(text, tmp_path, capsys):
+def test_a_comparison_whose_files_are_damaged_reports_what_is_intact_and_how_to_mend_the_rest(
+    text, tmp_path, capsys, in_this_process
+):
     out = tmp_path / "compared"
     command = ["compare", "--corpus", text, "--out-dir", out, "--heads", "softmax", "plif", "sigsoftmax",
                "--seeds", "1", "--contexts", "20", *SMALL]  # fmt: skip
@@ -195,7 +207,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, said, text, tmp_
     assert not (tmp_path / "run" / "config.json").exists()  # so that the corrected command can use the folder
 
 
-def test_a_comparison_refuses_other_settings_and_keeps_its_files(text, tmp_path, capsys):
+def test_a_comparison_refuses_other_settings_and_keeps_its_files(text, tmp_path, capsys, in_this_process):
     out = tmp_path / "compared"
     command = ["compare", "--corpus", text, "--out-dir", out, "--heads", "softmax", "--seeds", "1", "--contexts", "20"]
     assert run(*command, *SMALL) == 0
@@ -339,7 +351,7 @@ def test_unknown_words_are_said_and_refused(text, tmp_path, capsys):
     assert "100 % of its words are unknown to this model" in capsys.readouterr().err
 
 
-def test_a_loss_of_nan_is_reported(text, tmp_path, capsys):
+def test_a_loss_of_nan_is_reported(text, tmp_path, capsys, in_this_process):
     out = tmp_path / "run"
     assert run("train", "--corpus", text, "--out-dir", out, "--lr", "1e30", "--head", "softmax", *SMALL) == 2
     error = capsys.readouterr().err.splitlines()[-1].lower()
@@ -420,7 +432,7 @@ def test_a_comparison_does_not_write_over_a_run(text, tmp_path, capsys):
     assert (out / "config.json").read_bytes() == before[out / "config.json"]
 
 
-def test_a_run_does_not_take_the_place_of_a_comparison(text, tmp_path, capsys):
+def test_a_run_does_not_take_the_place_of_a_comparison(text, tmp_path, capsys, in_this_process):
     out = tmp_path / "out"
     assert run("compare", "--corpus", text, "--out-dir", out, "--seeds", "1", "--heads", "softmax",
                "--contexts", "20", *SMALL) == 0  # fmt: skip
@@ -430,7 +442,7 @@ def test_a_run_does_not_take_the_place_of_a_comparison(text, tmp_path, capsys):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_the_next_command_after_a_comparison_names_one_of_its_runs(text, tmp_path, capsys):
+def test_the_next_command_after_a_comparison_names_one_of_its_runs(text, tmp_path, capsys, in_this_process):
     for head in ("softmax", "plif"):
         command = ["compare", "--corpus", text, "--out-dir", tmp_path / "out", "--heads", head, "--seeds", "1"]
         assert run(*command, "--contexts", "20", *SMALL) == 0

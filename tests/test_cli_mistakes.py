@@ -91,7 +91,10 @@ def values_of(hint):
     return (*TEXTS, *NUMBERS)
 
 
-@pytest.mark.parametrize(("name", "field"), FLAGS)
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [pytest.param(*flag, marks=[pytest.mark.slow] if place % 3 else []) for place, flag in enumerate(FLAGS)],
+)
 def test_whatever_a_flag_is_given_it_is_one_line(name, field, place, trained, capsys):
     kind = COMMANDS[name]
     hint = typing.get_type_hints(kind)[field]
