@@ -77,6 +77,7 @@ def test_the_test_split_of_a_trial_is_not_kept(cells, tmp_path):
     row = store.rows()[cells[-1].key]
     assert "test" not in row["result"]
     assert "analysis" not in row
+    assert row["train_cross_entropy"] > 0
     assert row["result"]["valid"]["perplexity"] > 1
     # The same run in a part that reads the test is run again, since its row lacks it.
     again = replace(cells[-1], test=True)

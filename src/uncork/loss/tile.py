@@ -40,9 +40,9 @@ class Upstream(NamedTuple):
 class TileResult(NamedTuple):
     """Of C tokens with K rows of scores each. cross_entropy, lse, entropy, argmax: (C,).
 
-    The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of grad_scores (C K, V), over what
-    `Tiles.enlarge` gave. grad_scores has the dtype of the scores that were given or of the products' operands; grad_prior
-    is (C, K); sums holds the gradient to each of the function's tables, or None.
+    The gradient to row r of the scores is scale[r] (1 where scale is None) times row r of grad_scores (C K, V), over
+    what `Tiles.enlarge` gave. grad_scores has the dtype of the scores that were given or of the products' operands;
+    grad_prior is (C, K); sums holds the gradient to each of the function's tables, or None.
     """
 
     cross_entropy: Tensor | None

@@ -26,7 +26,8 @@ def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:
     """The row of a finished run (see `uncork.lab.run.rows`) with its numbers, to 6 significant digits.
 
     Args:
-        keep_test: False leaves out every number of the test split, so that nothing can be chosen by it.
+        keep_test: False leaves out every number of the test split, so that nothing can be chosen by it; the loss of the
+            training text is kept.
     """
     result, metrics = run.result, run.metrics()
     assert result is not None
@@ -41,13 +42,14 @@ def row_of(run: Run, config: TrainConfig, *, keep_test: bool) -> dict[str, Any]:
         "history": [[r["epoch"], r["cross_entropy"]] for r in valid],
         "slopes": [r["slopes"] for r in valid if "slopes" in r],
     }
-    kept: dict[str, Any] = rounded(plain({**row, "analysis": _analysis(run)} if keep_test else row))
+    found = read_json(run.path / "analysis.json")
+    own = {"analysis": _analysis(found)} if keep_test else {"train_cross_entropy": found["train_cross_entropy"]}
+    kept: dict[str, Any] = rounded(plain({**row, **own}))
     return kept
 
 
-def _analysis(run: Run) -> dict[str, Any]:
+def _analysis(found: dict[str, Any]) -> dict[str, Any]:
     """The part of analysis.json that tables and figures read."""
-    found = read_json(run.path / "analysis.json")
     function = found["function"]
     return {
         "train_cross_entropy": found["train_cross_entropy"],

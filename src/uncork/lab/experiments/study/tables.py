@@ -38,7 +38,7 @@ def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
                 **row,
                 "lr": config.lr,
                 "settings": _settings(cell),
-                "train_perplexity": math.exp(analysis["train_cross_entropy"]) if analysis else math.nan,
+                "train_perplexity": math.exp({**kept, **analysis}.get("train_cross_entropy", math.nan)),
                 "best_epoch": epochs[int(np.argmin(losses))],
                 "effective_rank_1e-2": ((analysis.get("rank") or {}).get("effective") or {}).get("1e-2", math.nan),
             }
@@ -172,6 +172,7 @@ def _verdict(test: Any) -> str:
 def display_table(frame: pd.DataFrame, split: str = "test") -> pd.DataFrame:
     """One row a head, one column a place: perplexity ± its deviation, and the change against softmax with its p.
 
+    Beside a validation perplexity stands that of training text, where it was kept.
     The lowest perplexity of a place is bold. p is missing where fewer than five seeds allow no test.
     """
     heads = list(dict.fromkeys(frame["head"]))
@@ -187,7 +188,10 @@ def _entry(row: Any, split: str, best: float) -> str:
     value = row[f"{split}_perplexity"]
     shown = perplexity(value, row[f"{split}_perplexity_std"])
     shown = f"**{shown}**" if value == best else shown
-    if split != "test" or math.isnan(row["change_percent"]):
+    if split != "test":
+        train = row["train_perplexity"]
+        return shown if math.isnan(train) else f"{shown}, train {perplexity(train, math.nan)}"
+    if math.isnan(row["change_percent"]):
         return shown
     change = f"{row['change_percent']:+.1f} %".replace("-", "−")
     tested = "" if math.isnan(row["p_value"]) else f", p {_p(row['p_value'])}"
