@@ -83,6 +83,8 @@ def _follow(model: PreTrainedModel, fusion: Fusion) -> None:
     """Puts the fusion, with its head, on the output layer that the model has now."""
     layer: Any = model.get_output_embeddings()
     fusion.layers += 1  # lazy logits of the former one cannot be computed any more
+    if isinstance(layer, nn.Linear):
+        layer.out_features = layer.weight.shape[0]  # transformers 5.4 leaves the former number where weights are tied
     if not fusion.owns_function:
         start_recording(layer, fusion)
         return
