@@ -8,7 +8,8 @@ order. Rows are appended to STAGE.jsonl as they are made. A run stops when its s
 least; run again, it goes on where it was. Rows of other sources, versions or machines do not count as made. Every
 stage ends by writing its rows as CSV, table.csv (from `time`) and provenance.json; `--table` does only that.
 
-No code reads what `sweep` finds: the blocks in `loss/tile_triton.py` are constants, to be changed by hand.
+`sweep` ends by writing blocks.json with a line for this kind of GPU: copied over src/uncork/loss/gpu/blocks.json, it is
+what the tile reads from then on.
 
 It asks for torch, triton, numpy and pandas alone. Exit codes: 1 a case is wrong, 2 there is no GPU, 3 it stopped
 early (run it again). Small, in Triton's interpreter:
@@ -63,6 +64,7 @@ from uncork import LogitFunction
 from uncork.lab.machine import cores, machine_name
 from uncork.lab.run.provenance import provenance
 from uncork.loss import tile_triton
+from uncork.loss.gpu.blocks import Blocks, kind_of, known_blocks
 
 STAGES = ("check", "sweep", "time")
 WRONG, UNABLE, STOPPED = 1, 2, 3
@@ -163,29 +165,29 @@ def freed(device: torch.device) -> None:
 
 @contextmanager
 def blocks(
-    block: int | None, warps: int | None = None, spent: list[tuple[str, Callable[[], float]]] | None = None
+    block: int | None, warps: int = 8, spent: list[tuple[str, Callable[[], float]]] | None = None
 ) -> Iterator[None]:
     """Kernels take so many numbers at once, in so many warps; spent: gets each one's name and milliseconds."""
-    before = {name: getattr(tile_triton, name) for name in ("_BLOCK", "_BLOCK_OF_MANY", "_launch")}
+    before = {name: getattr(tile_triton, name) for name in ("blocks_of", "_launch")}
     launch = before["_launch"]
 
     def launched(kernel: Any, programs: int, **arguments: Any) -> None:
-        own = arguments if warps is None else {**arguments, "num_warps": warps}
         if spent is None:
-            launch(kernel, programs, **own)
+            launch(kernel, programs, **arguments)
         elif not arguments["scores"].is_cuda:
-            took = milliseconds(torch.device("cpu"), lambda: launch(kernel, programs, **own))
+            took = milliseconds(torch.device("cpu"), lambda: launch(kernel, programs, **arguments))
             spent.append((kernel.__name__, lambda: took))
         else:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            launch(kernel, programs, **own)
+            launch(kernel, programs, **arguments)
             end.record()
             spent.append((kernel.__name__, lambda: begin.elapsed_time(end)))
 
-    changed = (
-        {"_launch": launched} if block is None else {"_launch": launched, "_BLOCK": block, "_BLOCK_OF_MANY": block}
-    )
+    changed: dict[str, Any] = {"_launch": launched}
+    if block is not None:
+        own = {"block": block, "warps": warps, "many_block": block, "many_warps": warps}
+        changed["blocks_of"] = lambda device: before["blocks_of"](device)._replace(**own)
     try:
         for name, value in changed.items():
             setattr(tile_triton, name, value)
@@ -313,7 +315,23 @@ def sweep(run: "Run") -> bool:
                 flush=True,
             )
     print(f"sweep: {len(made)} of {len(names)} settings made", flush=True)
+    if len(made) == len(names):
+        lines = {**known_blocks(), kind_of(run.device): best_blocks(made, shape)}
+        text = ",\n".join(f"  {json.dumps(kind)}: {json.dumps(line._asdict())}" for kind, line in lines.items())
+        write(run.out / "blocks.json", f"{{\n{text}\n}}\n")
     return len(made) == len(names)
+
+
+def best_blocks(made: list[dict[str, Any]], shape: Shape) -> Blocks:
+    """The quickest of each: both kernels of the softmax, the gradient of a learned PLIF, and the step's rows."""
+
+    def best(function: str, *columns: str) -> dict[str, Any]:
+        measured = [row for row in made if row["function"] == function and row["ms"] is not None]
+        return min(measured, key=lambda row: sum(row[column] for column in columns))
+
+    plain, many = best("softmax", *KERNELS), best("plif-100", "row_gradient")
+    chunk = best("softmax", "ms")["rows"] * shape.vocab * 4 / 2**20
+    return Blocks(plain["block"], plain["warps"], many["block"], many["warps"], max(1, round(chunk)))
 
 
 def time_shape(run: "Run", kept: Kept, shape: Shape, names: list[str]) -> None:

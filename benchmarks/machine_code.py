@@ -28,6 +28,7 @@ from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
 from uncork.loss import tile_triton
 from uncork.loss.gpu import rows
+from uncork.loss.gpu.blocks import known_blocks
 from uncork.loss.gpu.chain import Chain, pack
 
 TARGETS = {
@@ -55,7 +56,6 @@ KERNELS: dict[str, tuple[Any, str, int]] = {
     "mixed words, sums": (rows.mixed_sums, "*fp32", 4),
     "mixed words, gradient": (rows.mixed_gradient, "*bf16", 4),
 }
-NUM_WARPS = 8
 
 
 def arguments_of(name: str, out: str, components: int, block: int) -> dict[str, Any]:
@@ -101,8 +101,10 @@ def compiled(kernel: str, name: str, target: str) -> dict[str, Any]:
     """One row of the table."""
     code, out, components = KERNELS[kernel]
     many = components > 1 or ("gradient" in kernel and name in LEARNED_PIECES)
-    least = 16 // 4 * NUM_WARPS * TARGETS[target].warp_size  # 16 bytes for each thread
-    given = arguments_of(name, out, components, max(least, tile_triton._BLOCK_OF_MANY) if many else tile_triton._BLOCK)
+    lines = known_blocks()
+    sizes = lines.get(target, lines[TARGETS[target].backend])
+    block, warps = (sizes.many_block, sizes.many_warps) if many else (sizes.block, sizes.warps)
+    given = arguments_of(name, out, components, block)
     signature, constants, attributes = {}, {}, {}
     for place, argument in enumerate(code.arg_names):
         value = given.get(argument)
@@ -113,7 +115,7 @@ def compiled(kernel: str, name: str, target: str) -> dict[str, Any]:
         if value.startswith("*") or argument in ("stride", "out_stride", "W"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(code, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": True}
     if components > 1 and TARGETS[target].backend == "cuda":
         options |= tile_triton._REGISTERS
     made = triton.compile(source, target=TARGETS[target], options=options)

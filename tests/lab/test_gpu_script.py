@@ -61,6 +61,9 @@ def test_it_stops_when_its_seconds_are_over_goes_on_and_writes_its_tables(tmp_pa
 
     assert set(rows["sweep"]["function"]) == {"softmax", "plif-100"}
     assert (rows["sweep"][["ms", "row_statistics", "row_gradient"]].astype(float) > 0).all(axis=None)
+    lines = json.loads((tmp_path / "blocks.json").read_text())
+    assert lines.keys() >= {"cuda", "hip"}
+    assert lines["cuda"]["many_block"] in (16, 32)  # without a GPU its own line is the general one
     assert set(rows["time"]["contender"]) == {"products", "eager", "uncork: softmax", "uncork: plif-100"}
     assert (rows["time"]["rounds"] == 2).all()
     assert rows["time"].set_index("contender")["over_products"]["products"] == 1

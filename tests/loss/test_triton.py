@@ -18,6 +18,7 @@ import torch
 import uncork
 from uncork.loss import chunked, tile_triton
 from uncork.loss.call import Missing, build_call
+from uncork.loss.gpu.blocks import blocks_of, kind_of, known_blocks
 from uncork.loss.implementations import IMPLEMENTATIONS
 
 pytest.importorskip("triton", reason="the tile for GPUs is in Triton, which is not installed")
@@ -37,7 +38,8 @@ def interpreter(monkeypatch):
 @pytest.fixture
 def several_blocks(monkeypatch):
     """Rows of a few blocks."""
-    monkeypatch.setattr(tile_triton, "_BLOCK", 16)
+    sizes = blocks_of(torch.device("cpu"))._replace(block=16, many_block=16)
+    monkeypatch.setattr(tile_triton, "blocks_of", lambda device: sizes)
 
 
 def gradients(problem, impl, **options):
@@ -218,8 +220,23 @@ def test_a_kernel_is_launched_on_the_device_of_its_scores(monkeypatch):
 def test_a_weight_that_is_not_copied_needs_no_memory(make_problem):
     call = make_problem("none", dtype=torch.bfloat16).call()
     call = replace(call, memory_budget=10 * 7 * 4)
-    assert tile_triton.RULE.rows(call, torch.float32, torch.bfloat16) == 10
-    assert tile_triton.RULE.rows(replace(call, memory_budget=10 * 7 * 4 + 21 * 4), torch.float32) == 10
+    rule = tile_triton.TritonTiles.chunk_rule(call)
+    assert rule.rows(call, torch.float32, torch.bfloat16) == 10
+    assert rule.rows(replace(call, memory_budget=10 * 7 * 4 + 21 * 4), torch.float32) == 10
+
+
+def test_what_a_kernel_takes_at_once_is_read_by_the_kind_of_gpu(monkeypatch, make_problem):
+    """A kind that was measured has its own line; another, and a machine without a GPU, the counted one."""
+    call, own = make_problem("none").call(), known_blocks()["cuda"]._replace(chunk_mib=7)
+    monkeypatch.setattr("uncork.loss.gpu.blocks.known_blocks", lambda: {**known_blocks(), "sm_90": own})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, kind, wanted in (((9, 0), "sm_90", own), ((8, 6), "sm_86", known_blocks()["cuda"])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert kind_of(torch.device("cuda")) == kind
+        blocks_of.cache_clear()
+        assert blocks_of(torch.device("cuda")) == wanted
+    blocks_of.cache_clear()
+    assert tile_triton.TritonTiles.chunk_rule(call).budget == 1200 * 2**20
 
 
 def test_it_is_chosen_on_a_gpu_alone(make_problem):

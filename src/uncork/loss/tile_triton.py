@@ -24,20 +24,15 @@ from uncork.logit_functions.operations import PiecewiseLinear
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import MIB, ChunkRule
 from uncork.loss.function import no_kernel, operations_of
+from uncork.loss.gpu.blocks import blocks_of
 from uncork.loss.gpu.chain import KIND_OF, pack
 from uncork.loss.target import IndexTarget, ProbabilityTarget
 from uncork.loss.tile import WIDENS, TileMemory, TileResult, Tiles, Upstream, hides_memory
 
 _OLDEST = (3, 6)  # of triton
 _LIMIT_OPERATIONS, _LIMIT_PIECES = 8, 2**24
-# Numbers of a row at once, for 256 threads (512 of AMD) whose registers they have to fit in; fewer, but 16 bytes for
-# each thread, in kernels that add to histograms or keep several components.
-_BLOCK, _BLOCK_OF_MANY = 2048, 1024 if torch.version.hip is None else 2048
 # Of kernels with several components: left to itself NVIDIA's compiler spills to have more rows at once.
 _REGISTERS = {"maxnreg": 96} if torch.version.hip is None else {}
-
-# Each chunk reads W twice and its gradient once, so chunks are large: 2,048 rows of 152,000 words in float32.
-RULE = ChunkRule(budget=1200 * MIB, narrow_budget=1200 * MIB, least_rows=256, limit_rows=4096)
 
 
 def interpreted() -> bool:
@@ -84,8 +79,9 @@ class TritonTiles(Tiles):
 
     @classmethod
     def chunk_rule(cls, call: Call) -> ChunkRule:
-        """One block of scores, large."""
-        return RULE
+        """One block of scores, large, since each chunk reads W twice and its gradient once."""
+        budget = blocks_of(call.input.device).chunk_mib * MIB
+        return ChunkRule(budget=budget, narrow_budget=budget, least_rows=256, limit_rows=4096)
 
     @classmethod
     def operand_dtype(cls, call: Call) -> torch.dtype:
@@ -157,11 +153,13 @@ class TritonTiles(Tiles):
             "numbers": self.numbers,
         }
 
-    def _common(self, scores: Tensor, block: int) -> dict[str, Any]:
+    def _common(self, scores: Tensor, *, many: bool = False) -> dict[str, Any]:
+        """many: whether the kernel keeps histograms or several components."""
         import triton
         from triton import language as tl
 
-        chain, vocab_size = self.chain, scores.shape[1]
+        chain, vocab_size, sizes = self.chain, scores.shape[1], blocks_of(scores.device)
+        block, warps = (sizes.many_block, sizes.many_warps) if many else (sizes.block, sizes.warps)
         return {
             "scores": scores,
             "stride": scores.stride(0),
@@ -176,7 +174,7 @@ class TritonTiles(Tiles):
             "SIZE": len(chain.kinds),
             "T": tl.float64 if self.call.dtype == torch.float64 else tl.float32,
             "BLOCK": min(block, triton.next_power_of_2(vocab_size)),
-            "num_warps": 8 if vocab_size >= block else 4,
+            "num_warps": warps if vocab_size >= block else 4,
             "enable_fp_fusion": True,  # its default changes with triton 3.10
         }
 
@@ -201,7 +199,7 @@ class TritonTiles(Tiles):
             "entropy_out": self._empty(count) if details else None,
             "argmax_out": self._empty(count, dtype=torch.int64) if details else None,
         }
-        _launch(rows.row_statistics, count, **self._common(scores, _BLOCK), **given, **out)
+        _launch(rows.row_statistics, count, **self._common(scores), **given, **out)
         return out
 
     def _cross_entropy(self, span: slice, found: dict[str, Tensor | None]) -> Tensor | None:
@@ -337,8 +335,8 @@ class TritonTiles(Tiles):
             "entropy_factor": of_rows(grad_entropy),
             "entropy": found["entropy_out"],
         }
-        block = _BLOCK_OF_MANY if self.chain.num_bins else _BLOCK
-        _launch(rows.row_gradient, scores.shape[0], **self._common(scores, block), **given, **arguments, **gathered)
+        common = self._common(scores, many=self.chain.num_bins > 0)
+        _launch(rows.row_gradient, scores.shape[0], **common, **given, **arguments, **gathered)
         return {"grad_scores": gathered["out"], "scale": scale, "sums": self._per_table(gathered)}
 
     def _gathering(self, scores: Tensor, programs: int, size: Tensor) -> tuple[dict[str, Any], Tensor | None]:
@@ -433,7 +431,7 @@ class TritonTiles(Tiles):
         kept = None if target is None else target.kept
         zeros = torch.zeros_like(lse)
         common = {
-            **self._common(scores, _BLOCK_OF_MANY),
+            **self._common(scores, many=True),
             **given,
             "hit": torch.where(target.kept, target.hit, 0) if isinstance(target, IndexTarget) else None,
             "top_in": found["top_out"],
