@@ -118,7 +118,7 @@ examples: $(READY) ## run the examples at their full size: ten minutes on 2 core
 	OMP_NUM_THREADS=1 $(BIN)/jupyter-execute examples/bottleneck.ipynb
 
 gpu: $(READY) ## check, tune and time the tile for GPUs on one; stops after nine minutes, and goes on when run again
-	PYTHONPATH=src $(BIN)/python benchmarks/gpu.py all --out results/gpu
+	PYTHONPATH=src $(BIN)/python benchmarks/gpu.py all --out results/gpu $(if $(UNCORK_DATA),--data $(UNCORK_DATA))
 
 # Built from the sdist, whose bytes and the wheel's depend on the commit alone. auditwheel says which Linux the wheel fits.
 dist: ## the sdist and the wheel for this kind of Linux machine, in dist/

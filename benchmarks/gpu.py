@@ -3,10 +3,12 @@
     PYTHONPATH=src python benchmarks/gpu.py all --out results/gpu --seconds 540
 
 Stages: `check` compares impl="triton" with float64, case by case, `sweep` tries rows a chunk, blocks and warps, `time`
-measures one forward and backward in bfloat16 against the bare products and other libraries; `all` is the three in this
-order. Rows are appended to STAGE.jsonl as they are made. A run stops when its seconds are over, after one new row at
-least; run again, it goes on where it was. Rows of other sources, versions or machines do not count as made. Every
-stage ends by writing its rows as CSV, table.csv (from `time`) and provenance.json; `--table` does only that.
+measures one forward and backward in bfloat16 against the bare products and other libraries, `train` trains AWD-LSTM on
+Penn Treebank (`--data` says where its files are) with four heads, an epoch each in turn, until the seconds are over: it
+does not go on in a later run. `all` is the four in this order. Rows are appended to STAGE.jsonl as they are made. A run
+stops when its seconds are over, after one new row at least; run again, it goes on where it was. Rows of other sources,
+versions or machines do not count as made. Every stage ends by writing its rows as CSV, table.csv (from `time`) and
+provenance.json; `--table` does only that.
 
 `sweep` ends by writing blocks.json with a line for this kind of GPU: copied over src/uncork/loss/gpu/blocks.json, it is
 what the tile reads from then on.
@@ -58,6 +60,7 @@ from gpu_contenders import (  # type: ignore[import-not-found]
     peak_mib,
     plif,
 )
+from gpu_lstm import PUBLISHED, QUICK, Text, rounds  # type: ignore[import-not-found]
 
 import uncork
 from uncork import LogitFunction
@@ -66,7 +69,7 @@ from uncork.lab.run.provenance import provenance
 from uncork.loss import tile_triton
 from uncork.loss.gpu.blocks import Blocks, kind_of, known_blocks
 
-STAGES = ("check", "sweep", "time")
+STAGES = ("check", "sweep", "time", "train")
 WRONG, UNABLE, STOPPED = 1, 2, 3
 
 
@@ -416,6 +419,25 @@ def measure(run: "Run") -> bool:
     return len(made) == len(every)
 
 
+def train(run: "Run") -> bool:
+    """Rounds of an epoch of each head while there is time for another; whether there is nothing left to do."""
+    kept = run.kept("train")
+    if kept.rows:
+        print("train: made before; a training does not go on", flush=True)
+        return True
+    if not run.quick and run.data is None:
+        print("train: left out, since --data does not say where Penn Treebank is", flush=True)
+        return True
+    text = Text.random() if run.quick else Text.penn_treebank(run.data)
+    began = time.monotonic()
+    for made, rows in enumerate(rounds(QUICK if run.quick else PUBLISHED, text, run.device), 1):
+        for name, row in rows:
+            kept.add(f"{name}: epoch {row['epoch']}", **row)
+        if run.clock.left() < (time.monotonic() - began) / made or (run.quick and made == 2):
+            break
+    return True
+
+
 # ---- tables
 
 
@@ -473,6 +495,7 @@ class Run:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.out, self.device, self.quick = given.out, torch.device(given.device), given.quick
+        self.data: Path | None = given.data
         self.clock = Clock(given.seconds)
         self.slice = tuple(map(int, given.slice.split("/")))
         self.workers = given.workers or (1 if self.device.type == "cpu" else max(1, min(8, cores() // 2)))
@@ -499,6 +522,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=540, help="after which it stops, to go on in the next run")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--data", type=Path, help="of `train`: the folder with Penn Treebank's files or archive")
     parser.add_argument("--workers", type=int, help="processes of `check`; None: half the cores, at most 8")
     parser.add_argument("--slice", default="0/1", help="I/N: of the cases of `check` every Nth from I on")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, a few cases")
@@ -524,7 +548,7 @@ def main() -> int:
             whole = False
             break
         try:
-            whole &= {"check": check, "sweep": sweep, "time": measure}[stage](run)
+            whole &= {"check": check, "sweep": sweep, "time": measure, "train": train}[stage](run)
         except DeviceError as error:
             print(f"{stage}: the device failed and this process is lost to it: {error}", file=sys.stderr)
             whole = False

@@ -119,8 +119,8 @@ def test_it_works_elsewhere_than_on_linux(bare, system):
 FLOORS = [
     {"functional", "messages"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose", "hf", "versions"},
     {"uncork"},
-    {"lab", "lab.errors", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"}, {"lab.data", "lab.models"},
-    {"lab.train"}, {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
+    {"lab", "lab.errors", "lab.layers", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"},
+    {"lab.data", "lab.models"}, {"lab.train"}, {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 

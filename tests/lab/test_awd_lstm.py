@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from uncork.lab.layers import WeightDropLSTM, embedded, in_one_block, locked_dropout
 from uncork.lab.models import AWDLSTM, AWDLSTMConfig, build_model
-from uncork.lab.models.awd_lstm import WeightDropLSTM, in_one_block, locked_dropout
 from uncork.lab.train.presets import get_preset
 
 V = 23
@@ -142,11 +142,9 @@ def test_locked_dropout_keeps_one_mask_for_all_steps():
 
 
 def test_embedding_dropout_drops_whole_words():
-    config = AWDLSTMConfig(embedding_size=6, hidden_sizes=(5,), embedding_dropout=0.4)
-    backbone = AWDLSTM(config, V).train()
-    tokens = make_tokens(8, 40)
+    embedding, tokens = torch.nn.Embedding(V, 6), make_tokens(8, 40)
     torch.manual_seed(0)
-    ratio = backbone._embed(tokens) / backbone.embedding(tokens)
+    ratio = embedded(embedding, tokens, 0.4, training=True) / embedding(tokens)
     seen = []
     for word in range(V):
         values = ratio[tokens == word].unique()

@@ -17,7 +17,7 @@ if tile_triton._missing():
     pytest.skip(tile_triton._missing(), allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-STAGES = ("check", "sweep", "time")
+STAGES = ("check", "sweep", "time", "train")
 
 
 def start(*arguments, interpreted=True):
@@ -40,7 +40,7 @@ def test_it_stops_when_its_seconds_are_over_goes_on_and_writes_its_tables(tmp_pa
     assert stopped.returncode == 3, stopped.stderr
     assert "stopped before the end" in stopped.stdout
     early = kept(tmp_path)
-    assert [len(early[stage]) for stage in STAGES] == [1, 0, 0]
+    assert [len(early[stage]) for stage in STAGES] == [1, 0, 0, 0]
     with (tmp_path / "check.jsonl").open("a") as file:
         file.write('{"name": "cut o')  # a process that was killed as it wrote
 
@@ -67,6 +67,12 @@ def test_it_stops_when_its_seconds_are_over_goes_on_and_writes_its_tables(tmp_pa
     assert set(rows["time"]["contender"]) == {"products", "eager", "uncork: softmax", "uncork: plif-100"}
     assert (rows["time"]["rounds"] == 2).all()
     assert rows["time"].set_index("contender")["over_products"]["products"] == 1
+    train = rows["train"].set_index("name")
+    assert train.groupby("head")["epoch"].max().tolist() == [2] * 4
+    losses = train.pivot(index="head", columns="epoch", values="train_perplexity")
+    assert (losses[2] < losses[1]).all()
+    assert train["valid_perplexity"].between(3, 25).all()  # three successors to a word of twenty
+    assert (train["seconds"] > 0).all()
     table = pd.read_csv(tmp_path / "table.csv")
     assert table.columns.tolist() == ["contender", "2, 4, 20: ms", "2, 4, 20: GiB"]
     origin = json.loads((tmp_path / "provenance.json").read_text())
