@@ -120,7 +120,8 @@ FLOORS = [
     {"functional", "messages"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose", "hf", "versions"},
     {"uncork"},
     {"lab", "lab.errors", "lab.layers", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"},
-    {"lab.data", "lab.models"}, {"lab.train"}, {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
+    {"lab.data", "lab.models"}, {"lab.train"},
+    {"lab.report"}, {"lab.experiments"}, {"lab.command_line"}, {"lab.settings"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 
