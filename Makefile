@@ -23,7 +23,7 @@ CONSTRAINTS := build/constraints-floor.txt
 
 # Of experiments/study.toml, in the order in which one builds on another.
 PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
-	baseline-places baseline-transformer baseline-final baseline-final-transformer fair
+	baseline-places baseline-transformer baseline-final baseline-final-transformer fair fair-places
 
 .PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site examples gpu dist test-dist clean
 
