@@ -38,6 +38,15 @@ def inputs_of(size):
     return batch(min(size, VOCAB))
 
 
+@pytest.mark.parametrize("put", [fuse_loss, lambda model: attach_head(model, "plif")], ids=["fused", "attached"])
+def test_a_layer_that_kept_its_former_size(put):
+    """As transformers 5.4 leaves the tied output layer of a model that was resized before."""
+    model = MODELS["tied"]()
+    resize(model, VOCAB + 8)
+    model.lm_head.out_features = VOCAB
+    assert put(model)(**inputs_of(VOCAB)).logits.shape[-1] == VOCAB + 8
+
+
 @every_model
 @both_ways
 def test_a_fused_model(name, size):

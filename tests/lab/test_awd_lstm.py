@@ -153,18 +153,16 @@ def test_embedding_dropout_drops_whole_words():
     assert sorted({round(value, 4) for value in seen}) == [0.0, round(1 / 0.6, 4)]
 
 
-@pytest.mark.parametrize(
-    ("name", "place"), [("input_dropout", "input"), ("hidden_dropout", "hidden"), ("output_dropout", "output")]
-)
-def test_each_dropout_acts_in_its_place(name, place):
-    config = CONFIG.updated(**{name: 0.5})
+@pytest.mark.parametrize("place", ["embedding", "input", "hidden", "output"])
+def test_each_dropout_acts_in_its_place(place):
+    config = CONFIG.updated(**{f"{place}_dropout": 0.5})
     backbone, tokens = AWDLSTM(config, V).double(), make_tokens()
     plain = [plain_lstm(layer) for layer in backbone.layers]
     torch.manual_seed(2)
     output = backbone.train()(tokens).features
     torch.manual_seed(2)
-    x = locked_dropout(backbone.embedding(tokens), 0.5 if place == "input" else 0.0, True)
-    x = plain[0](x)[0]
+    x = embedded(backbone.embedding, tokens, 0.5 if place == "embedding" else 0.0, True)
+    x = plain[0](locked_dropout(x, 0.5 if place == "input" else 0.0, True))[0]
     x = plain[1](locked_dropout(x, 0.5 if place == "hidden" else 0.0, True))[0]
     torch.testing.assert_close(output, locked_dropout(x, 0.5 if place == "output" else 0.0, True))
 

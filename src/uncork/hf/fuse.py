@@ -13,6 +13,7 @@ from uncork.heads import hooks
 from uncork.hf.fusion import (
     KEY,
     Fusion,
+    correct_size,
     fusion_of,
     is_fused,
     recording_subclass,
@@ -40,6 +41,7 @@ def plain_head(model: Any) -> nn.Linear:
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"model: expected a causal (decoder-only) language model, got {name}, an encoder-decoder")
     head = model.get_output_embeddings()
+    correct_size(head)
     if head is None:
         raise TypeError(
             "model: expected a causal language model (as AutoModelForCausalLM loads it), with an output layer, and "

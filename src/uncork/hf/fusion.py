@@ -85,6 +85,12 @@ def _new_recording(base: type) -> Any:
     return kind.__new__(kind)
 
 
+def correct_size(layer: nn.Module | None) -> None:
+    """Sets out_features right: transformers 5.4 leaves the former number on a resized layer whose weight is tied."""
+    if type(layer) is nn.Linear and layer.weight.dim() == 2:  # else packed or partitioned numbers
+        layer.out_features = layer.weight.shape[0]
+
+
 def start_recording(head: nn.Module, fusion: "Fusion") -> None:
     """Makes a head the one that a fusion records."""
     _forget_own_forward(head)

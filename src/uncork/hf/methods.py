@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from uncork.hf import trl
-from uncork.hf.fusion import CONFIG_FIELD, Fusion, fusion_of, start_recording, stop_recording
+from uncork.hf.fusion import CONFIG_FIELD, Fusion, correct_size, fusion_of, start_recording, stop_recording
 
 
 class Method:
@@ -83,8 +83,7 @@ def _follow(model: PreTrainedModel, fusion: Fusion) -> None:
     """Puts the fusion, with its head, on the output layer that the model has now."""
     layer: Any = model.get_output_embeddings()
     fusion.layers += 1  # lazy logits of the former one cannot be computed any more
-    if isinstance(layer, nn.Linear):
-        layer.out_features = layer.weight.shape[0]  # transformers 5.4 leaves the former number where weights are tied
+    correct_size(layer)
     if not fusion.owns_function:
         start_recording(layer, fusion)
         return
