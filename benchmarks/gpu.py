@@ -374,7 +374,7 @@ def train(run: "Run") -> bool:
     return True
 
 
-# ---- tables
+# ---- provenance
 
 
 def write_origin(run: "Run") -> None:
