@@ -266,8 +266,10 @@ def test_a_run_on_a_relative_path_is_evaluated_from_another_folder(text, tmp_pat
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_workers_once(text, tmp_path):
     out = tmp_path / "compared"
+    small = [*SMALL]
+    small[small.index("--epochs") + 1] = "5000"
     command = [sys.executable, "-m", "uncork.cli", "compare", "--corpus", text, "--out-dir", out, "--workers", "2",
-               "--heads", "softmax", "plif", "--seeds", "1", *SMALL, "epochs=5000"]  # fmt: skip
+               "--heads", "softmax", "plif", "--seeds", "1", *small]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

@@ -113,8 +113,10 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(text, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_comparison_ends_with_its_workers(signum, whole_group, text, tmp_path):
     out = tmp_path / "compared"
+    small = [*SMALL]
+    small[small.index("--epochs") + 1] = "5000"
     arguments = ["compare", "--corpus", text, "--out-dir", out, "--workers", "2", "--heads", "softmax", "plif",
-                 "--seeds", "1", *SMALL, "epochs=5000"]  # fmt: skip
+                 "--seeds", "1", *small]  # fmt: skip
     with start(*arguments) as process:
         wait_for(process, "softmax-seed0", "plif-seed0")
         if whole_group:
