@@ -75,7 +75,7 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return [
             Case("none", "float32", 20),
-            Case("plif", "bfloat16", 20),
+            Case("plif", "bfloat16", 200),  # rows with counters of their own
             Case("compose", "float16", 20, options=("masked", "tokens", "z")),
             Case("none", "float32", 20, mixture=True, probabilities=True, options=("smoothing", "classes")),
             Case("plif", "float32", 20, statistics=True),
@@ -85,6 +85,7 @@ def cases(quick: bool) -> list[Case]:
     both = (False, True)
     made = [Case(f, dtype, 2049, mixture) for mixture, f, dtype in product(both, FUNCTIONS, DTYPES)]
     made += [Case(f, "float32", v) for f, v in product(FUNCTIONS, (33278, 1, 7))]
+    made += [Case("plif-1000", dtype, 33278, mixture) for dtype, mixture in product(DTYPES, both)]
     made += [Case(f, dtype, v, True) for f, v, dtype in product(SOME, (33278, 1, 7), DTYPES)]
     made += [Case(f, "float32", 2049, False, True, ("smoothing", "classes")) for f in FUNCTIONS]
     made += [Case(f, dtype, 2049, statistics=True) for f, dtype in product(FUNCTIONS, DTYPES)]

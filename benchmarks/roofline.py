@@ -24,8 +24,11 @@ from gpu_contenders import SHAPES, Shape  # type: ignore[import-not-found]
 import uncork
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
+from uncork.loss.gpu.chain import counted_pieces
 
 HALF, SINGLE = 2, 4  # bytes
+COUNTER = 8 + 7 * 16 + 2 * 8  # of a row's counter: zeroed; by `Chain.counted` seven times read and written, then summed
+PIECES = (100, 1_000, 100_000)
 
 
 class Rates(NamedTuple):
@@ -51,15 +54,18 @@ class Part(NamedTuple):
         return max(self.operations / rates.products, self.bytes / rates.memory, self.counters / rates.counters)
 
 
-def parts(shape: Shape, rows: int, learned_pieces: bool) -> list[Part]:
-    """The parts of a step in the order of a chunk; the sums over the chunks."""
+def parts(shape: Shape, rows: int, pieces: int) -> list[Part]:
+    """The parts of a step in the order of a chunk; the sums over the chunks. pieces: of a learned PLIF, or 0."""
     n, d, v = shape
     chunks, product = math.ceil(n / rows), 2.0 * n * d * v
     scores, weight, inputs = n * v, v * d, n * d
+    counters = counted_pieces(pieces, torch.bfloat16, v)
+    additions = scores * (0 if not pieces else 1 if counters else 2)
     return [
         Part("scores", product, chunks * weight * HALF + inputs * HALF + scores * SINGLE),
         Part("statistics", 0, scores * SINGLE),
-        Part("gradient", 0, scores * (SINGLE + HALF), 2.0 * scores if learned_pieces else 0.0),
+        Part("gradient", 0, scores * (SINGLE + HALF), additions),
+        Part("counters", 0, n * counters * COUNTER),
         Part("to the input", product, chunks * weight * HALF + scores * HALF + inputs * SINGLE),
         Part("to the weight", product, scores * HALF + inputs * HALF + (2 * chunks - 1) * weight * SINGLE),
         Part("cast in the end", 0, (weight + inputs) * (SINGLE + HALF)),
@@ -74,14 +80,14 @@ def main() -> None:
     found, table = [], []
     for shape in SHAPES:
         told = uncork.estimate_memory(*shape, dtype=torch.bfloat16, device="cuda", impl="triton")
-        for learned in (False, True):
-            own = parts(shape, told.rows, learned)
+        for pieces in (0, *PIECES):
+            own = parts(shape, told.rows, pieces)
             for part in own:
                 times = {f"ms, {name}": 1e3 * part.seconds(rates) for name, rates in RATES.items()}
-                found.append({"shape": str(shape), "plif": learned, "rows": told.rows, **part._asdict(), **times})
+                found.append({"shape": str(shape), "pieces": pieces, "rows": told.rows, **part._asdict(), **times})
         milliseconds = {
-            (learned, name): 1e3 * sum(part.seconds(rates) for part in parts(shape, told.rows, learned))
-            for learned in (False, True)
+            (pieces, name): 1e3 * sum(part.seconds(rates) for part in parts(shape, told.rows, pieces))
+            for pieces in (0, *PIECES)
             for name, rates in RATES.items()
         }
         products = {name: 3e3 * 2 * math.prod(shape) / rates.products for name, rates in RATES.items()}
@@ -94,8 +100,11 @@ def main() -> None:
                 "tokens, features, words": str(shape),
                 "rows": told.rows,
                 "products alone, ms": range_of(products),
-                "fixed functions, ms": range_of({name: milliseconds[False, name] for name in RATES}),
-                "learned PLIF, ms": range_of({name: milliseconds[True, name] for name in RATES}),
+                "fixed functions, ms": range_of({name: milliseconds[0, name] for name in RATES}),
+                **{
+                    f"PLIF of {pieces:,}, ms": range_of({name: milliseconds[pieces, name] for name in RATES})
+                    for pieces in PIECES
+                },
                 "GiB": f"{told.total / 2**30:.2f}",
             }
         )

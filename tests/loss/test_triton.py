@@ -18,6 +18,7 @@ import torch
 import uncork
 from uncork.loss import chunked, tile_triton
 from uncork.loss.call import Missing, build_call
+from uncork.loss.gpu import chain
 from uncork.loss.gpu.blocks import blocks_of, kind_of, known_blocks
 from uncork.loss.implementations import IMPLEMENTATIONS
 
@@ -160,6 +161,102 @@ def test_slope_gradients_against_float64(interpreter, pieces):
     truth = slopes(x.double(), weight.double(), plif.double(), "reference")
     assert (got - truth).norm() < 1.5 * (plain - truth).norm() + 1e-6 * truth.norm()
     assert (got - truth).norm() < 1e-4 * truth.norm()
+
+
+def counted_call(function, components=1, dtype=torch.bfloat16):
+    """A call whose rows keep counters of their own in half precision, and its scores in float32."""
+    torch.manual_seed(0)
+    target = torch.randint(2000, (4,))
+    target[2] = -100
+    prior = None if components == 1 else torch.randn(4, components, dtype=dtype)
+    shape = (4, 2) if components == 1 else (4, components, 2)
+    call, _ = build_call(
+        torch.zeros(shape, dtype=dtype), torch.zeros(2000, 2, dtype=dtype), target, prior_logits=prior,
+        logit_function=function, weight=torch.linspace(0.1, 2, 2000),
+    )  # fmt: skip
+    return call, 3 * torch.randn(4 * components, 2000)
+
+
+def table_gradients(call, scores):
+    tiles = tile_triton.TritonTiles(call, call.function.tables(), [True] * len(call.function.tables()))
+    block = tiles.block(scores.shape[0])
+    block.copy_(scores)
+    return tiles.gradient(block, slice(0, 4), tile_triton.Upstream(torch.linspace(0.5, 2, 4).to(call.dtype))).sums
+
+
+COUNTED = {
+    "plif": lambda: uncork.PLIF(62, 8.0, init="random", spread=0.3),
+    "odd": lambda: uncork.PLIF(61, 8.0),
+    "after a scale": lambda: uncork.Compose(uncork.Scale(1.3, learnable=True), uncork.PLIF(40, 20.0)),
+    "long pieces": lambda: uncork.PLIF(5, 20.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "components", "bits"),
+    [("plif", 1, 10), ("plif", 3, 20), ("odd", 1, 20), ("after a scale", 3, 10), ("long pieces", 1, 20)],
+)
+def test_counters_of_a_row_are_exact_to_their_digits(interpreter, monkeypatch, name, components, bits):
+    """Of every piece, however little of the row it has; the same bits again."""
+    function = COUNTED[name]()
+    call, scores = counted_call(function, components)
+    monkeypatch.setattr(chain, "counter_bits", lambda vocab_size: bits)
+    monkeypatch.setattr(tile_triton, "counter_bits", lambda vocab_size: bits)
+    scores[:, call.target.index.clamp(min=0)] = -50.0  # nothing is subtracted within the pieces
+    found, again = table_gradients(call, scores), table_gradients(call, scores)
+    wide, scores = counted_call(function.double(), components, torch.float64)[0], scores.double()
+    wide = replace(wide, prior_logits=None if call.prior_logits is None else call.prior_logits.double())
+    truth = table_gradients(wide, scores)
+    for got, same in zip(found, again, strict=True):
+        assert got is same is None or torch.equal(got, same)
+    values, slopes = truth[-2][1:-1], truth[-1][1:-1]
+    assert (values > 0).sum() >= 3
+    [*_, plif] = function.modules()
+    width = 2 * plif.bound / plif.num_pieces
+    digits = 2.0 ** (3 - bits) + 1e-5
+    assert ((found[-2][1:-1] - values).abs() <= digits * values).all()
+    assert ((found[-1][1:-1] - slopes).abs() <= digits * width * values).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plif", {}), ("plif", {"z_loss": 1e-2, "reduction": "sum"}), ("plif", {"reduction": "none"}),
+        ("after a scale", {}), ("long pieces", {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_counters_of_a_row_in_the_loss(interpreter, name, options, mixture):
+    if mixture and "z_loss" in options:
+        pytest.skip("a mixture has no z-loss")
+    function = COUNTED[name]()
+    torch.manual_seed(0)
+    x = 2 * torch.randn(*((5, 3, 4) if mixture else (5, 4)))
+    weight, prior, target = torch.randn(2000, 4), torch.randn(5, 3), torch.tensor([3, 1999, -100, 0, 7])
+
+    def gradients(dtype, function, impl):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in ((x, weight, prior) if mixture else (x, weight))]
+        given = {"prior_logits": inputs[2]} if mixture else {}
+        of = uncork.mixture_cross_entropy if mixture else uncork.linear_cross_entropy
+        operands = [*inputs[:2], *given.values(), target]
+        loss = of(*operands, logit_function=function, impl=impl, **options)
+        upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        return torch.autograd.grad(loss, list(function.parameters()), upstream)
+
+    found, again = (gradients(torch.bfloat16, function, "triton") for _ in range(2))
+    truth = gradients(torch.float64, function.double(), "reference")
+    for got, same, wanted in zip(found, again, truth, strict=True):
+        assert torch.equal(got, same)
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_copies_of_a_histogram_change_no_bit(interpreter, monkeypatch, mixture, make_problem):
+    problem = make_problem("plif", mixture=mixture, tokens=5)
+    several = gradients(problem, "triton", label_smoothing=0.1)
+    assert chain.copies_of(12) == 64
+    monkeypatch.setattr(chain, "copies_of", lambda num_bins: 1)
+    for a, b in zip(several, gradients(problem, "triton", label_smoothing=0.1), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_number_of_a_tiny_gradient_is_lost(interpreter):

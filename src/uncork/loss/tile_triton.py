@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uncork.logit_functions.base import LogitFunction, constants
-from uncork.logit_functions.operations import PiecewiseLinear
 from uncork.loss.call import Call, Missing
 from uncork.loss.chunk_size import MIB, ChunkRule
 from uncork.loss.function import no_kernel, operations_of
 from uncork.loss.gpu.blocks import blocks_of
-from uncork.loss.gpu.chain import KIND_OF, pack
+from uncork.loss.gpu.chain import KIND_OF, counter_bits, gathering_bytes, pack
 from uncork.loss.target import IndexTarget, ProbabilityTarget
 from uncork.loss.tile import WIDENS, TileMemory, TileResult, Tiles, Upstream, hides_memory
 
@@ -91,18 +90,14 @@ class TritonTiles(Tiles):
 
     @classmethod
     def memory(cls, call: Call, parameters: Sequence[Tensor], rows: int, gradients: bool) -> TileMemory:
-        """The packed tables and bias, the histogram that all rows share, and a few numbers a row."""
-        size, bins, scalars, start = call.dtype.itemsize, 0, 0, 0
-        bias = 0 if call.bias is None else _wide(call.weight.shape[0]) * size
+        """The packed tables and bias, what a function's gradients are gathered in, and a few numbers a row."""
+        size, vocab_size = call.dtype.itemsize, call.weight.shape[0]
+        bias = 0 if call.bias is None else _wide(vocab_size) * size
         numbers = sum(t.numel() for t in parameters)
-        for operation in () if call.function is None else operations_of(call.function) or ():
-            own = parameters[start : start + operation.num_tables]
-            start += len(own)
-            if gradients and any(t.requires_grad for t in own):
-                pieces = own[0].numel() if isinstance(operation, PiecewiseLinear) else 0
-                bins, scalars = bins + 2 * pieces, scalars + (2 if pieces else own[0].numel())
+        operations = () if call.function is None or not gradients else operations_of(call.function) or ()
+        bins, of_row = gathering_bytes(operations, parameters, call.input.dtype, vocab_size)
         statistics = 3 + (8 if gradients else 0)  # top, log-sum, target; factors, which of them count, and their sizes
-        return TileMemory(bias + numbers * size, bins * 8 + rows * (statistics * size + scalars * 8))
+        return TileMemory(bias + numbers * size, bins + rows * (statistics * size + of_row))
 
     @classmethod
     def width(cls, call: Call) -> int:
@@ -180,17 +175,18 @@ class TritonTiles(Tiles):
 
     # ---- statistics
 
-    def _rows(
-        self, scores: Tensor, span: slice, *, dense: bool, masses: bool, details: bool
-    ) -> dict[str, Tensor | None]:
-        """The statistics of every row. dense: the part of the loss that all words have; details: entropy, argmax."""
+    def _rows(self, scores: Tensor, span: slice, *, dense: bool, masses: bool, details: bool) -> dict[str, Any]:
+        """The statistics of every row, None for what is not asked for.
+
+        dense: the part of the loss that all words have; details: entropy, argmax.
+        """
         from uncork.loss.gpu import rows
 
         count = scores.shape[0]
         given = self._given(span)
         if not (dense or masses):
             given["probabilities"] = None
-        out: dict[str, Tensor | None] = {
+        out = {
             "top_out": self._empty(count),
             "log_sum_out": self._empty(count),
             "at_target_out": self._empty(count) if given["index"] is not None else None,
@@ -202,7 +198,7 @@ class TritonTiles(Tiles):
         _launch(rows.row_statistics, count, **self._common(scores), **given, **out)
         return out
 
-    def _cross_entropy(self, span: slice, found: dict[str, Tensor | None]) -> Tensor | None:
+    def _cross_entropy(self, span: slice, found: dict[str, Any]) -> Tensor | None:
         """(C,) of tokens under one softmax, from their rows' statistics."""
         if self.call.target is None:
             return None
@@ -210,8 +206,6 @@ class TritonTiles(Tiles):
         loss = found["loss_out"]
         log_sum, at_target = found["log_sum_out"], found["at_target_out"]
         if isinstance(target, IndexTarget):
-            assert log_sum is not None
-            assert at_target is not None
             surprise = log_sum - at_target
             own = torch.where((target.hit == 0) & (surprise == torch.inf), 0, target.hit * surprise)
             loss = own if loss is None else own + loss
@@ -224,8 +218,6 @@ class TritonTiles(Tiles):
         if self.call.prior_logits is None:
             found = self._rows(scores, span, dense=self.dense, masses=False, details=details)
             top, log_sum = found["top_out"], found["log_sum_out"]
-            assert top is not None
-            assert log_sum is not None
             return TileResult(
                 self._cross_entropy(span, found), top + log_sum, found["entropy_out"], found["argmax_out"]
             )
@@ -270,8 +262,6 @@ class TritonTiles(Tiles):
         grad_entropy = upstream.entropy
         found = self._rows(scores, span, dense=self.dense, masses=self.dense, details=grad_entropy is not None)
         top, log_sum = found["top_out"], found["log_sum_out"]
-        assert top is not None
-        assert log_sum is not None
         lse = top + log_sum
         factor = torch.zeros_like(lse) if upstream.logsumexp is None else upstream.logsumexp
         if upstream.square is not None:
@@ -284,7 +274,6 @@ class TritonTiles(Tiles):
                 factor, size = factor + hit, size + hit.abs()
             if self.dense:
                 masses, dense = found["mass_out"], upstream.cross_entropy
-                assert masses is not None
                 factor, size = factor + dense * masses[:, 0], size + (dense * masses[:, 1]).abs()
         used = torch.ones_like(lse, dtype=torch.bool)
         if target is not None and upstream.cross_entropy is not None:
@@ -301,7 +290,7 @@ class TritonTiles(Tiles):
         self,
         scores: Tensor,
         span: slice,
-        found: dict[str, Tensor | None],
+        found: dict[str, Any],
         used: Tensor,
         factor: Tensor,
         hit: Tensor | None,
@@ -321,6 +310,8 @@ class TritonTiles(Tiles):
         if dense is None:
             given["probabilities"] = None
         gathered, scale = self._gathering(scores, scores.shape[0], size)
+        sparse = hit is not None and dense is None and grad_entropy is None
+        counters = self.chain.counters(scores, self.call.input.dtype) if sparse else None
 
         def of_rows(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(self.call.dtype).contiguous()
@@ -334,10 +325,14 @@ class TritonTiles(Tiles):
             "dense": of_rows(dense),
             "entropy_factor": of_rows(grad_entropy),
             "entropy": found["entropy_out"],
+            "counters": counters,
+            "BITS": counter_bits(scores.shape[1]),
         }
         common = self._common(scores, many=self.chain.num_bins > 0)
         _launch(rows.row_gradient, scores.shape[0], **common, **given, **arguments, **gathered)
-        return {"grad_scores": gathered["out"], "scale": scale, "sums": self._per_table(gathered)}
+        top, log_sum = found["top_out"], found["log_sum_out"]
+        counted = None if counters is None else self.chain.counted(counters, scores.shape[1], top, log_sum, factor)
+        return {"grad_scores": gathered["out"], "scale": scale, "sums": self._per_table(gathered, counted)}
 
     def _gathering(self, scores: Tensor, programs: int, size: Tensor) -> tuple[dict[str, Any], Tensor | None]:
         """(Where the gradient to the scores goes, and the sums that the tables' gradients are made of; its scale (R,)).
@@ -354,7 +349,8 @@ class TritonTiles(Tiles):
             "out": out,
             "out_stride": out.stride(0),
             "larger": larger,
-            "bins": torch.zeros(chain.num_bins, dtype=torch.int64, device=device) if chain.num_bins else None,
+            "bins": torch.zeros(chain.copies, dtype=torch.int64, device=device) if chain.num_bins else None,
+            "COPIES": chain.copies,
             "scales": None if scales is None else scales.to(self.call.dtype),
             "row_sums": self._empty(programs, chain.num_scalars, dtype=torch.float64) if chain.num_scalars else None,
             "SCALARS": chain.scalars,
@@ -366,8 +362,8 @@ class TritonTiles(Tiles):
             "ROUND": interpreted() and out.dtype == torch.bfloat16,
         }, scale
 
-    def _per_table(self, gathered: dict[str, Any]) -> list[Tensor | None]:
-        return self.chain.per_table(gathered["row_sums"], gathered["bins"], gathered["scales"])
+    def _per_table(self, gathered: dict[str, Any], counted: Tensor | None = None) -> list[Tensor | None]:
+        return self.chain.per_table(gathered["row_sums"], gathered["bins"], gathered["scales"], counted)
 
     def _narrow(self, scores: Tensor) -> Tensor:
         """The scores' own memory for gradients in the dtype of the products' operands."""
@@ -390,8 +386,6 @@ class TritonTiles(Tiles):
         grad_entropy = None if upstream is None else upstream.entropy
         if isinstance(target, IndexTarget) and target.sparse and not details and grad_entropy is None:
             log_sum, at_target = found["log_sum_out"], found["at_target_out"]
-            assert log_sum is not None
-            assert at_target is not None
             joint = log_prior + (at_target - log_sum).view_as(log_prior)
             total = torch.logsumexp(joint, -1, keepdim=True)
             surprise = -total.squeeze(-1)
@@ -413,7 +407,7 @@ class TritonTiles(Tiles):
         self,
         scores: Tensor,
         span: slice,
-        found: dict[str, Tensor | None],
+        found: dict[str, Any],
         log_prior: Tensor,
         lse: Tensor,
         upstream: Upstream | None,

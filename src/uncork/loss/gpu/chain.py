@@ -16,6 +16,8 @@ KIND_OF: dict[type[Operation], int] = {
 }  # fmt: skip
 NUM_SCALARS = (2, 2, 3, 2, 2, 2)  # sums over elements that a row keeps of each kind
 HEADER = 6  # numbers before the lines of a piecewise linear primitive
+COPIES_BYTES, MOST_COPIES = 2**20, 64  # of the histogram that rows add to, so that few of them wait for one address
+WORDS_A_PIECE = 32  # at least, where each row keeps counters of its own
 
 
 @dataclass
@@ -49,13 +51,48 @@ class Chain:
             bound = bound * steepest.clamp(min=1)
         return torch.stack(found[::-1])
 
-    def per_table(self, row_sums: Tensor | None, bins: Tensor | None, scales: Tensor | None) -> list[Tensor | None]:
+    @property
+    def copies(self) -> tuple[int, int]:
+        """(C, B): copies of the histograms, and their bins."""
+        return copies_of(self.num_bins), self.num_bins
+
+    def counters(self, scores: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(R, P) zeros if every row keeps counters of the last primitive's pieces (`functions.backward_counted`).
+
+        dtype: of the inputs.
+        """
+        if not self.kinds or self.kinds[-1] != UNIFORM or not self.wanted[-1]:
+            return None
+        pieces = counted_pieces(self.pieces[-1], dtype, scores.shape[1])
+        return scores.new_zeros(scores.shape[0], pieces, dtype=torch.int64) if pieces else None
+
+    def counted(self, counters: Tensor, vocab_size: int, top: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
+        """(P, 2) float64: what the counters of the rows give to values and slopes of the last primitive.
+
+        Args:
+            counters: (R, P) int64. top, log_sum, factor: (R,), the row's softmax and what it is multiplied by.
+        """
+        assert self.tables is not None
+        pieces, table = self.pieces[-1], self.tables[self.offsets[-1] :].double()
+        width = table[2] + table[3]
+        values, slopes = table[HEADER : HEADER + 2 * pieces].view(pieces, 2).unbind(1)
+        upper = width * torch.arange(1 - pieces / 2, 1 + pieces / 2, dtype=torch.float64, device=table.device)
+        weight = (upper + values + slopes * width) - top.double()[:, None]  # logits of the upper ends
+        weight.sub_(log_sum[:, None]).exp_().mul_(factor[:, None]).masked_fill_(counters == 0, 0)
+        low, high = counters.view(torch.int32).unflatten(-1, (pieces, 2)).unbind(-1)
+        sums = torch.stack([(weight * low).sum(0), (weight * high).sum(0) * width], -1)
+        return sums / 2 ** counter_bits(vocab_size)
+
+    def per_table(
+        self, row_sums: Tensor | None, bins: Tensor | None, scales: Tensor | None, counted: Tensor | None
+    ) -> list[Tensor | None]:
         """The gradient to each table, in float64; None for knots, which have none, and where none is wanted.
 
         Args:
-            row_sums: (R, num_scalars). bins: (num_bins,) whole numbers. scales: as `scales` gave them.
+            row_sums: (R, num_scalars). bins: (C, num_bins) whole numbers. scales, counted: as these methods gave them.
         """
         found: list[Tensor | None] = []
+        bins = None if bins is None else bins.sum(0)
         sums = None if row_sums is None else row_sums.sum(0)
         for i, kind in enumerate(self.kinds):
             start, pieces = self.scalars[i], self.pieces[i]
@@ -73,8 +110,50 @@ class Chain:
                 values, slopes = whole[:, 0] / scale + nan, whole[:, 1] / scale * gap + nan
                 slopes[0] += below
                 slopes[-1] += above
+                if counted is not None and i == len(self.kinds) - 1:
+                    values, slopes = values + counted[:, 0], slopes + counted[:, 1]
                 found += [None, values, slopes]
         return found
+
+
+def copies_of(num_bins: int) -> int:
+    """How many copies of histograms rows add to."""
+    return max(1, min(MOST_COPIES, COPIES_BYTES // (8 * max(1, num_bins))))
+
+
+def counter_bits(vocab_size: int) -> int:
+    """Binary digits of 1 in a counter: V ones stay below 2^31."""
+    return 31 - vocab_size.bit_length()
+
+
+def counted_pieces(pieces: int, dtype: torch.dtype, vocab_size: int) -> int:
+    """P if every row keeps counters of P equal pieces that are learned at the end of a chain, else 0.
+
+    A counter rounds each probability to 10 binary digits or more (13 at 151,936 words where pieces are short), which is
+    enough for gradients of half-precision inputs.
+    """
+    enough = 2 < pieces <= vocab_size // WORDS_A_PIECE and counter_bits(vocab_size) >= 10
+    return pieces if enough and dtype in (torch.bfloat16, torch.float16) else 0
+
+
+def gathering_bytes(
+    operations: Sequence[Operation], tables: Sequence[Tensor], dtype: torch.dtype, vocab_size: int
+) -> tuple[int, int]:
+    """(bytes of all rows, bytes of each row) in which the gradients of tables are gathered; dtype: of the inputs."""
+    bins = sums = counters = start = 0
+    for operation in operations:
+        own = tables[start : start + operation.num_tables]
+        start, counters = start + len(own), 0  # the last one's
+        if not any(t.requires_grad for t in own):
+            continue
+        if isinstance(operation, PiecewiseLinear):
+            pieces = own[0].numel()
+            bins, sums = bins + 2 * pieces, sums + 2
+            counters = 0 if operation.bound is None else counted_pieces(pieces, dtype, vocab_size)
+        else:
+            sums += own[0].numel()
+    whole, weight, product, is_zero = 8, 8, 8, 1
+    return copies_of(bins) * bins * 8, sums * 8 + counters * (whole + weight + product + is_zero)
 
 
 def pack(operations: Sequence[Operation], tables: Sequence[Tensor], needs: Sequence[bool], dtype: torch.dtype) -> Chain:

@@ -226,6 +226,39 @@ def add_pieces(
 
 
 @triton.jit
+def backward_counted(
+    z, g, hit, sums, tables, bins, scales, counters, BITS: tl.constexpr,
+    KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr, BINS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """`backward` through the last primitive, P equal pieces, where g = a p - hit with a number a for the row.
+
+    With u = p / (the p that the piece's upper end has), one addition of round(2^BITS u) + 2^32 round(2^BITS u t) to
+    the row's counter of the piece says what its words give to the value, and t = distance / width, to the slope:
+    `Chain.counted` multiplies it. The endless pieces, u < 1/16 and `hit` go the way of `add_pieces`.
+    """
+    LAST: tl.constexpr = SIZE - 1
+    P: tl.constexpr = PIECES[LAST]
+    table = tables + OFFSETS[LAST]
+    x = apply(z, tables, KINDS, PIECES, OFFSETS, LAST)
+    piece, distance = locate(x, table, KINDS[LAST], P)
+    slope = 1.0 + tl.load(table + HEADER + 2 * piece + 1)
+    width = tl.load(table + 2) + tl.load(table + 3)
+    t = tl.minimum(tl.maximum(distance / width, 0.0), 1.0)
+    u = tl.minimum(tl.exp(slope * (t - 1.0) * width), 1.0)
+    counted = (g != 0) & (piece > 0) & (piece < P - 1) & (u >= 0.0625)
+    u *= 1 << BITS
+    tl.atomic_add(counters + piece, whole(u) + (whole(u * t) << 32), mask=counted, sem="relaxed")
+    scale = tl.load(scales + 2 * LAST)
+    gap = tl.load(scales + 2 * LAST + 1)
+    left = tl.where(counted, -hit, g)
+    sums = add_pieces(
+        sums, x, left, tables, bins + BINS[LAST], scale, gap, KINDS[LAST], P, OFFSETS[LAST], SCALARS[LAST]
+    )
+    return g * slope, sums
+
+
+@triton.jit
 def whole(x):
     """The nearest whole number as int64."""
     return tl.floor(x + 0.5).to(tl.int64)

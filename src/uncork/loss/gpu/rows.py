@@ -11,7 +11,7 @@ or float64.
 import triton
 import triton.language as tl
 
-from uncork.loss.gpu.functions import apply, backward
+from uncork.loss.gpu.functions import apply, backward, backward_counted
 
 MINUS = tl.constexpr(float("-inf"))
 
@@ -165,9 +165,11 @@ def row_gradient(
     out, out_stride,
     larger,  # (R,): what a row's numbers are multiplied by before they are written
     bins, scales,
+    counters,  # (R, P): of the last primitive's pieces; then there is nothing but an index and `factor`
     row_sums,  # (R, S)
     K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr,
     BINS: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
+    COPIES: tl.constexpr, BITS: tl.constexpr,
     SHARED: tl.constexpr,  # whether narrower numbers are written into the row's own scores
     ROUND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -187,6 +189,7 @@ def row_gradient(
         word = tl.load(index + at // K)
         c = tl.load(hit + at)
     sums = tl.zeros([PADDED], tl.float64)
+    bins = own_copy(bins, at, COPIES)
     for start in range(0, V, BLOCK):
         words = start + tl.arange(0, BLOCK)
         inside = words < V
@@ -199,18 +202,32 @@ def row_gradient(
         g = p * a
         if entropy_factor is not None:
             g -= tl.load(entropy_factor + at) * p * (tl.load(entropy + at) + tl.where(log_p == MINUS, 0.0, log_p))
-        if index is not None:
-            g -= tl.where(words == word, c, 0.0)
+        own = tl.where(words == word, c, 0.0)
+        g -= own
         if dense is not None:
             t = load_target(given, word_weight, words, inside, W, numbers, T)
             g -= tl.load(dense + at) * t
         g = tl.where(possible & live, g, 0.0)
-        g, sums = backward(z, g, sums, tables, bins, scales, KINDS, PIECES, OFFSETS, SCALARS, BINS, WANTED, SIZE)
+        if counters is not None:
+            g, sums = backward_counted(
+                z, g, own, sums, tables, bins, scales, counters + at * PIECES[SIZE - 1], BITS, KINDS, PIECES, OFFSETS,
+                SCALARS, BINS, SIZE,
+            )  # fmt: skip
+        REST: tl.constexpr = SIZE if counters is None else SIZE - 1
+        g, sums = backward(z, g, sums, tables, bins, scales, KINDS, PIECES, OFFSETS, SCALARS, BINS, WANTED, REST)
         g = tl.where(possible & live, g, 0.0)
         tl.store(into + words, narrowed(g, larger, at, out, ROUND), mask=words < W)
     if S > 0:
         places = tl.arange(0, PADDED)
         tl.store(row_sums + at * S + places, sums, mask=places < S)
+
+
+@triton.jit
+def own_copy(bins, at, COPIES: tl.constexpr):
+    """A row's or token's copy of (C, B) bins: all at one address would wait for each other. COPIES: (C, B)."""
+    if bins is not None:
+        bins += at % COPIES[0] * COPIES[1]
+    return bins
 
 
 @triton.jit
@@ -360,11 +377,12 @@ def mixed_gradient(
     HAS_TARGET: tl.constexpr,
     K: tl.constexpr, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SCALARS: tl.constexpr,
     BINS: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
-    SHARED: tl.constexpr, ROUND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    COPIES: tl.constexpr, SHARED: tl.constexpr, ROUND: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     live = tl.load(used + at)
     sums = tl.zeros([PADDED], tl.float64)
+    bins = own_copy(bins, at, COPIES)
     for start in range(0, V, BLOCK):
         words = start + tl.arange(0, BLOCK)
         inside = words < V
