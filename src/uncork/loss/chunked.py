@@ -140,7 +140,7 @@ class Walk(Generic[T]):
         return into
 
     def add_gradients(self, into: Gradients, span: slice, upstream: Upstream) -> TileResult:
-        """Adds a chunk's gradients; returns its statistics."""
+        """Adds a chunk's gradients; returns its statistics, and nothing of the scores' size."""
         x = self.rows(span)
         result = self._gradient(self.scores(x), span, upstream, into.bias)
         grad_scores, scale = result.grad_scores, result.scale
@@ -157,7 +157,7 @@ class Walk(Generic[T]):
         for total, own in zip(into.parameters, result.sums, strict=True):
             if total is not None and own is not None:
                 total += own.view(total.shape)
-        return result
+        return result._replace(grad_scores=None)
 
 
 def _add_rows(result: TileResult, into: Tensor | None) -> None:
