@@ -54,17 +54,20 @@ class Part(NamedTuple):
         return max(self.operations / rates.products, self.bytes / rates.memory, self.counters / rates.counters)
 
 
-def parts(shape: Shape, rows: int, pieces: int) -> list[Part]:
-    """The parts of a step in the order of a chunk; the sums over the chunks. pieces: of a learned PLIF, or 0."""
+def parts(shape: Shape, rows: int, pieces: int, score: int = SINGLE) -> list[Part]:
+    """The parts of a step in the order of a chunk; the sums over the chunks.
+
+    pieces: of a learned PLIF, or 0. score: bytes of one, HALF by `scores_dtype=torch.bfloat16`.
+    """
     n, d, v = shape
     chunks, product = math.ceil(n / rows), 2.0 * n * d * v
     scores, weight, inputs = n * v, v * d, n * d
     counters = counted_pieces(pieces, torch.bfloat16, v)
     additions = scores * (0 if not pieces else 1 if counters else 2)
     return [
-        Part("scores", product, chunks * weight * HALF + inputs * HALF + scores * SINGLE),
-        Part("statistics", 0, scores * SINGLE),
-        Part("gradient", 0, scores * (SINGLE + HALF), additions),
+        Part("scores", product, chunks * weight * HALF + inputs * HALF + scores * score),
+        Part("statistics", 0, scores * score),
+        Part("gradient", 0, scores * (score + HALF), additions),
         Part("counters", 0, n * counters * COUNTER),
         Part("to the input", product, chunks * weight * HALF + scores * HALF + inputs * SINGLE),
         Part("to the weight", product, scores * HALF + inputs * HALF + (2 * chunks - 1) * weight * SINGLE),
@@ -90,6 +93,10 @@ def main() -> None:
             for pieces in (0, *PIECES)
             for name, rates in RATES.items()
         }
+        narrow = {
+            name: 1e3 * sum(part.seconds(rates) for part in parts(shape, told.rows, 0, HALF))
+            for name, rates in RATES.items()
+        }
         products = {name: 3e3 * 2 * math.prod(shape) / rates.products for name, rates in RATES.items()}
 
         def range_of(times: dict[str, float]) -> str:
@@ -101,6 +108,7 @@ def main() -> None:
                 "rows": told.rows,
                 "products alone, ms": range_of(products),
                 "fixed functions, ms": range_of({name: milliseconds[0, name] for name in RATES}),
+                "bfloat16 scores, ms": range_of(narrow),
                 **{
                     f"PLIF of {pieces:,}, ms": range_of({name: milliseconds[pieces, name] for name in RATES})
                     for pieces in PIECES
