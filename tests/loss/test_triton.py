@@ -79,7 +79,7 @@ def test_half_precision_gradients_stand_in_the_memory_of_their_scores(
     interpreter, several_blocks, monkeypatch, narrow, mixture, make_problem
 ):
     """Every number is that of float32, rounded once, though it is written over scores that were read before."""
-    problem = make_problem("plif", mixture=mixture, vocab=200, dtype=torch.float32, grad=False)
+    problem = make_problem("plif", mixture=mixture, vocab=60, dtype=torch.float32, grad=False)
     call = problem.call()
     parameters = call.function.tables()
     rows = problem.input.reshape(-1, 3)
