@@ -1,4 +1,4 @@
-"""uncork: output layers that break the softmax bottleneck at the cost of a plain softmax.
+"""uncork: output layers beyond the softmax, with one fused cross-entropy that keeps no logits.
 
 An increasing function on the logits never changes which word is likeliest; it changes how likely.
 """
