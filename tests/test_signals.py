@@ -84,6 +84,7 @@ def test_every_signal_leaves_a_checkpoint_that_goes_on_to_the_same_numbers(text,
     assert numbers(broken) == numbers(straight)
 
 
+@pytest.mark.slow
 def test_nohup_keeps_its_word(text, tmp_path):
     with start(*train_of(text, tmp_path / "run"), wrapper=["nohup"]) as process:
         wait_for(process, "run")
