@@ -62,6 +62,15 @@ def check(model: nn.Module, target: bool, *, strict: bool, shapes: Sequence[Sequ
         torch.testing.assert_close(answers(exported.module()(*given)), answers(model(*given)))
 
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # versions between 2.6 and 2.13 were not tried
+
+
+def skip_what_torch_2_6_cannot(name: str, strict: bool) -> None:
+    """It cannot export an autograd.Function strictly on a tensor of open size, and every function of logits is one."""
+    if OLD and strict and name not in ("softmax", "mos", "moc"):
+        pytest.skip("torch 2.6 cannot export it: Source of 's0' is None when lifting it to input of top-level")
+
+
 SHAPES = {"flat": [(5,), (1,), (9,), (700,)], "batched": [(2, 3), (4, 5), (3, 170)]}
 IN_CI = [
     ("temperature", "forward", True, "flat"),  # a parameter outside of the loss's operator
@@ -79,6 +88,8 @@ PRODUCT = [
 
 @pytest.mark.parametrize(("name", "method", "strict", "shapes"), PRODUCT)
 def test_every_method_with_an_open_number_of_tokens(name, method, strict, shapes):
+    if method not in ("loss", "statistics"):
+        skip_what_torch_2_6_cannot(name, strict)
     model = Method(moved_head(name), method, **METHODS[method])
     check(model, method in WITH_TARGET, strict=strict, shapes=SHAPES[shapes])
     if method in ("predict", "topk", "log_prob"):  # eager has another path without gradients
@@ -116,6 +127,7 @@ def test_the_functions_themselves(name, strict):
         torch.testing.assert_close(answers(exported.module()(*given)), answers(Function(name)(*given)))
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.6 saves a graph within torch.autocast that it cannot load")
 def test_a_saved_program_loads_where_uncork_is_imported(tmp_path):
     model, given = Method(moved_head("mop"), "loss"), batch((5,), True)
     tokens = torch.export.Dim("tokens")
@@ -157,7 +169,7 @@ def test_what_cannot_be_exported_says_so():
 ONNX_IN_CI = ("sigsoftmax", "plif")
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="tried with torch 2.13 alone")
+@pytest.mark.skipif(OLD, reason="tried with torch 2.13 alone")
 @pytest.mark.parametrize(
     "name", [name if name in ONNX_IN_CI else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
 )
