@@ -267,11 +267,12 @@ def test_weight_gradient_is_accumulated_in_float32(impl, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_loss_of_many_tokens(impl, reduction, dtype):
-    input, weight = torch.randn(20_000, 4).to(dtype), torch.randn(16, 4).to(dtype)
-    target = torch.randint(0, 16, (20_000,))
+    tokens = 2_000 if impl == "triton" else 20_000  # Triton's interpreter takes 15 ms a token
+    input, weight = torch.randn(tokens, 4).to(dtype), torch.randn(16, 4).to(dtype)
+    target = torch.randint(0, 16, (tokens,))
     ours = linear_cross_entropy(input, weight, target, reduction=reduction, impl=impl, chunk_size=512)
     truth = F.cross_entropy(F.linear(input.double(), weight.double()), target, reduction="sum")
-    total = ours.double().sum() * (20_000 if reduction == "mean" else 1)
+    total = ours.double().sum() * (tokens if reduction == "mean" else 1)
     assert abs(total - truth) < 1e-5 * truth
 
 
