@@ -29,7 +29,7 @@ from uncork.lab.run.provenance import provenance
 from uncork.loss import tile_triton
 from uncork.loss.gpu import rows
 from uncork.loss.gpu.blocks import known_blocks
-from uncork.loss.gpu.chain import UNIFORM, Chain, counted_pieces, counter_bits, pack
+from uncork.loss.gpu.chain import Chain, counter_bits, pack
 
 VOCAB = 151_936  # it decides whether rows keep counters of their own, and their digits
 TARGETS = {
@@ -68,9 +68,9 @@ def arguments_of(name: str, out: str, components: int, block: int) -> dict[str, 
         chain = pack(function.operations() or (), tables, [learned] * len(tables), torch.float32)
     numbers = ("top_out", "log_sum_out", "at_target_out", "numbers", "top_in", "log_sum_in", "factor", "hit")
     mixed = ("log_prior", "loss_factor", "loss_out", "component_out", "size_out", "component_in")
-    # A row's own counters, as at 151,936 words.
-    counted = components == 1 and out == "*bf16" and chain.kinds[-1:] == (UNIFORM,) and chain.wanted[-1]
-    counted = bool(counted and counted_pieces(chain.pieces[-1], torch.bfloat16, VOCAB))
+    of_row = None  # counters
+    if components == 1 and out == "*bf16":
+        of_row = chain.counters(torch.empty(1, VOCAB, device="meta"), torch.bfloat16)
     return {
         **dict.fromkeys((*numbers, *(mixed if components > 1 else ())), "*fp32"),
         **dict.fromkeys(("stride", "out_stride", "V", "W"), "i32"),
@@ -81,7 +81,7 @@ def arguments_of(name: str, out: str, components: int, block: int) -> dict[str, 
         "bias": "*fp32",
         "tables": "*fp32" if chain.kinds else None,
         "bins": "*i64" if chain.num_bins else None,
-        "counters": "*i64" if counted else None,
+        "counters": None if of_row is None else "*i64",
         "BITS": counter_bits(VOCAB),
         "COPIES": chain.copies,
         "scales": "*fp32" if chain.num_bins else None,

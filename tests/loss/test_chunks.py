@@ -144,14 +144,14 @@ def test_tiles_say_the_dtype_of_the_products(monkeypatch, mixture, reduction, ma
     monkeypatch.setitem(IMPLEMENTATIONS, "half", Chunked(HalfProducts))
     problem = make_problem("plif", mixture=mixture, tokens=40, dtype=torch.bfloat16)
     wanted = results(problem, "torch", reduction, None)
+    bound = 0.02 if torch.__version__ >= "2.13" else 0.1  # 2.6: coarser products
     for chunk_size in (None, 8):
         with Dtypes() as dtypes:
             got = results(problem, "half", reduction, chunk_size)
         assert dtypes.found == {torch.bfloat16}
         for a, b in zip(got, wanted, strict=True):
             assert a.dtype == b.dtype
-            # torch 2.6 has coarser products in bfloat16 than 2.13, where 0.02 is enough.
-            assert (a.double() - b.double()).norm() <= 0.1 * b.double().norm()
+            assert (a.double() - b.double()).norm() <= bound * b.double().norm()
 
 
 def test_rows_of_a_chunk_come_from_the_table_of_the_device(make_problem):

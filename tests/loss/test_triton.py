@@ -194,7 +194,7 @@ COUNTED = {
 
 @pytest.mark.parametrize(
     ("name", "components", "bits"),
-    [("plif", 1, 10), ("plif", 3, 20), ("odd", 1, 20), ("after a scale", 3, 10), ("long pieces", 1, 20)],
+    [("plif", 1, 12), ("plif", 3, 20), ("odd", 1, 20), ("after a scale", 3, 12), ("long pieces", 1, 20)],
 )
 def test_counters_of_a_row_are_exact_to_their_digits(interpreter, monkeypatch, name, components, bits):
     """Of every piece, however little of the row it has; the same bits again."""
@@ -202,6 +202,7 @@ def test_counters_of_a_row_are_exact_to_their_digits(interpreter, monkeypatch, n
     call, scores = counted_call(function, components)
     monkeypatch.setattr(chain, "counter_bits", lambda vocab_size: bits)
     monkeypatch.setattr(tile_triton, "counter_bits", lambda vocab_size: bits)
+    assert chain.counted_pieces(5, torch.bfloat16, 2000) == 5
     scores[:, call.target.index.clamp(min=0)] = -50.0  # nothing is subtracted within the pieces
     found, again = table_gradients(call, scores), table_gradients(call, scores)
     wide, scores = counted_call(function.double(), components, torch.float64)[0], scores.double()
@@ -213,9 +214,9 @@ def test_counters_of_a_row_are_exact_to_their_digits(interpreter, monkeypatch, n
     assert (values > 0).sum() >= 3
     [*_, plif] = function.modules()
     width = 2 * plif.bound / plif.num_pieces
-    digits = 2.0 ** (3 - bits) + 1e-5
-    assert ((found[-2][1:-1] - values).abs() <= digits * values).all()
-    assert ((found[-1][1:-1] - slopes).abs() <= digits * width * values).all()
+    allowed = (2.0 ** (3 - bits) + 1e-5) * values + 2.0**-55  # the truth is a sum of multiples of about 2^-60
+    assert ((found[-2][1:-1] - values).abs() <= allowed).all()
+    assert ((found[-1][1:-1] - slopes).abs() <= allowed * width).all()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ KIND_OF: dict[type[Operation], int] = {
 NUM_SCALARS = (2, 2, 3, 2, 2, 2)  # sums over elements that a row keeps of each kind
 HEADER = 6  # numbers before the lines of a piecewise linear primitive
 COPIES_BYTES, MOST_COPIES = 2**20, 64  # of the histogram that rows add to, so that few of them wait for one address
-WORDS_A_PIECE = 32  # at least, where each row keeps counters of its own
+WORDS_A_PIECE, LEAST_BITS = 32, 12  # at least, where each row keeps counters of its own: up to 524,287 words
 
 
 @dataclass
@@ -129,10 +129,10 @@ def counter_bits(vocab_size: int) -> int:
 def counted_pieces(pieces: int, dtype: torch.dtype, vocab_size: int) -> int:
     """P if every row keeps counters of P equal pieces that are learned at the end of a chain, else 0.
 
-    A counter rounds each probability to 10 binary digits or more (13 at 151,936 words where pieces are short), which is
-    enough for gradients of half-precision inputs.
+    A counter holds a probability to `counter_bits` binary digits at its piece's upper end, to four fewer at 1/16 of
+    that: 9 to 13 at 151,936 words, for gradients of half-precision inputs, which have 8 or 11.
     """
-    enough = 2 < pieces <= vocab_size // WORDS_A_PIECE and counter_bits(vocab_size) >= 10
+    enough = 2 < pieces <= vocab_size // WORDS_A_PIECE and counter_bits(vocab_size) >= LEAST_BITS
     return pieces if enough and dtype in (torch.bfloat16, torch.float16) else 0
 
 

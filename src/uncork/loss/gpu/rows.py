@@ -64,6 +64,17 @@ def better(best, where, x, words, inside, V):
 
 
 @triton.jit
+def logit_of(
+    row, word, V, W, bias, tables, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr,
+    SIZE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The logit of one word; a class that does not exist is impossible."""
+    word = tl.where(word < 0, V, word)
+    score, exists = load_scores(row, bias, word, word < V, W, T)
+    return tl.where(exists, apply(score, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
+
+
+@triton.jit
 def row_statistics(
     scores, stride, V, W, bias, tables, index, probabilities, word_weight,
     numbers,  # (2,): whole, uniform
@@ -112,10 +123,7 @@ def row_statistics(
     if argmax_out is not None:
         tl.store(argmax_out + at, where.to(tl.int64))
     if index is not None:
-        word = tl.load(index + at // K)
-        word = tl.where(word < 0, V, word)  # a class that does not exist is impossible
-        score, exists = load_scores(row, bias, word, word < V, W, T)
-        logit = tl.where(exists, apply(score, tables, KINDS, PIECES, OFFSETS, SIZE), MINUS)
+        logit = logit_of(row, tl.load(index + at // K), V, W, bias, tables, KINDS, PIECES, OFFSETS, SIZE, T)
         tl.store(at_target_out + at, logit - top)
     if (loss_out is not None) or (entropy_out is not None):
         loss, entropy = row_sums_of_log_p(
@@ -149,6 +157,24 @@ def row_sums_of_log_p(
         if ENTROPY:
             entropy -= tl.sum(tl.where(inside, product(tl.exp(log_p), log_p), 0.0), 0)
     return loss, entropy
+
+
+@triton.jit
+def logit_gradient(
+    z, used, words, inside, top, log_sum, a, word, c, at, given, word_weight, numbers, dense, entropy_factor, entropy,
+    tables, W, KINDS: tl.constexpr, PIECES: tl.constexpr, OFFSETS: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """(the gradient to a block of logits, 0 for words that are not used; what the target subtracts from it)."""
+    log_p = (apply(z, tables, KINDS, PIECES, OFFSETS, SIZE) - top) - log_sum
+    p = tl.exp(log_p)
+    g = p * a
+    if entropy_factor is not None:
+        g -= tl.load(entropy_factor + at) * p * (tl.load(entropy + at) + tl.where(log_p == MINUS, 0.0, log_p))
+    own = tl.where(words == word, c, 0.0)
+    g -= own
+    if dense is not None:
+        g -= tl.load(dense + at) * load_target(given, word_weight, words, inside, W, numbers, T)
+    return tl.where(used, g, 0.0), own
 
 
 @triton.jit
@@ -196,18 +222,10 @@ def row_gradient(
         z, possible = load_scores(row, bias, words, inside, W, T)
         if SHARED:  # every thread has read before one writes into what another still has to read
             tl.debug_barrier()
-        logits = apply(z, tables, KINDS, PIECES, OFFSETS, SIZE)
-        log_p = (logits - top) - log_sum
-        p = tl.exp(log_p)
-        g = p * a
-        if entropy_factor is not None:
-            g -= tl.load(entropy_factor + at) * p * (tl.load(entropy + at) + tl.where(log_p == MINUS, 0.0, log_p))
-        own = tl.where(words == word, c, 0.0)
-        g -= own
-        if dense is not None:
-            t = load_target(given, word_weight, words, inside, W, numbers, T)
-            g -= tl.load(dense + at) * t
-        g = tl.where(possible & live, g, 0.0)
+        g, own = logit_gradient(
+            z, possible & live, words, inside, top, log_sum, a, word, c, at, given, word_weight, numbers, dense,
+            entropy_factor, entropy, tables, W, KINDS, PIECES, OFFSETS, SIZE, T,
+        )  # fmt: skip
         if counters is not None:
             g, sums = backward_counted(
                 z, g, own, sums, tables, bins, scales, counters + at * PIECES[SIZE - 1], BITS, KINDS, PIECES, OFFSETS,
