@@ -256,12 +256,13 @@ def test_wrong_flags_say_what_there_is(flags, message, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_heads_of_every_part_can_be_built():
+@pytest.mark.parametrize("file", sorted(ROOT.glob("experiments/*.toml")), ids=lambda file: file.name)
+def test_the_heads_of_every_part_can_be_built(file):
     from uncork.lab.train.checkpoints import check_head
 
-    rows = _tuned([1.0, 2.0, 3.0])
-    for part in PLAN.parts.values():
-        cells = PLAN.cells(part, rows)
+    plan, rows = Plan.read(file), _tuned([1.0, 2.0, 3.0])
+    for part in plan.parts.values():
+        cells = plan.cells(part, rows)
         assert cells
         for config in {c.key: c.config for c in cells}.values():
             check_head(config)

@@ -10,7 +10,7 @@ from uncork.lab.train.config import TrainConfig
 # What a head may set for itself beside its own options, since a fair comparison tunes it for each head.
 OWN_SETTINGS = (
     "lr", "function_lr_scale", "output_lr_scale", "function_clip", "function_start",
-    "epochs", "max_steps", "in_features", "bias_prior",
+    "epochs", "max_steps", "in_features", "bias_prior", "weight_decay",
 )  # fmt: skip
 
 
