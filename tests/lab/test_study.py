@@ -470,6 +470,14 @@ def _check_pictures(drawn, rows, cells, summary):
     assert moving.lines[1].get_ydata()[0] == 1.0
 
 
+def test_the_settings_of_a_head_say_all_that_it_trains_with_for_itself(tiny_config):
+    own = {"function_lr_scale": 0.3, "output_lr_scale": 8.0, "function_start": 0.5, "weight_decay": 0.01}
+    cell = Cell("tiny d=4", "plif", tiny_config(head="plif", head_options={"num_pieces": 10}, **own))
+    kept = {"result": {"test": {"perplexity": 10.0}}, "history": [(1.0, 3.0)]}
+    (settings,) = tables.runs_frame([cell], {cell.key: kept})["settings"]
+    assert settings.split(",") == ["num_pieces=10", *(f"{name}={value}" for name, value in own.items())]
+
+
 def test_a_place_with_several_softmaxes_is_drawn_against_the_baseline_of_its_table(tiny_config):
     for order in (1, -1):
         labels = {"softmax (scale 1)": 120.0, "softmax": 100.0, "plif (unit slope)": 98.0}

@@ -48,7 +48,8 @@ def runs_frame(cells: Sequence[Cell], rows: Rows) -> pd.DataFrame:
 
 def _settings(cell: Cell) -> str:
     own = {**cell.config.head_options}
-    own |= {k: v for k in ("function_lr_scale", "output_lr_scale") if (v := getattr(cell.config, k)) != 1}
+    usual = {"function_lr_scale": 1, "output_lr_scale": 1, "function_start": 0, "weight_decay": 0}
+    own |= {name: value for name in usual if (value := getattr(cell.config, name)) != usual[name]}
     return ",".join(f"{name}={'null' if value is None else value}" for name, value in own.items())
 
 
