@@ -7,6 +7,7 @@ kind.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from uncork.loss.call import Call
 
@@ -51,8 +52,8 @@ class ChunkRule:
     def rows(self, call: Call, dtype: torch.dtype, operands: torch.dtype | None = None) -> int:
         """Rows for a call whose scores are of `dtype`; so is what the products multiply, unless `operands` says else.
 
-        The caller's memory_budget is not exceeded, and a copy of the weight counts towards it where there is one; a
-        ValueError says so if it is too small for one token.
+        The caller's memory_budget is not exceeded, and the copy of the weight's rows counts towards it where there is
+        one; a ValueError says so if it is too small for one token.
         """
         vocab_size, features = call.weight.shape
         if call.chunk_size is not None:
@@ -62,7 +63,7 @@ class ChunkRule:
         raised = call.dtype.itemsize if dtype != call.dtype else 0
         row = max(1, vocab_size) * (dtype.itemsize + raised) * self.blocks
         operands = operands or dtype
-        copies = 0 if call.weight.dtype == operands else call.weight.numel() * operands.itemsize
+        copies = weight_copy_bytes(call, operands)
         rows, least = (call.memory_budget - copies) // row, call.components
         if rows < least:
             raise ValueError(
@@ -72,8 +73,23 @@ class ChunkRule:
         return min(rows // 32 * 32 or rows, self.limit_rows)
 
 
-# Bytes of scores that are raised at once.
-RAISED = 8 * MIB
+# Bytes of scores that are raised at once, and on a CPU of rows of W.
+RAISED, RAISED_WEIGHT = 8 * MIB, 4 * MIB
+
+
+def weight_copy_rows(weight: Tensor, operands: torch.dtype) -> int:
+    """How many rows of W, where the products multiply another dtype than its own, are copied to that at once."""
+    row = max(1, weight.shape[1]) * operands.itemsize
+    return min(weight.shape[0], max(1, RAISED_WEIGHT // row)) if weight.device.type == "cpu" else weight.shape[0]
+
+
+def weight_copy_bytes(call: Call, operands: torch.dtype) -> int:
+    """Bytes of the copy of W's rows; 0 if the products multiply W as it is."""
+    weight = call.weight
+    if weight.dtype == operands:
+        return 0
+    return weight_copy_rows(weight, operands) * weight.shape[1] * operands.itemsize
+
 
 # Below this number of features a CPU's matrix products are bound by memory bandwidth.
 NARROW = 64

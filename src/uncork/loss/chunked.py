@@ -18,7 +18,7 @@ from uncork.logit_functions.operations import first_order, readable
 from uncork.loss.call import Call, Implementation, Statistics, without_autocast
 from uncork.loss.function import function_parameters, module_state
 from uncork.loss.memory import MemoryEstimate
-from uncork.loss.plan import Plan, add_product, multiply, walk_memory
+from uncork.loss.plan import Plan, Weight, add_product, multiply, walk_memory
 from uncork.loss.target import ProbabilityTarget
 from uncork.loss.tile import TileResult, Tiles, Upstream
 
@@ -48,7 +48,7 @@ class Walk(Generic[T]):
     ) -> None:
         self.call, plan = call, Plan.of(call, make_tiles)
         self.dtype, self.chunk = plan.operands, plan.tokens
-        self.weight = call.weight.detach().to(self.dtype)
+        self.weight = Weight(call.weight.detach(), self.dtype)
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
         # Scores in half precision are rounded once, with their bias, as torch's own linear layer rounds them.
         self.bias = call.bias.detach().to(self.dtype) if plan.rounds and call.bias is not None else None
@@ -70,12 +70,16 @@ class Walk(Generic[T]):
 
     def scores(self, x: Tensor) -> Tensor:
         """x W^T (rows, V), with the bias where the tiles get none, in the one block that all chunks share."""
-        block = self.block[: x.shape[0]]
-        if self.bias is None:
-            multiply(x, self.weight.T, block)
-        else:
-            torch.addmm(self.bias, x, self.weight.T, out=block)
-        return block
+        return self.scores_into(x, self.block[: x.shape[0]])
+
+    def scores_into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same, in `out`."""
+        for words, weight in self.weight.blocks():
+            if self.bias is None:
+                multiply(x, weight.T, out[:, words])
+            else:
+                torch.addmm(self.bias[words], x, weight.T, out=out[:, words])
+        return out
 
     def statistics(self, span: slice) -> TileResult:
         scores = self.scores(self.rows(span))
@@ -147,7 +151,8 @@ class Walk(Generic[T]):
         assert grad_scores is not None
         if into.input is not None:
             part = into.input[span].view(grad_scores.shape[0], -1)
-            multiply(grad_scores, self.weight, part)
+            for words, weight in self.weight.blocks():
+                (add_product if words.start else multiply)(grad_scores[:, words], weight, part)
             if scale is not None:
                 part.mul_(scale[:, None])
         if into.weight is not None:

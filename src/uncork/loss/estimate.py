@@ -34,7 +34,7 @@ def estimate_memory(
     Of `linear_cross_entropy`, or `mixture_cross_entropy` for several components, with index targets and
     reduction="mean". With R rows of scores at once, N tokens, D features, K components, V words::
 
-        total = scores (R V, times the blocks that live at once) + copies of W (D V, or 0)
+        total = scores (R V, times the blocks that live at once) + copy of W (0, D V or a part)
               + gradients (N K D + D V, in float32 or better) + tables and histograms
 
     The rows, blocks and dtypes are those that the implementation takes. Nothing of these sizes is allocated.
@@ -62,8 +62,8 @@ def estimate_memory(
     >>> found.rows, found.scores, found.gradients, round(found.total / 2**20)
     (32, 8519680, 56521600, 62)
     >>> half = uncork.estimate_memory(2048, 400, 33_278, dtype=torch.bfloat16, impl="torch")
-    >>> half.weight, round(half.total / 2**20)
-    (53244800, 113)
+    >>> half.gradients, round(half.total / 2**20)  # at the end: those in float32 are cast
+    (84782400, 81)
     """
     n, features, vocab_size, k = (
         positive_int(name, value)

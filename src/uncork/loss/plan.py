@@ -1,5 +1,6 @@
 """What is decided of a walk over the chunks before it starts, its matrix products, and the memory that it will need."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from uncork.logit_functions.base import table_dtype
 from uncork.loss.call import Call
-from uncork.loss.chunk_size import MIB
+from uncork.loss.chunk_size import MIB, weight_copy_bytes, weight_copy_rows
 from uncork.loss.function import function_parameters
 from uncork.loss.memory import Live, MemoryEstimate, device_of
 from uncork.loss.tile import WIDENS, Tiles
@@ -43,6 +44,25 @@ class Plan:
         if rounds and not tiles.reads_products:
             raised = min(max(rule.raised_rows(call) // k * k, k), rows)
         return cls(operands, scores, rounds, tokens, rows, raised)
+
+
+class Weight:
+    """W in the dtype that the products multiply: as it is, or in copies of as many rows as a CPU's cache holds."""
+
+    def __init__(self, weight: Tensor, operands: torch.dtype) -> None:
+        rows = weight_copy_rows(weight, operands)
+        whole = weight.dtype == operands or rows >= weight.shape[0]
+        self.given = weight.to(operands) if whole else weight
+        self.copy = None if whole else weight.new_empty(rows, weight.shape[1], dtype=operands)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which words, and their rows; each is to be used before the next is asked for."""
+        if self.copy is None:
+            yield slice(0, self.given.shape[0]), self.given
+            return
+        for start in range(0, self.given.shape[0], self.copy.shape[0]):
+            rows = self.given[start : start + self.copy.shape[0]]
+            yield slice(start, start + rows.shape[0]), self.copy[: rows.shape[0]].copy_(rows)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -103,7 +123,7 @@ def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstima
         products = _product_bytes(call, plan.operands) + plan.rows * features * wide
         working = max(working, products + (0 if plan.raised else tile.kept))
     scores = plan.rows * tiles.width(call) * plan.scores.itemsize + plan.raised * vocab_size * wide + working
-    copies = 0 if call.weight.dtype == plan.operands else call.weight.numel() * plan.operands.itemsize
+    copies = weight_copy_bytes(call, plan.operands)
     other = tile.whole + made.live + call.tokens * token_bytes(call)
     if call.input.dtype != plan.operands:
         other += plan.rows * features * plan.operands.itemsize
