@@ -58,7 +58,7 @@ def torchs_own(problem):
 @pytest.mark.parametrize("name", ["none", "plif", "compose", "module", "monotone-tanh"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_half_precision_is_no_worse_than_torch(impl, mixture, dtype, name, reduction, make_problem, monkeypatch):
-    monkeypatch.setattr("uncork.loss.chunk_size.RAISED_WEIGHT", 16 * 32 * 4)  # sixteen words at a time
+    monkeypatch.setattr("uncork.loss.chunk_size.RAISED", 16 * 32 * 4)  # sixteen words at a time
     made = make_problem(name, mixture=mixture, tokens=64, features=32, vocab=50, dtype=torch.float32)
     problem = halved(made, dtype)
     wide = widened(problem)
@@ -100,8 +100,7 @@ def test_scores_of_any_size_lose_no_more_than_torchs(
     impl, mixture, case, name, reduction, scores_dtype, make_problem, monkeypatch
 ):
     """Judged by float64's answer to the same rounded inputs; scores in bfloat16 are torch's own choice."""
-    monkeypatch.setattr("uncork.loss.chunk_size.RAISED", 4 * 50 * 4)  # four rows at a time
-    monkeypatch.setattr("uncork.loss.chunk_size.RAISED_WEIGHT", 20 * 32 * 4)
+    monkeypatch.setattr("uncork.loss.chunk_size.RAISED", 4 * 50 * 4)  # four rows of scores, six words at a time
     made = make_problem(name, mixture=mixture, tokens=64, features=32, vocab=50, dtype=torch.float32)
     problem = halved(shifted(made, case), torch.bfloat16)
     wide = widened(problem)
@@ -142,7 +141,7 @@ def test_products_are_of_the_scores_dtype_and_no_large_weight_is_copied(
     with Products(problem.weight.shape) as seen:
         problem.loss(chunked_impl).backward()
     assert (seen.found, seen.copies) == ({torch.float32}, 1)
-    monkeypatch.setattr("uncork.loss.chunk_size.RAISED_WEIGHT", problem.weight.numel() * 2)
+    monkeypatch.setattr("uncork.loss.chunk_size.RAISED", problem.weight.numel() * 2)
     with Products(problem.weight.shape) as seen:
         problem.loss(chunked_impl).backward()
     assert (seen.found, seen.copies) == ({torch.float32}, 0)

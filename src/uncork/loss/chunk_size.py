@@ -73,14 +73,14 @@ class ChunkRule:
         return min(rows // 32 * 32 or rows, self.limit_rows)
 
 
-# Bytes of scores that are raised at once, and on a CPU of rows of W.
-RAISED, RAISED_WEIGHT = 8 * MIB, 4 * MIB
+# Bytes of scores, and on a CPU of W, that are raised at once.
+RAISED = 8 * MIB
 
 
 def weight_copy_rows(weight: Tensor, operands: torch.dtype) -> int:
     """How many rows of W, where the products multiply another dtype than its own, are copied to that at once."""
     row = max(1, weight.shape[1]) * operands.itemsize
-    return min(weight.shape[0], max(1, RAISED_WEIGHT // row)) if weight.device.type == "cpu" else weight.shape[0]
+    return min(weight.shape[0], max(1, RAISED // row)) if weight.device.type == "cpu" else weight.shape[0]
 
 
 def weight_copy_bytes(call: Call, operands: torch.dtype) -> int:

@@ -16,7 +16,7 @@ class MemoryEstimate(NamedTuple):
     """Bytes beyond the inputs at the peak of a step: `total`, the sum of the four parts after it.
 
     scores: the block or blocks of scores, what the function makes of them, and products on their way to a gradient.
-    weight: copy of W in another dtype, on a CPU of 4 MiB of it. gradients: those that the step leaves, and what is kept
+    weight: copy of W in another dtype, on a CPU of 8 MiB of it. gradients: those that the step leaves, and what is kept
     of them before. other: the function's tables, sums and histograms, and a few numbers a token.
 
     rows: of scores at once, K of which make a token of a mixture. impl: the implementation that serves.
