@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,25 @@ def steps(where: Path) -> pd.DataFrame:
     return table.reset_index()
 
 
-DERIVED = {"intervals": intervals, "times": times, "grid": grid, "steps": steps}
+def far(where: Path) -> pd.DataFrame:
+    """PLIF beside the softmax with and without weight decay: one row a place, changes with their range over seeds."""
+    rows = []
+    for place, own in pd.read_csv(where / "runs.csv").groupby("place", sort=False):
+        found = own.pivot(index="seed", columns="head", values="test_perplexity")
+        softmaxes = [head for head in found if str(head).startswith(BASELINE)]
+        row = {"place": place} | {str(head): perplexity(found[head].mean()) for head in (*softmaxes, "plif")}
+        logs = np.log(found)
+        rows.append(row | {f"plif, % from {head}": spread(logs["plif"] - logs[head]) for head in softmaxes})
+    return pd.DataFrame(rows)
+
+
+def spread(ratios: Any) -> str:
+    """The mean of changes that are given as logarithms, in percent, and the least and the largest."""
+    middle, low, high = (f"{100 * math.expm1(ratio):+z.2f}" for ratio in (ratios.mean(), ratios.min(), ratios.max()))
+    return f"{middle} ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})".replace("-", "−")
+
+
+DERIVED = {"intervals": intervals, "times": times, "grid": grid, "steps": steps, "far": far}
 
 
 def block(folder: str, name: str | None = None) -> str:

@@ -516,6 +516,7 @@ def test_the_figure_over_d_shows_the_change_against_the_softmax_of_the_same_seed
     assert list(line.get_ydata()) == pytest.approx([100 * (math.sqrt(0.99 * 0.95) - 1)] * 3)
     points = np.concatenate([dots.get_offsets() for dots in axes.collections])
     assert sorted(points[:, 1]) == pytest.approx([-5.0] * 3 + [-1.0] * 3)
+    assert axes.get_ylim()[0] < -5.0
     one = figures._changes([cell for cell in cells if cell.place == "tiny d=4"], rows).axes[0]
     (dots,) = one.collections
     assert sorted(np.asarray(dots.get_offsets())[:, 0]) == pytest.approx([-5.0, -1.0])

@@ -1,5 +1,6 @@
 """The study's figures: perplexity over d, learned functions and their course in training, words by frequency."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,7 +123,7 @@ def _over_width(cells: Sequence[Cell], rows: Rows) -> Figure | None:
         for d, changes in points.items():
             axes.scatter([d] * len(changes), changes, s=14, color=stroke.color, alpha=0.5, linewidths=0)
         ends.append((float(list(points)[-1]), means[-1], label, stroke.color))
-        values += means
+        values += itertools.chain.from_iterable(points.values())
     axes.set_xscale("log")
     plain_log_ticks(axes, "x", widths)
     return _percent_axes(figure, axes, values, ends)
