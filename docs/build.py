@@ -121,7 +121,7 @@ def far(where: Path) -> pd.DataFrame:
         found = own.pivot(index="seed", columns="head", values="test_perplexity")
         softmaxes = [head for head in found if str(head).startswith(BASELINE)]
         row = {"place": place} | {str(head): perplexity(found[head].mean()) for head in (*softmaxes, "plif")}
-        logs = np.log(found)
+        logs = found.apply(np.log)
         rows.append(row | {f"plif, % from {head}": spread(logs["plif"] - logs[head]) for head in softmaxes})
     return pd.DataFrame(rows)
 
