@@ -48,8 +48,8 @@ figures: $(READY) ## draw all pictures of the study from its kept rows, those to
 	for part in $(PARTS); do $(BIN)/uncork study --part $$part --report-only || exit; done
 
 test: $(READY) ## all tests but the slow ones; those of the GPU's tile in Triton's interpreter
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/loss -k triton
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations=20 --durations-min=5
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations=10 --durations-min=5 tests/loss -k triton
 
 coverage: $(READY) ## the same tests, and which lines they do not reach; takes half as long again
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov=src/uncork --cov-report=term:skip-covered
