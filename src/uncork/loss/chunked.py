@@ -68,12 +68,9 @@ class Walk(Generic[T]):
         x = self.call.input[span].detach().to(self.dtype)
         return x if self.call.prior_logits is None else x.flatten(0, 1)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """x W^T (rows, V), with the bias where the tiles get none, in the one block that all chunks share."""
-        return self.scores_into(x, self.block[: x.shape[0]])
-
-    def scores_into(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same, in `out`."""
+    def scores(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x W^T (rows, V), with the bias where the tiles get none: in `out`, or the one block that all chunks share."""
+        out = self.block[: x.shape[0]] if out is None else out
         for words, weight in self.weight.blocks():
             if self.bias is None:
                 multiply(x, weight.T, out[:, words])

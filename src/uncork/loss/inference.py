@@ -47,7 +47,7 @@ class Inference:
         result = call.input.new_empty(call.tokens, call.weight.shape[0])
         for span in walk.spans():
             if call.prior_logits is None and walk.dtype == result.dtype:
-                walk.tiles.log_prob(walk.scores_into(walk.rows(span), result[span]), span)
+                walk.tiles.log_prob(walk.scores(walk.rows(span), result[span]), span)
             else:
                 result[span] = _log_prob(walk, span)
         return result
