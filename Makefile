@@ -21,9 +21,7 @@ FLOOR := 'torch==2.6.*'
 FLOOR_TRANSFORMERS := 'transformers==5.4.*'
 CONSTRAINTS := build/constraints-floor.txt
 
-# Of experiments/study.toml, in the order in which one builds on another.
-PARTS := tune confirm again rate variants scale double heads mixture width full wikitext transformer-tune transformer wide baseline \
-	baseline-places baseline-transformer baseline-final baseline-final-transformer fair fair-places
+PARTS := $(shell sed -n 's/^\[parts\.\([a-z-]*\)\]$$/\1/p' experiments/study.toml)
 
 .PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site examples gpu dist test-dist clean
 
