@@ -45,7 +45,7 @@ def test_any_chunk_size_gives_the_same_statistics(impl, mixture, make_problem):
 def test_same_bits_again(impl, mixture, reduction, make_problem):
     problem = make_problem("plif", mixture=mixture, tokens=70, vocab=90, dtype=torch.float32)
     first = results(problem, impl, reduction, 16)
-    for _ in range(3):
+    for _ in range(1 if impl == "triton" else 3):  # its interpreter is slow
         for a, b in zip(results(problem, impl, reduction, 16), first, strict=True):
             assert torch.equal(a, b)
 
