@@ -85,9 +85,9 @@ def test_equal_parameters_narrows_a_mixture_to_the_softmax(features, words):
         options = {"latent_activation": None} if "mos" in cell.head else {}
         return cell._parameters(cell.head.split(":")[0], width, options)
 
-    width = mixture.read_head()[2]
+    width = mixture.resolved[2]
     assert count(mixture, width) <= count(softmax, features) < count(mixture, width + 1)
-    assert replace(softmax, head="mos:latent_activation=null").read_head()[2] == features
+    assert replace(softmax, head="mos:latent_activation=null").resolved[2] == features
 
 
 @pytest.mark.parametrize(

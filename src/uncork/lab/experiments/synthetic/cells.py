@@ -57,7 +57,7 @@ class Cell:
             if getattr(self, name) < 1:
                 raise LabError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
         self._check_target()
-        self.read_head()
+        _ = self.resolved  # refuses what cannot be built
 
     @functools.cached_property
     def key(self) -> str:
@@ -75,7 +75,7 @@ class Cell:
         Raises:
             LabError: the text of its targets cannot be read.
         """
-        name, options, features = self.read_head()
+        name, options, features = self.resolved
         with torch.device("meta"):
             head = build_head(name, features, self.num_words, **{"bias": False, **options}).spec()
         settings = {key: value for key, value in self.to_dict().items() if key != "head"}
@@ -91,7 +91,8 @@ class Cell:
         """The cell that `to_dict` wrote."""
         return cls(**{**values, "fitting": Fitting.from_dict(values["fitting"])})
 
-    def read_head(self) -> tuple[str, dict[str, Any], int]:
+    @functools.cached_property
+    def resolved(self) -> tuple[str, dict[str, Any], int]:
         """The head's name, its options, and its number of features, to which `equal_parameters=true` narrows it.
 
         Raises:
@@ -108,10 +109,10 @@ class Cell:
             raise LabError(f"heads: expected some of {', '.join(HEAD_NAMES)}, got {name!r}{near}")
         try:
             features = self.in_features
-            most = self._parameters("softmax", features, {})
-            while self._parameters(name, features, options) > most and equal and features > 1:
+            most = self._parameters("softmax", features, {}) if equal else math.inf
+            while (found := self._parameters(name, features, options)) > most and features > 1:
                 features -= 1
-            if equal and self._parameters(name, features, options) > most:
+            if found > most:
                 raise LabError(f"heads: {self.head} has more parameters than a softmax even with one feature")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch's, for sizes it cannot hold
             raise LabError(f"heads: {self.head}: {str(error).splitlines()[0]}") from error
@@ -120,7 +121,7 @@ class Cell:
     @property
     def memory(self) -> float:
         """Bytes that it needs, roughly: targets, a chunk of scores, the measures in float64, and Adam's state."""
-        name, options, features = self.read_head()
+        name, options, features = self.resolved
         components = int(HeadSpec(name, options).resolved.get("num_components", 1))
         return self.num_contexts * self.num_words * (40 + 24 * components) + 24 * self._parameters(
             name, features, options
@@ -159,7 +160,7 @@ class Cell:
 
     def build(self, found: Targets) -> tuple[Head, Tensor]:
         """The head and its contexts (N, features), at their random start."""
-        name, options, features = self.read_head()
+        name, options, features = self.resolved
         return start(name, found, features, self.seed, options)
 
 
