@@ -21,7 +21,7 @@ FLOOR := 'torch==2.6.*'
 FLOOR_TRANSFORMERS := 'transformers==5.4.*'
 CONSTRAINTS := build/constraints-floor.txt
 
-PARTS := $(shell sed -n 's/^\[parts\.\([a-z-]*\)\]$$/\1/p' experiments/study.toml)
+PARTS := $(shell sed -n 's/^\[parts\.\([^].]*\)\]$$/\1/p' experiments/study.toml)
 
 .PHONY: help demo study figures test coverage test-slow test-floor test-transformers test-pythons sanitize check format docs site examples gpu dist test-dist clean
 
