@@ -2,7 +2,7 @@
 
 A block between `<!-- results: FOLDER -->` and `<!-- end -->` is replaced by the table of results/FOLDER/table.csv and
 the command that made it; `<!-- results: FOLDER NAME -->` takes NAME.csv, or what DERIVED makes of the folder's rows,
-without the command. With --check nothing is written, and a stale block or a dead link fails.
+without the command. With --check nothing is written, and a stale block, a dead link or text shown as code fails.
 """
 
 import json
@@ -212,6 +212,12 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
+def indented_after_a_table(page: Path) -> list[str]:
+    """Text that would be shown as code: a table ends the list that it stands in."""
+    found = re.findall(r"<!-- end -->\n\n {4,}(\S.*)", page.read_text(encoding="utf-8"))
+    return [f"{page.relative_to(ROOT)}: indented after a table, and so shown as code: {line[:60]}" for line in found]
+
+
 def main() -> int:
     """0, or 1 with what is wrong."""
     check, wrong = "--check" in sys.argv, []
@@ -224,6 +230,7 @@ def main() -> int:
                 page.write_text(text, encoding="utf-8")
     for page in [*PAGES, *sorted((ROOT / "examples").glob("*.ipynb"))]:
         wrong += [f"dead link in {link}" for link in dead_links(page)]
+        wrong += indented_after_a_table(page)
     print("\n".join(wrong) or "docs: tables and links are right")
     return 1 if wrong else 0
 
