@@ -3,10 +3,10 @@
     python benchmarks/half_precision.py --out results/half-precision
 
 Time: all take turns in every round; medians and quartiles of the ratio to the fused float32 loss of the same round.
-Memory, in a process of its own: W, input, their gradients, and what else the step holds at its peak. "scores bfloat16"
-is scores_dtype=torch.bfloat16, whose products are bfloat16 ones, as those of the eager softmax are: the two are left
-out where the processor has no instructions for them, and would take many times as long. Leave the machine alone
-meanwhile.
+Memory, in a process of its own: W, input, their gradients, and what else the step holds at its peak. Where the
+processor has instructions for bfloat16, the loss multiplies in it, as the eager softmax does; then the same loss with
+scores_dtype=torch.float32 and the eager softmax in bfloat16 stand beside it, which without such instructions would take
+many times as long. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -30,10 +30,12 @@ from uncork.lab.experiments.bench.tables import quantiles, with_quartiles
 from uncork.lab.experiments.bench.timing import interleave
 from uncork.lab.report.publish import publish
 from uncork.lab.run.provenance import provenance
+from uncork.loss.call import multiplies_bfloat16
 
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = (
-    (2048, 400, 33278), (1024, 768, 50257), (2048, 64, 33278), (2048, 400, 10000), (256, 400, 33278),
+    (2048, 400, 33278), (1024, 768, 50257), (2048, 64, 33278), (2048, 400, 10000), (512, 16, 10000), (256, 400, 33278),
+    (32, 400, 33278),
 )  # fmt: skip
 TINY = (8, 8, 32)
 BASE = "float32"
@@ -42,12 +44,11 @@ CONTENDERS: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
     "bfloat16": (torch.bfloat16, uncork.linear_cross_entropy),
     "eager float32": (torch.float32, lambda x, w, y: F.cross_entropy(F.linear(x, w), y)),
 }
-INSTRUCTIONS = {"avx512_bf16", "amx_bf16"} & {*Path("/proc/cpuinfo").read_text(encoding="utf-8").split()}
-if INSTRUCTIONS:
+if multiplies_bfloat16():
     CONTENDERS |= {
-        "bfloat16, scores bfloat16": (
+        "bfloat16, float32 scores": (
             torch.bfloat16,
-            lambda x, w, y: uncork.linear_cross_entropy(x, w, y, scores_dtype=torch.bfloat16),
+            lambda x, w, y: uncork.linear_cross_entropy(x, w, y, scores_dtype=torch.float32),
         ),
         "eager bfloat16": (torch.bfloat16, lambda x, w, y: F.cross_entropy(F.linear(x, w).float(), y)),
     }
@@ -118,7 +119,7 @@ def main() -> None:
     rows = pd.DataFrame([row for shape in SHAPES for row in measure(shape, arguments.rounds)])
     print(rows.to_string(index=False))
     command = shlex.join(["python", *sys.argv])
-    origin = provenance(command, torch.get_num_threads(), bfloat16_instructions=sorted(INSTRUCTIONS))
+    origin = provenance(command, torch.get_num_threads(), bfloat16_instructions=multiplies_bfloat16())
     publish(arguments.out, {"times": rows, "table": by_shape(rows)}, origin)
 
 

@@ -167,6 +167,30 @@ def test_rows_that_are_raised_together_do_not_change_the_answer(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_processor_with_bfloat16_products_takes_them(chunked_impl, mixture, autocast, make_problem, monkeypatch):
+    """Of bfloat16 inputs alone, in every answer; scores_dtype=torch.float32 refuses them."""
+    made = make_problem("plif", mixture=mixture, tokens=40, dtype=torch.float32)
+    half = halved(copy.copy(made), torch.bfloat16)
+    given = made if autocast else half
+
+    def answer(**options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, found = given.loss(chunked_impl, **options), given.statistics(chunked_impl, **options)
+        return [loss, *gradients(loss, given), found.log_prob, found.logsumexp]
+
+    rounded, exact = (answer(scores_dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    torch.testing.assert_close(answer(), exact, rtol=0, atol=0)
+    monkeypatch.setattr("uncork.loss.call.multiplies_bfloat16", lambda: True)
+    torch.testing.assert_close(answer(), rounded, rtol=0, atol=0)
+    torch.testing.assert_close(answer(scores_dtype=torch.float32), exact, rtol=0, atol=0)
+    assert all((a != b).any() for a, b in zip(rounded[:3], exact[:3], strict=True))
+    with Products(made.weight.shape) as seen:
+        made.loss(chunked_impl).backward()
+        halved(copy.copy(made), torch.float16).loss(chunked_impl).backward()
+    assert seen.found == {torch.float32}
+
+
 def test_scores_in_bfloat16_under_autocast_and_in_statistics(impl, make_problem):
     problem = make_problem("plif", tokens=40, dtype=torch.float32)
     half = halved(copy.copy(problem), torch.bfloat16)

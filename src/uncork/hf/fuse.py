@@ -146,9 +146,10 @@ def fuse_loss(
         logits: what `outputs.logits` is where labels are given. "lazy": a tensor that is computed when it is first
             read (`uncork.hf.LazyLogits`). "none": None. Under torch.compile it is None.
         scores_dtype: dtype of the scores W h + b within the loss and the statistics, as in
-            `uncork.linear_cross_entropy`. None raises half precision to float32. torch.bfloat16, for a model in
+            `uncork.linear_cross_entropy`. torch.float32 raises half precision to it. torch.bfloat16, for a model in
             bfloat16 or trained under autocast to it, multiplies and rounds as the model itself does, without a copy of
-            W; with hidden states of another dtype the loss then raises.
+            W; with hidden states of another dtype the loss then raises. None is torch.bfloat16 for such a model on a
+            CPU with instructions for it (avx512_bf16), and float32 anywhere else.
 
     Returns:
         The model.

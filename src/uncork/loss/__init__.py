@@ -61,7 +61,7 @@ def linear_cross_entropy(
     the loss is inf, as in torch.
 
     Args:
-        input: (..., D), float64, float32, or half precision (raised to float32; under autocast cast down first).
+        input: (..., D), float64, float32, or half precision (under autocast cast down first).
         linear_weight: (V, D), the input's dtype. linear_bias: (V,) or None.
         target: integers (...) in [0, V) or ignore_index; or floating (..., V) probabilities, which need not sum to 1.
         ignore_index: the target of tokens that do not count; None is -100, as in torch's function.
@@ -75,11 +75,12 @@ def linear_cross_entropy(
             gradients, and the sums that the function's parameters need, come on top. Without either, `loss.chunk_size`
             decides: on a CPU as many rows as fit into 64 MiB, or half of W's bytes if that is more (5 MiB for D < 64),
             between 32 and 512; "torch" divides these bytes among 16 blocks.
-        scores_dtype: dtype of the scores W h + b, of the gradient to them and of the three products. None is float32
-            (float64 of float64). torch.bfloat16, with inputs in it or under autocast to it, is what eager torch has:
-            scores are rounded to 8 bits (16.06 becomes 16.0625, 40.1 becomes 40), function, softmax and sums stay in
-            float32, and W is not copied. On a CPU it saves time only where the processor multiplies bfloat16
-            (avx512_bf16, amx) and costs several times as much where it does not.
+        scores_dtype: dtype of the scores W h + b, of the gradient to them and of the three products. torch.bfloat16,
+            with inputs in it or under autocast to it, is what eager torch has: scores are rounded to 8 bits (16.06
+            becomes 16.0625, 40.1 becomes 40), function, softmax and sums stay in float32, and W is not copied.
+            torch.float32 raises half precision to it, which rounds nothing. None is float32 (float64 of float64), but
+            torch.bfloat16 for such inputs on a CPU with instructions for it (avx512_bf16), which halve the time; without
+            it costs several times as much.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN

@@ -31,6 +31,12 @@ def loss_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 on this processor with its own instructions for it (avx512_bf16)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.backends.mkldnn.is_available() and bool(supported())
+
+
 @dataclass(frozen=True)
 class Call:
     """Flattened arguments. N tokens, D features, K components, V vocabulary."""
@@ -44,7 +50,7 @@ class Call:
     details: bool = False  # whether entropy and argmax are computed too
     chunk_size: int | None = None  # rows of scores at once
     memory_budget: int | None = None  # bytes of scores at once, if chunk_size is None
-    scores_dtype: torch.dtype | None = None  # of the scores and the products; None is the loss's
+    scores_dtype: torch.dtype | None = None  # of the scores and the products; None chooses
     module_state: ModuleState | None = None  # of a function that only autograd can differentiate
 
     @property
@@ -55,7 +61,10 @@ class Call:
     @property
     def products_dtype(self) -> torch.dtype:
         """The dtype of the scores W h and of the matrix products."""
-        return self.dtype if self.scores_dtype is None else self.scores_dtype
+        if self.scores_dtype is not None:
+            return self.scores_dtype
+        rounded = self.input.dtype == torch.bfloat16 and self.input.device.type == "cpu" and multiplies_bfloat16()
+        return torch.bfloat16 if rounded else self.dtype
 
     @property
     def tokens(self) -> int:
