@@ -31,7 +31,7 @@ FUNCTIONS = {
 }
 FAST = {"tokens": 96, "features": 256, "vocab": 36_000}
 WIDE = {"tokens": 2048, "features": 400, "vocab": 33_278}
-BFLOAT16 = {"dtype": "bfloat16"}
+BFLOAT16 = {"dtype": "bfloat16", "scores_dtype": "float32"}
 
 
 def options_of(case):
@@ -103,7 +103,18 @@ linux = pytest.mark.skipif(not measurable(), reason="resident memory is read fro
 
 
 @linux
-@pytest.mark.parametrize("case", [("native", {"function": "plif"}), ("torch", {**BFLOAT16, "bias": True})], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("native", {"function": "plif"}),
+        (
+            "native",
+            {**BFLOAT16, "scores_dtype": "bfloat16", "vocab": 150_000},
+        ),  # one chunk, whose product is W's gradient
+        ("torch", {**BFLOAT16, "bias": True}),
+    ],
+    ids=str,
+)
 def test_a_step_needs_what_was_told(case):
     check(case[0], {**FAST, **case[1]})
 

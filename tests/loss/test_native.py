@@ -481,9 +481,10 @@ def test_ignored_tokens_of_a_per_token_loss_have_no_products(chunked_impl, mixtu
 
     class Rows(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket.__name__ == "mm":
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ == "mm" and result.shape != problem.weight.shape:
                 rows.append(args[0].shape[0])
-            return func(*args, **(kwargs or {}))
+            return result
 
     with Rows():
         loss = problem.loss(chunked_impl, reduction="none")

@@ -167,6 +167,33 @@ def test_rows_that_are_raised_together_do_not_change_the_answer(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+class Made(TorchDispatchMode):
+    """The dtypes of all tensors of some shape that are made."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found = shape, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.found.add(result.dtype)
+        return result
+
+
+def test_one_chunk_makes_the_gradient_to_w_in_its_dtype(chunked_impl, mixture, make_problem):
+    problem = halved(make_problem("plif", mixture=mixture, tokens=40, dtype=torch.float32), torch.bfloat16)
+    wide, found = widened(problem), {}
+    for rows in (80, 10):
+        with Made(problem.weight.shape) as made:
+            loss = problem.loss(chunked_impl, scores_dtype=torch.bfloat16, chunk_size=rows)
+            found[rows] = gradients(3 * loss, problem)
+        assert (torch.float32 in made.found) == (rows == 10)
+    truth = gradients(3 * wide.expected(), wide)
+    for one, several, exact in zip(found[80], found[10], truth, strict=True):
+        assert relative_error(one, exact) <= 1.5 * relative_error(several, exact) + torch.finfo(torch.bfloat16).eps / 2
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_processor_with_bfloat16_products_takes_them(chunked_impl, mixture, autocast, make_problem, monkeypatch):
     """Of bfloat16 inputs alone, in every answer; scores_dtype=torch.float32 refuses them."""

@@ -79,8 +79,8 @@ def linear_cross_entropy(
             with inputs in it or under autocast to it, is what eager torch has: scores are rounded to 8 bits (16.06
             becomes 16.0625, 40.1 becomes 40), function, softmax and sums stay in float32, and W is not copied.
             torch.float32 raises half precision to it, which rounds nothing. None is float32 (float64 of float64), but
-            torch.bfloat16 for such inputs on a CPU with instructions for it (avx512_bf16), which halve the time; without
-            it costs several times as much.
+            torch.bfloat16 for such inputs on a CPU with instructions for it (avx512_bf16), where it takes half the
+            time; on others it takes several times as long.
 
     Returns:
         float32 or float64. With no kept token: nan for "mean", 0 for "sum", with gradients of 0. A logit of +inf or NaN

@@ -41,13 +41,15 @@ class ChunkRule:
         ([512, 480, 320, 192], 128)
         """
         budget = max(self.budget, vocab_size * features * itemsize // 2) // self.blocks
-        if features < NARROW:
-            budget = min(budget, self.narrow_budget)
+        if features < NARROW:  # of float32 scores; narrower ones leave the rest to the rows that are raised
+            budget, itemsize = min(budget, self.narrow_budget), max(itemsize, 4)
         return min(max(budget // max(1, vocab_size * itemsize) // 32 * 32, self.least_rows), self.limit_rows)
 
     def raised_rows(self, call: Call) -> int:
         """How many rows of half-precision scores are raised to the loss's dtype at once: what stays in a cache."""
-        return max(1, min(RAISED, self.budget // self.blocks) // (call.weight.shape[0] * call.dtype.itemsize))
+        vocab_size, features = call.weight.shape
+        budget = min(RAISED, (self.narrow_budget // 2 if features < NARROW else self.budget) // self.blocks)
+        return max(1, budget // (vocab_size * call.dtype.itemsize))
 
     def rows(self, call: Call, dtype: torch.dtype, operands: torch.dtype | None = None) -> int:
         """Rows for a call whose scores are of `dtype`; so is what the products multiply, unless `operands` says else.

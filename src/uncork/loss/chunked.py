@@ -25,7 +25,7 @@ from uncork.loss.tile import TileResult, Tiles, Upstream
 
 @dataclass
 class Gradients:
-    """Gradients of one call, in the loss's dtype or better; None where none is asked for."""
+    """Gradients of one call, in the loss's dtype or better, W's perhaps in its own; None where none is asked for."""
 
     input: Tensor | None
     weight: Tensor | None
@@ -47,7 +47,7 @@ class Walk(Generic[T]):
         self, call: Call, make_tiles: type[T], parameters: Sequence[Tensor] = (), needs: Sequence[bool] = ()
     ) -> None:
         self.call, plan = call, Plan.of(call, make_tiles)
-        self.dtype, self.chunk = plan.operands, plan.tokens
+        self.dtype, self.chunk, self.sums_weight = plan.operands, plan.tokens, plan.sums_weight
         self.weight = Weight(call.weight.detach(), self.dtype)
         self.parameters, self.needs = list(parameters), list(needs) or [False] * (4 + len(parameters))
         # Scores in half precision are rounded once, with their bias, as torch's own linear layer rounds them.
@@ -113,17 +113,21 @@ class Walk(Generic[T]):
     def gradients(self, upstream: Upstream) -> Gradients:
         """Memory for the gradients: zeros; not filled for input and prior, of which each chunk writes its own rows.
 
+        The only chunk writes W's gradient too, in the products' dtype.
+
         upstream: the factors or upstream gradients of all tokens.
         """
         call, self.enlarged = self.call, self.tiles.enlarge(upstream)
 
-        def of(tensor: Tensor | None, need: bool, make: Callable[..., Tensor]) -> Tensor | None:
-            return make(tensor.shape, dtype=call.dtype, device=tensor.device) if tensor is not None and need else None
+        def of(
+            tensor: Tensor | None, need: bool, make: Callable[..., Tensor], dtype: torch.dtype = call.dtype
+        ) -> Tensor | None:
+            return make(tensor.shape, dtype=dtype, device=tensor.device) if tensor is not None and need else None
 
         need_input, need_weight, need_bias, need_prior, *need_parameters = self.needs
         return Gradients(
             of(call.input, need_input, torch.empty),
-            of(call.weight, need_weight, torch.zeros),
+            of(call.weight, need_weight, *((torch.zeros,) if self.sums_weight else (torch.empty, self.dtype))),
             of(call.bias, need_bias, torch.zeros),
             of(call.prior_logits, need_prior, torch.empty),
             [
@@ -153,7 +157,8 @@ class Walk(Generic[T]):
             if scale is not None:
                 part.mul_(scale[:, None])
         if into.weight is not None:
-            add_product(grad_scores.T, x if scale is None else (x * scale[:, None]).to(self.dtype), into.weight)
+            rows = x if scale is None else (x * scale[:, None]).to(self.dtype)
+            (add_product if self.sums_weight else multiply)(grad_scores.T, rows, into.weight)
         if into.prior is not None and result.grad_prior is not None:
             into.prior[span] = result.grad_prior
         for total, own in zip(into.parameters, result.sums, strict=True):

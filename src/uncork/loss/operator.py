@@ -192,12 +192,14 @@ def _spread(values: Tensor | None, index: Tensor, tokens: int) -> Tensor | None:
 
 
 def _returned(made: Gradients, index: Tensor | None, given: _Arguments) -> list[Tensor]:
-    """Gradients as an operator returns them: of shape (0,) where none is wanted."""
+    """Gradients as an operator returns them: of shape (0,) where none is wanted, and none narrower than the loss."""
     tokens = given.input.shape[0]
     if index is not None:
         made.input, made.prior = _spread(made.input, index, tokens), _spread(made.prior, index, tokens)
-    nothing = given.input.new_empty
-    return [nothing(0, dtype=loss_dtype(given.input)) if g is None else g for g in made.in_order()]
+    dtype = loss_dtype(given.input)
+    if made.weight is not None:
+        made.weight = made.weight.to(dtype)
+    return [given.input.new_empty(0, dtype=dtype) if g is None else g for g in made.in_order()]
 
 
 def _shaped(given: _Arguments, needs: Sequence[bool]) -> list[Tensor]:

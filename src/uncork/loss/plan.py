@@ -23,6 +23,8 @@ class Plan:
         rounds: whether scores are kept in another dtype than the loss's.
         tokens: of a chunk. rows: of the block of scores that all chunks share.
         raised: rows of scores that are copied to the loss's dtype at once; 0 if none are.
+        sums_weight: whether W's gradient is a sum over chunks, in the loss's dtype; else the one chunk's product, in
+            the operands'. (On a GPU always.)
     """
 
     operands: torch.dtype
@@ -31,6 +33,7 @@ class Plan:
     tokens: int
     rows: int
     raised: int
+    sums_weight: bool
 
     @classmethod
     def of(cls, call: Call, tiles: type[Tiles]) -> "Plan":
@@ -43,7 +46,8 @@ class Plan:
         raised = 0
         if rounds and not tiles.reads_products:
             raised = min(max(rule.raised_rows(call) // k * k, k), rows)
-        return cls(operands, scores, rounds, tokens, rows, raised)
+        sums_weight = not 0 < call.tokens <= tokens or call.input.device.type != "cpu"
+        return cls(operands, scores, rounds, tokens, rows, raised, sums_weight)
 
 
 class Weight:
@@ -96,13 +100,13 @@ def _rows_cast(columns: int, operands: torch.dtype, dtype: torch.dtype) -> int:
     return max(1, 8 * MIB // (max(1, columns) * (operands.itemsize + dtype.itemsize)))
 
 
-def _product_bytes(call: Call, operands: torch.dtype) -> int:
+def _product_bytes(call: Call, plan: Plan) -> int:
     """Bytes that `add_product` makes for W's gradient."""
-    if operands == call.dtype or (call.input.is_cuda and WIDENS):
+    if plan.operands == call.dtype or (call.input.is_cuda and WIDENS) or not plan.sums_weight:
         return 0
     vocab_size, features = call.weight.shape
-    rows = min(vocab_size, _rows_cast(features, operands, call.dtype))
-    return rows * features * (operands.itemsize + call.dtype.itemsize)
+    rows = min(vocab_size, _rows_cast(features, plan.operands, call.dtype))
+    return rows * features * (plan.operands.itemsize + call.dtype.itemsize)
 
 
 def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstimate:
@@ -120,7 +124,7 @@ def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstima
     several = plan.rows > plan.raised > 0 or (not plan.raised and call.tokens > plan.tokens)
     working = tile.peak + (tile.kept if several else 0)
     if gradients:  # the products, and the input times each row's factor
-        products = _product_bytes(call, plan.operands) + plan.rows * features * wide
+        products = _product_bytes(call, plan) + plan.rows * features * wide
         working = max(working, products + (0 if plan.raised else tile.kept))
     scores = plan.rows * tiles.width(call) * plan.scores.itemsize + plan.raised * vocab_size * wide + working
     copies = weight_copy_bytes(call, plan.operands)
@@ -133,10 +137,12 @@ def walk_memory(call: Call, tiles: type[Tiles], gradients: bool) -> MemoryEstima
         return MemoryEstimate.of(scores, copies, 0, other, plan.rows)
     inputs = call.tensors()
     sums = sum(p.numel() * table_dtype(p.device).itemsize for p in parameters if p.requires_grad)
-    kept = sum(t.numel() for t in inputs) * wide + sums
+    weight_dtype = call.dtype if plan.sums_weight else plan.operands
+    kept = sum(t.numel() for t in inputs) * wide + sums - call.weight.numel() * (wide - weight_dtype.itemsize)
     forward = MemoryEstimate.of(scores, copies, kept, other, plan.rows)
     # The backward casts what was kept.
-    cast = sum(t.numel() * t.dtype.itemsize for t in inputs if t.dtype != call.dtype)
+    made_in = [weight_dtype if t is call.weight else call.dtype for t in inputs]
+    cast = sum(t.numel() * t.dtype.itemsize for t, dtype in zip(inputs, made_in, strict=True) if t.dtype != dtype)
     cast += sum(p.nbytes for p in parameters if p.requires_grad)
     backward = MemoryEstimate.of(0, 0, kept + cast, made.live + call.tokens * token_bytes(call), plan.rows)
     return max(forward, backward, key=lambda found: found.total)
