@@ -92,12 +92,12 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _rows_cast(columns: int, operands: torch.dtype, dtype: torch.dtype) -> int:
-    """Rows of a product that `add_product` casts at once, in 8 MiB: the product, and torch's copy in the sum's dtype.
+    """Rows of a product that `add_product` casts at once, in 2 MiB: the product, and torch's copy in the sum's dtype.
 
     (The copy is made by the addition. Where the processor has no bfloat16 products, torch's own is added up in a matrix
     of that size too, before.)
     """
-    return max(1, 8 * MIB // (max(1, columns) * (operands.itemsize + dtype.itemsize)))
+    return max(1, 2 * MIB // (max(1, columns) * (operands.itemsize + dtype.itemsize)))
 
 
 def _product_bytes(call: Call, plan: Plan) -> int:
