@@ -24,7 +24,7 @@ class Plan:
         tokens: of a chunk. rows: of the block of scores that all chunks share.
         raised: rows of scores that are copied to the loss's dtype at once; 0 if none are.
         sums_weight: whether W's gradient is a sum over chunks, in the loss's dtype; else the one chunk's product, in
-            the operands'. (On a GPU always.)
+            the operands'. On a GPU it always is: the products there add up in the loss's dtype at no cost.
     """
 
     operands: torch.dtype
@@ -46,7 +46,8 @@ class Plan:
         raised = 0
         if rounds and not tiles.reads_products:
             raised = min(max(rule.raised_rows(call) // k * k, k), rows)
-        sums_weight = not 0 < call.tokens <= tokens or call.input.device.type != "cpu"
+        on_gpu = tiles.reads_products or call.input.device.type != "cpu"
+        sums_weight = on_gpu or not 0 < call.tokens <= tokens
         return cls(operands, scores, rounds, tokens, rows, raised, sums_weight)
 
 
