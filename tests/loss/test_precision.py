@@ -188,7 +188,7 @@ def test_one_chunk_makes_the_gradient_to_w_in_its_dtype(chunked_impl, mixture, m
         with Made(problem.weight.shape) as made:
             loss = problem.loss(chunked_impl, scores_dtype=torch.bfloat16, chunk_size=rows)
             found[rows] = gradients(3 * loss, problem)
-        assert (torch.float32 in made.found) == (rows == 10)
+        assert (torch.float32 in made.found) == (rows == 10 or chunked_impl == "triton")  # a GPU adds up in float32
     truth = gradients(3 * wide.expected(), wide)
     for one, several, exact in zip(found[80], found[10], truth, strict=True):
         assert relative_error(one, exact) <= 1.5 * relative_error(several, exact) + torch.finfo(torch.bfloat16).eps / 2
