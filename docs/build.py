@@ -81,13 +81,13 @@ def intervals(where: Path) -> pd.DataFrame:
 
 
 def times(where: Path) -> pd.DataFrame:
-    """One row a head and place: its seconds of training beside its perplexities."""
+    """One row a head and place: its median seconds of training beside its perplexities."""
     rows = []
     runs = pd.read_csv(where / "runs.csv")
     for (place, head), own in runs.groupby(["place", "head"], sort=False):
         base = runs[(runs["place"] == place) & (runs["head"] == BASELINE)]
         row = {"place": place, "head": head, "seeds": len(own), "epochs": number(own["epochs"].iloc[0])}
-        row["seconds"] = number(own["train_seconds"].mean())
+        row["seconds"] = number(own["train_seconds"].median())
         row |= {split: perplexity(own[f"{split}_perplexity"].mean()) for split in ("train", "test")}
         rows.append(row | {"test, % from softmax": change(own, base)})
     return pd.DataFrame(rows)
