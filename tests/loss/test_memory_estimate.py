@@ -218,3 +218,13 @@ class Reads(nn.Module):
 def test_bad_input_is_named(options, error):
     with pytest.raises(error, match=f"^{next(iter(options))}: "):
         uncork.estimate_memory(**{"tokens": 7, "in_features": 3, "vocab_size": 9, **options})
+
+
+@pytest.mark.parametrize("impl", ["native", "torch"])
+def test_few_features_need_no_more_in_bfloat16(impl):
+    """The rows that are raised share the room of the block of scores."""
+    if impl == "native" and tile_native.missing:
+        pytest.skip(tile_native.missing)
+    whole = uncork.estimate_memory(512, 16, 10_000, impl=impl).total
+    half = {"dtype": torch.bfloat16, "scores_dtype": torch.bfloat16}
+    assert uncork.estimate_memory(512, 16, 10_000, impl=impl, **half).total <= 1.25 * whole

@@ -1,6 +1,7 @@
 """Half precision, autocast and long sums, judged against the float64 truth of the same rounded inputs."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uncork.loss import linear_cross_entropy, mixture_cross_entropy, token_statistics
+from uncork.loss.call import multiplies_bfloat16
 from uncork.loss.implementations import IMPLEMENTATIONS
 
 HALF = [torch.bfloat16, torch.float16]
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def relative_error(ours, truth):
@@ -192,6 +195,11 @@ def test_one_chunk_makes_the_gradient_to_w_in_its_dtype(chunked_impl, mixture, m
     truth = gradients(3 * wide.expected(), wide)
     for one, several, exact in zip(found[80], found[10], truth, strict=True):
         assert relative_error(one, exact) <= 1.5 * relative_error(several, exact) + torch.finfo(torch.bfloat16).eps / 2
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="the processor's instructions are read from /proc")
+def test_the_processors_own_answer():
+    assert multiplies_bfloat16() == ("avx512_bf16" in CPUINFO.read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
