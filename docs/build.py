@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from uncork.lab.experiments.study.plan import Plan
 from uncork.lab.report.statistics import BASELINE, MIN_SEEDS_FOR_TEST, paired
@@ -52,13 +51,10 @@ def change(mine: pd.DataFrame, theirs: pd.DataFrame) -> str:
     both = paired(*(runs.set_index("seed")["test_perplexity"] for runs in (mine, theirs)))
     if not both.pairs or mine["head"].iloc[0] == theirs["head"].iloc[0]:
         return NO_NUMBER
-    ratios = np.log(both.mine / both.theirs)
-    middle = f"{100 * math.expm1(ratios.mean()):+z.2f}"
+    middle = f"{both.change_percent:+z.2f}"
     if both.pairs >= MIN_SEEDS_FOR_TEST:
-        low, high = stats.t.interval(0.95, both.pairs - 1, ratios.mean(), stats.sem(ratios))
-        middle += (
-            f" ({100 * math.expm1(low):+z.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{100 * math.expm1(high):+z.2f})"
-        )
+        low, high = both.interval_percent
+        middle += f" ({low:+z.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:+z.2f})"
     return middle.replace("-", "−")
 
 

@@ -133,6 +133,15 @@ def test_a_pair_that_is_not_finite_makes_every_number_nan():
     assert all(map(math.isnan, (both.difference, both.difference_std, both.change_percent, both.p_value)))
 
 
+def test_the_interval_is_that_of_the_paired_test():
+    mine, theirs = pd.Series(PLIF), pd.Series(SOFTMAX)
+    both = paired(mine, theirs)
+    wanted = stats.ttest_rel(np.log(mine), np.log(theirs)).confidence_interval(0.95)
+    assert both.interval_percent == pytest.approx([100 * math.expm1(end) for end in wanted])
+    few, endless = paired(mine[:4], theirs), paired(pd.Series([*PLIF[:4], math.inf]), theirs)
+    assert all(map(math.isnan, (*few.interval_percent, *endless.interval_percent)))
+
+
 def test_only_shared_seeds_are_paired(make):
     runs = [make("softmax", s, v) for s, v in zip((0, 1, 2), (100.0, 110.0, 120.0), strict=True)]
     runs += [make("plif", s, v) for s, v in zip((1, 2, 7), (109.0, 122.0, 1.0), strict=True)]

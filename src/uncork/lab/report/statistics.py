@@ -60,6 +60,16 @@ class Paired:
         """By how many percent mine is above theirs: exp of the mean difference of the logarithms, minus 1."""
         return 100 * math.expm1(_mean(np.log(self.mine) - np.log(self.theirs))) if self._finite else math.nan
 
+    @property
+    def interval_percent(self) -> tuple[float, float]:
+        """The 95 % interval of `change_percent`, that of the paired t-test on the logarithms; NaN below 5 pairs."""
+        if self.pairs < MIN_SEEDS_FOR_TEST or not self._finite:
+            return math.nan, math.nan
+        ratios = np.log(self.mine) - np.log(self.theirs)
+        reach = float(stats.t.ppf(0.975, self.pairs - 1) * stats.sem(ratios))
+        low, high = (100 * math.expm1(float(ratios.mean()) + side * reach) for side in (-1, 1))
+        return low, high
+
     def ratio(self, least: float = 0.0) -> tuple[float, float]:
         """Mean and sample standard deviation of mine / theirs, over the pairs where theirs is above `least`."""
         large = self.theirs > least
