@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tests.small import FEATURES, HEADS, VOCAB, moved_head
 from uncork import PLIF, Head, LinearHead, Softcap, loss
 from uncork.logit_functions import MonotoneNetwork
+from uncork.loss import call
+from uncork.loss.call import multiplies_bfloat16
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
 
@@ -125,6 +127,21 @@ def test_the_functions_themselves(name, strict):
     for n in (1, 8, 700):
         given = operands(n)
         torch.testing.assert_close(answers(exported.module()(*given)), answers(Function(name)(*given)))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "loose"])
+@pytest.mark.parametrize("method", WITH_TARGET)
+@pytest.mark.parametrize("name", ["softmax", "mos"])
+def test_the_reference_in_bfloat16(name, method, strict, monkeypatch):
+    monkeypatch.setattr(call, "multiplies_bfloat16", multiplies_bfloat16)  # the processor's own answer
+
+    class Cast(Method):
+        def forward(self, *given: Tensor) -> Any:
+            x, y = given
+            return super().forward(x.bfloat16(), y)
+
+    model = Cast(moved_head(name).bfloat16(), method, impl="reference")
+    check(model, True, strict=strict, shapes=SHAPES["flat"])
 
 
 @pytest.mark.skipif(OLD, reason="torch 2.6 saves a graph within torch.autocast that it cannot load")

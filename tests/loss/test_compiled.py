@@ -14,7 +14,8 @@ import uncork
 from tests.small import FEATURES, HEADS, VOCAB, small_head
 from uncork.logit_functions.base import LogitFunction, constants
 from uncork.logit_functions.operations import Affine, Operation
-from uncork.loss import operator
+from uncork.loss import call, operator
+from uncork.loss.call import multiplies_bfloat16
 from uncork.loss.tile_native import NativeTiles, missing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
@@ -205,6 +206,25 @@ def test_scores_in_bfloat16(reduction, make_problem):
     upstream = torch.ones_like(loss)
     for a, b in zip(*(torch.autograd.grad(x, problem.operands(), upstream) for x in (loss, wanted)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
+def test_bfloat16_as_the_processor_multiplies_it(impl, mixture, autocast, make_problem, monkeypatch):
+    """The question whether it has instructions for bfloat16 is none that a graph could hold."""
+    monkeypatch.setattr(call, "multiplies_bfloat16", multiplies_bfloat16)
+    problem = make_problem("plif", mixture=mixture, tokens=6, dtype=torch.float32)
+    for name in () if autocast else ("input", "weight", "bias"):
+        setattr(problem, name, getattr(problem, name).detach().bfloat16().requires_grad_())
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return problem.loss(impl), *problem.statistics(impl)
+
+    wanted = step()
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(found, wanted)
+    grads = (torch.autograd.grad(given[0], problem.operands()) for given in (found, wanted))
+    torch.testing.assert_close(*grads, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -31,10 +31,14 @@ def loss_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+_BFLOAT16_INSTRUCTIONS = torch.backends.mkldnn.is_available() and bool(
+    getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+)  # asked once, at import: torch.compile and torch.export cannot trace the question
+
+
 def multiplies_bfloat16() -> bool:
     """Whether torch multiplies bfloat16 on this processor with its own instructions for it (avx512_bf16)."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.backends.mkldnn.is_available() and bool(supported())
+    return _BFLOAT16_INSTRUCTIONS
 
 
 @dataclass(frozen=True)
