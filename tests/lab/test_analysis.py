@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from uncork import HEAD_NAMES, build_head
-from uncork.diagnose.output_layer import frequency_deciles
+from uncork.diagnose.output_layer import describe_head, frequency_deciles, loss_by_frequency
 from uncork.lab.data.batching import evaluation_batches
 from uncork.lab.errors import LabError
 from uncork.lab.models import AWDLSTMConfig, TransformerConfig, build_model
@@ -156,6 +156,91 @@ def test_deciles_hold_equal_shares_of_the_training_tokens():
 def test_deciles_by_hand():
     assert frequency_deciles(torch.tensor([1, 1, 1, 1, 1, 1, 1, 1, 1, 1])).tolist() == list(range(10))
     assert frequency_deciles(torch.tensor([0, 5, 0])).tolist() == [9, 5, 9]
+
+
+@pytest.mark.parametrize("name", ["softmax", "plif", "mos"])
+def test_an_impossible_word_is_an_absent_word(name):
+    """A bias of -inf masks word 3: all is as for a head without its row, the target's score of it too."""
+    head = model_of(name).head
+    absent = build_head(name, D, V - 1)
+    kept = torch.arange(V) != 3
+    state = {key: x[kept] if x.shape[:1] == (V,) else x for key, x in head.state_dict().items()}
+    absent.load_state_dict(state)
+    with torch.no_grad():
+        head.bias[3] = -torch.inf
+    features, target = torch.randn(60, D), torch.randint(0, 3, (60,))
+    found, wanted = describe_head(head, features, target), describe_head(absent, features, target)
+    values = [torch.tensor(described["rank"].pop("singular_values")) for described in (found, wanted)]
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+    assert found["rank"].pop("vocab_size") == wanted["rank"].pop("vocab_size") + 1
+    for part in ("effective", "numerical", "linear_rank"):
+        assert found["rank"][part] == wanted["rank"][part]
+    assert sum(found["histogram"]["counts"]) == sum(wanted["histogram"]["counts"])
+    for part in ("quantiles", "target_quantiles", "edges"):
+        assert found["histogram"][part] == pytest.approx(wanted["histogram"][part], rel=1e-6)
+    target[:2] = 3
+    described, others = describe_head(head, features, target), describe_head(head, features[2:], target[2:])
+    assert described["histogram"]["target_quantiles"] == pytest.approx(others["histogram"]["target_quantiles"])
+    json.dumps(described, allow_nan=False)
+    with pytest.raises(ValueError, match="target: expected some word that is possible, got none"):
+        describe_head(head, features, torch.full((60,), 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_loss_by_frequency_takes_what_statistics_give(dtype, counts):
+    head = model_of("plif").head.to(dtype)
+    target = torch.randint(0, V, (4, 9))
+    log_prob = head.statistics(torch.randn(4, 9, D, dtype=dtype), target).log_prob
+    rows = loss_by_frequency(counts, target.int(), log_prob)
+    decile = frequency_deciles(counts)[target]
+    for row in rows:
+        own = log_prob[decile == row["decile"] - 1].detach().double()
+        assert row["tokens"] == len(own)
+        assert row["cross_entropy"] == (pytest.approx(-own.mean().item()) if len(own) else None)
+
+
+X, Y = torch.zeros(6, D), torch.arange(6)
+WRONG = [
+    ({"head": torch.nn.Linear(D, V)}, TypeError, "head: expected a Head, got Linear"),
+    ({"features": X.tolist()}, TypeError, "features: expected a Tensor of real numbers, got list"),
+    ({"features": X[:0], "target": Y[:0]}, ValueError, r"features: expected \(C, 5\) of at least one.*got \(0, 5\)"),
+    (
+        {"features": X.view(2, 3, D), "target": Y.view(2, 3)},
+        ValueError,
+        r"features: expected \(C, 5\).*got \(2, 3, 5\)",
+    ),
+    ({"features": X[:, 1:]}, ValueError, r"features: expected \(C, 5\).*got \(6, 4\)"),
+    ({"features": X * torch.nan}, ValueError, "head, features: expected finite log-probabilities.*got inf or nan"),
+    ({"target": Y[:3]}, ValueError, r"target: expected shape \(6,\).*got \(3,\)"),
+    ({"target": torch.arange(9)}, ValueError, r"target: expected shape \(6,\).*got \(9,\)"),
+    ({"target": Y.float()}, TypeError, r"target: expected integers, got torch\.float32"),
+    ({"target": Y - 100}, IndexError, "target: expected classes in .*got -100 at position 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "said"), WRONG)
+def test_bad_arguments_of_a_description(changes, error, said):
+    given = {"head": model_of("plif").head, "features": X, "target": Y, **changes}
+    with pytest.raises(error, match=said):
+        describe_head(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"counts": [1, 2]}, TypeError, "counts: expected a Tensor of real numbers, got list"),
+        ({"counts": torch.ones(2, 2)}, ValueError, r"counts: expected shape \(V,\).*got shape \(2, 2\)"),
+        ({"counts": torch.tensor([3, -1])}, ValueError, "counts: .*at least 0, got others"),
+        ({"counts": torch.tensor([3, math.nan])}, ValueError, "counts: .*at least 0, got others"),
+        ({"target": torch.tensor([0, -100])}, IndexError, "target: .*got -100 at position 1"),  # of 200 words
+        ({"target": torch.tensor([True, False])}, TypeError, r"target: expected integers, got torch\.bool"),
+        ({"log_prob": torch.zeros(3)}, ValueError, r"log_prob: expected shape \(2,\) as target, got \(3,\)"),
+    ],
+)
+def test_bad_arguments_of_the_loss_by_frequency(changes, error, said):
+    given = {"counts": torch.arange(200), "target": torch.tensor([0, 1]), "log_prob": torch.zeros(2), **changes}
+    with pytest.raises(error, match=said):
+        loss_by_frequency(**given)
 
 
 def test_bad_arguments(tokens, counts):

@@ -94,6 +94,19 @@ def test_a_matrix_must_be_finite(bad):
         singular_values(torch.tensor([[1.0, bad]]))
 
 
+def test_a_matrix_is_of_real_numbers():
+    for wrong, got in (([[1.0]], "list"), (torch.ones(2, 2).cfloat(), r"torch\.complex64")):
+        with pytest.raises(TypeError, match=f"matrix: expected a Tensor of real numbers, got {got}"):
+            numerical_rank(wrong)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_singular_values_are_finite_and_not_negative(bad):
+    for measure in (tail_energy, effective_rank):
+        with pytest.raises(ValueError, match="singular_values: expected finite numbers of at least 0"):
+            measure([1.0, bad], 0)
+
+
 def test_options_out_of_range():
     with pytest.raises(ValueError, match="eps"):
         effective_rank([1.0], 1.0)

@@ -122,3 +122,12 @@ def test_wrong_arguments():
         reachable_words(torch.tensor([[1.0], [math.inf]]))
     with pytest.raises(ValueError, match="word: expected 0 <= word < 3, got 3"):
         winning_margin(torch.zeros(3, 2), 3)
+    with pytest.raises(TypeError, match=r"word: expected a whole number, got float"):
+        winning_margin(torch.zeros(3, 2), 1.5)
+    for name, given in (
+        ("weight", ([[1.0]],)),
+        ("bias", (torch.eye(2), [0.0, 1.0])),
+        ("weight", (torch.eye(2).cfloat(),)),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected a Tensor of real numbers, got "):
+            reachable_words(*given)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncork.diagnose.rank import effective_rank, rank_of, singular_values, tail_energy
+from uncork.diagnose.rank import check_real, effective_rank, rank_of, singular_values, tail_energy
 from uncork.heads import Head
 from uncork.logit_functions import LogitFunction
 from uncork.logit_functions.base import with_bound
+from uncork.loss.call import check_classes
+from uncork.messages import kind_of
 
 EFFECTIVE = ("1e-2", "1e-4", "1e-6")
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
@@ -37,24 +39,44 @@ def describe_head(head: Head, features: Tensor, target: Tensor) -> dict[str, Any
 
     Args:
         head: a head, in the mode in which it is to be described.
-        features: (C, D) what the head receives in each context. target: (C,) the word that came next.
+        features: (C, D) what the head receives in each context, C >= 1. target: (C,) the word that came next.
 
     Returns:
         A dictionary of three.
 
         - rank: contexts, in_features, vocab_size, linear_rank (what a linear softmax on these word vectors can reach:
           their size + 1, + 1 with a bias), numerical (at most min(C, V)), effective (eps -> k), tail_energy (share of
-          the squared singular values beyond linear_rank), singular_values.
+          the squared singular values beyond linear_rank), singular_values. Words that are impossible (-inf) in all
+          contexts are no columns of the matrix.
         - function: x, y with f(0) = 0, and slope f', over the range of the sampled scores; None without a function.
         - histogram: edges, counts and quantiles of the scores of 200 contexts (of all components for a mixture), and
           target_quantiles of the targets' scores alone. Impossible words (-inf) are left out.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what was expected and what came.
+
+    >>> from uncork import LinearHead
+    >>> head = LinearHead(2, 4, bias=False)
+    >>> head.weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]]))
+    >>> described = describe_head(head, torch.tensor([[0.0, 1.0], [1.0, 2.0], [3.0, 1.0], [2.0, 2.0]]), torch.arange(4))
+    >>> described["rank"]["linear_rank"], described["rank"]["numerical"], described["rank"]["effective"]["1e-2"]
+    (3, 3, 2)
+    >>> described["histogram"]["quantiles"]["0.5"], described["histogram"]["target_quantiles"]["0.5"]
+    (2.0, 4.0)
     """
+    if not isinstance(head, Head):
+        raise TypeError(f"head: expected a Head, got {kind_of(head)}")
+    _check_features(head, features, "C")
+    _check_ids(head.vocab_size, target)
+    if target.shape != features.shape[:1]:
+        raise ValueError(f"target: expected shape ({len(features)},), one a context, got {tuple(target.shape)}")
     wide = _in_float64(head)
     function = wide.logit_function
-    scores, of_target, count = _sampled_scores(wide, features, target)
+    rank = _rank(wide, features)
+    scores, of_target, count = _sampled_scores(wide, features, target.cpu().long())
     histogram = {"contexts": count, **_histogram(scores, of_target)}
     return {
-        "rank": _rank(wide, features),
+        "rank": rank,
         "function": _function(function, histogram["edges"]) if isinstance(function, LogitFunction) else None,
         "histogram": histogram,
     }
@@ -86,20 +108,23 @@ def describe_function(
     """
     function: Any = head if isinstance(head, LogitFunction) else getattr(head, "logit_function", None)
     if not isinstance(function, LogitFunction):
-        what = type(head).__name__ if function is None else f"{type(head).__name__} with a {type(function).__name__}"
-        raise TypeError(f"head: expected a head with a LogitFunction, or a LogitFunction, got a {what}: none to draw")
+        what = kind_of(head) if isinstance(head, type) else f"a {type(head).__name__}"
+        own = "" if function is None or isinstance(head, type) else f" with a {type(function).__name__}"
+        raise TypeError(
+            f"head: expected a head with a LogitFunction, or a LogitFunction, got {what}{own}: none to draw"
+        )
     if (features is None) == (scores is None):
         raise ValueError(f"features, scores: expected one of them, got {'none' if scores is None else 'both'}")
     if features is not None:
         if not isinstance(head, Head):
             raise TypeError(f"features: expected scores= for a {type(head).__name__}, which has no output layer")
-        if features.shape[-1] != head.in_features or not features.numel():
-            raise ValueError(f"features: expected (..., {head.in_features}), got {tuple(features.shape)}")
+        _check_features(head, features, "...")
         wide = _in_float64(head)
         function = wide.logit_function
         scores = _sampled_scores(wide, features.detach().reshape(-1, head.in_features), None)[0]
     else:
         assert scores is not None
+        check_real("scores", scores)
         function, scores = copy.deepcopy(function).double(), scores.detach().flatten().float().cpu()
     scores = scores[scores.isfinite()]
     if not len(scores):
@@ -109,7 +134,12 @@ def describe_function(
 
 
 def learned_slopes(head: object) -> list[float] | None:
-    """f' at the scores of SLOPE_GRID, of a head whose function is trained; None for any other."""
+    """f' at the scores of SLOPE_GRID, of a head whose function is trained; None for any other.
+
+    >>> from uncork import LinearHead, Scale
+    >>> learned_slopes(LinearHead(2, 3, logit_function=Scale(0.5, learnable=True)))[:3], len(SLOPE_GRID)
+    ([0.5, 0.5, 0.5], 21)
+    """
     function = getattr(head, "logit_function", None)
     if not isinstance(function, LogitFunction) or not any(p.requires_grad for p in function.parameters()):
         return None
@@ -131,6 +161,10 @@ def frequency_deciles(counts: Tensor) -> Tensor:
     >>> frequency_deciles(torch.tensor([40, 10, 30, 10, 10, 0])).tolist()
     [2, 7, 5, 8, 9, 9]
     """
+    check_real("counts", counts)
+    if counts.ndim != 1 or not bool(((counts >= 0) & counts.isfinite()).all()):
+        got = f"shape {tuple(counts.shape)}" if counts.ndim != 1 else "others among them"
+        raise ValueError(f"counts: expected shape (V,), finite numbers of at least 0, got {got}")
     order = counts.argsort(descending=True, stable=True)
     mass = counts[order].double()
     total = float(mass.sum())
@@ -140,6 +174,24 @@ def frequency_deciles(counts: Tensor) -> Tensor:
     decile = torch.empty_like(order)
     decile[order] = (DECILES * middle).floor().long().clamp(max=DECILES - 1)
     return decile.masked_fill(counts == 0, DECILES - 1)
+
+
+def _check_features(head: Head, features: Tensor, leading: str) -> None:
+    """Raises unless the features are (C, D) or, with leading="...", (..., D), of one context or more."""
+    check_real("features", features)
+    fits = features.ndim == 2 if leading == "C" else features.ndim >= 1
+    if not fits or features.shape[-1] != head.in_features or not features.numel():
+        expected = f"({leading}, {head.in_features}) of at least one context"
+        raise ValueError(f"features: expected {expected}, got {tuple(features.shape)}")
+
+
+def _check_ids(vocab_size: int, target: Tensor) -> None:
+    """Raises unless the targets (...) are integers in [0, V)."""
+    check_real("target", target)
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"target: expected integers, got {target.dtype}")
+    ids = target.flatten().long()
+    check_classes(ids, torch.ones_like(ids, dtype=torch.bool), vocab_size, target.shape)
 
 
 def _in_float64(head: Head) -> Head:
@@ -157,6 +209,11 @@ def _wide_chunks(head: Head, features: Tensor) -> Iterator[Tensor]:
 
 def _rank(head: Head, features: Tensor) -> dict[str, Any]:
     log_prob = torch.cat([head.log_prob(rows) for rows in _wide_chunks(head, features)])  # (C, V)
+    impossible = (log_prob == -torch.inf).all(0)
+    log_prob = log_prob[:, ~impossible] if bool(impossible.any()) else log_prob
+    if not bool(log_prob.isfinite().all()):
+        expected = "finite log-probabilities of all words that are possible in some context"
+        raise ValueError(f"head, features: expected {expected}, got inf or nan among them")
     values = singular_values(log_prob)
     linear_rank = head.weight.shape[1] + 1 + (head.bias is not None)
     return {
@@ -195,7 +252,12 @@ def _histogram(scores: Tensor, of_target: Tensor | None) -> dict[str, Any]:
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     inner = edges[1:-1].float()
     binned = torch.bincount(torch.bucketize(everything, inner, right=True), minlength=BINS)
-    targets = {} if of_target is None else {"target_quantiles": quantiles_of(of_target)}
+    targets = {}
+    if of_target is not None:
+        possible = of_target[of_target.isfinite()]
+        if not len(possible):
+            raise ValueError("target: expected some word that is possible, got none")
+        targets = {"target_quantiles": quantiles_of(possible)}
     return {"edges": edges.tolist(), "counts": binned.tolist(), "quantiles": quantiles_of(everything), **targets}
 
 
@@ -224,16 +286,31 @@ def loss_by_frequency(counts: Tensor, target: Tensor, log_prob: Tensor) -> list[
     """The mean loss of the words of each decile by training frequency, see `frequency_deciles`.
 
     Args:
-        counts: (V,) how often each word stands in the training text. target: (N,) ids. log_prob: (N,) of the targets.
+        counts: (V,) how often each word stands in the training text. target: (...) ids. log_prob: (...) of the targets.
 
     Returns:
         For each decile: decile (1 holds the most frequent words), words, min_count and max_count in training, tokens
         among the targets and their mean cross_entropy (nats); None where there are none.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what was expected and what came. Ignored tokens (-100)
+            are no words: leave them out.
+
+    >>> counts, target = torch.tensor([80, 15, 5]), torch.tensor([0, 0, 1])
+    >>> rows = loss_by_frequency(counts, target, torch.tensor([-0.5, -1.0, -3.0]))
+    >>> [(row["decile"], row["words"], row["tokens"], row["cross_entropy"]) for row in rows if row["words"]]
+    [(5, 1, 2, 0.75), (9, 1, 1, 3.0), (10, 1, 0, None)]
     """
+    decile = frequency_deciles(counts).cpu()
     counts = counts.cpu()
-    decile = frequency_deciles(counts)
-    tokens = torch.bincount(decile[target], minlength=DECILES)
-    sums = torch.zeros(DECILES, dtype=torch.float64).index_add_(0, decile[target], log_prob)
+    check_real("log_prob", log_prob)
+    _check_ids(len(counts), target)
+    if target.shape != log_prob.shape:
+        raise ValueError(f"log_prob: expected shape {tuple(target.shape)} as target, got {tuple(log_prob.shape)}")
+    own_decile = decile[target.flatten().cpu().long()]
+    tokens = torch.bincount(own_decile, minlength=DECILES)
+    sums = torch.zeros(DECILES, dtype=torch.float64)
+    sums.index_add_(0, own_decile, log_prob.detach().flatten().cpu().double())
     rows = []
     for index in range(DECILES):
         own = counts[decile == index]

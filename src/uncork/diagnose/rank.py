@@ -28,8 +28,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     tensor([4., 3.], dtype=torch.float64)
 
     Raises:
+        TypeError: matrix is no Tensor of real numbers.
         ValueError: matrix is not two-dimensional, is empty, or holds a number that is not finite.
     """
+    check_real("matrix", matrix)
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(f"matrix: expected shape (M, N) with M, N >= 1, got {tuple(matrix.shape)}")
     wide = (matrix.cpu() if matrix.device.type == "mps" else matrix).detach().double()
@@ -48,8 +50,15 @@ def numerical_rank(matrix: Tensor) -> int:
 
     Args and errors as `singular_values`. Press et al., Numerical Recipes (3rd ed.), section 2.6.2.
     """
-    rows, columns = matrix.shape if matrix.ndim == 2 else (0, 0)
-    return rank_of(singular_values(matrix), rows, columns)
+    values = singular_values(matrix)
+    return rank_of(values, *matrix.shape)
+
+
+def check_real(name: str, value: object) -> None:
+    """Raises a TypeError unless the value is a Tensor of real numbers."""
+    if not isinstance(value, Tensor) or value.is_complex():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a Tensor of real numbers, got {got}")
 
 
 def rank_of(values: Tensor, rows: int, columns: int) -> int:
@@ -89,5 +98,7 @@ def _tails(singular_values: Tensor | Sequence[float]) -> Tensor:
     values = torch.as_tensor(singular_values, dtype=torch.float64).sort(descending=True).values
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"singular_values: expected shape (R,) with R >= 1, got {tuple(values.shape)}")
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError("singular_values: expected finite numbers of at least 0, got others among them")
     sums = torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)])
     return sums / sums[0] if sums[0] > 0 else sums

@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor
 
+from uncork.diagnose.rank import check_real
+
 __all__ = ["reachable_words", "winning_margin"]
 
 MARGIN = 1e-6  # a word that wins by less counts as a tie: HiGHS keeps constraints to 1e-7
@@ -34,6 +36,7 @@ def reachable_words(weight: Tensor, bias: Tensor | None = None, *, seed: int = 0
         (V,) bool.
 
     Raises:
+        TypeError: weight or bias is no Tensor of real numbers, or the word no whole number.
         ValueError: for other shapes, no words, or numbers that are not finite.
         RuntimeError: HiGHS did not solve a linear program.
 
@@ -63,13 +66,19 @@ def winning_margin(weight: Tensor, word: int, bias: Tensor | None = None) -> flo
 
     Args and errors as `reachable_words`; word: v in [0, V).
     """
-    if not 0 <= word < len(weight):
-        raise ValueError(f"word: expected 0 <= word < {len(weight)}, got {word}")
-    return _margin(_points(weight, bias), word, bias is not None)
+    points = _points(weight, bias)
+    if not hasattr(word, "__index__"):
+        raise TypeError(f"word: expected a whole number, got {type(word).__name__}")
+    if not 0 <= word < len(points):
+        raise ValueError(f"word: expected 0 <= word < {len(points)}, got {word}")
+    return _margin(points, int(word), bias is not None)
 
 
 def _points(weight: Tensor, bias: Tensor | None) -> Array:
     """(V, D), or (V, D + 1) with the bias last; the largest coordinate is 1."""
+    check_real("weight", weight)
+    if bias is not None:
+        check_real("bias", bias)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"weight: expected shape (V, D) with V, D >= 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
