@@ -303,7 +303,16 @@ def test_a_plan_that_is_wrong_is_named(change, said, tmp_path, capsys):
     assert f"{tmp_path / 'plan.toml'}: is no plan of a study" in error
     assert said in error
     assert cli.main(["study", "--plan", str(tmp_path / "none.toml"), "--part", "pilot"]) == 2
-    assert "none.toml: cannot be read" in capsys.readouterr().err
+    assert f"--plan: {tmp_path / 'none.toml'}: cannot be read" in capsys.readouterr().err
+
+
+def test_the_plan_of_the_repository_is_said_to_be_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--part", "pilot"]):
+        assert cli.main(["study", *flags]) == 2
+        error = capsys.readouterr().err
+        assert "--plan: experiments/study.toml is not here: the default is the plan of uncork's repository" in error
+        assert "--plan FILE names one of your own" in error
 
 
 def test_parts_are_narrowed_to_what_they_have():

@@ -1,7 +1,9 @@
 """Bad arguments get an error that names the argument, what was expected and what came."""
 
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,9 @@ EVERYWHERE = {
     ),
     "function with dropout": ({"logit_function": WithDropout()}, ValueError, "logit_function: .*Dropout"),
     "unknown impl": ({"impl": "fast"}, ValueError, "impl: .*reference.*torch.*'fast'"),
+    "impl in a list": ({"impl": ["torch"]}, ValueError, r"impl: expected one of .*, got \['torch'\]"),
+    "ignore_index of more than 64 bits": ({"ignore_index": 10**30}, ValueError, "ignore_index: .*64 bits.*got 10{30}$"),
+    "ignore_index of 2^63": ({"ignore_index": 2**63}, ValueError, f"ignore_index: .*64 bits.*got {2**63}"),
     "chunk of 0": ({"chunk_size": 0}, ValueError, "chunk_size: .*got 0"),
     "chunk of -1": ({"chunk_size": -1}, ValueError, "chunk_size: .*got -1"),
     "chunk of 1.5": ({"chunk_size": 1.5}, ValueError, "chunk_size: .*got 1.5"),
@@ -108,6 +113,7 @@ LOSSES = {
     "token weights elsewhere": ({"token_weight": torch.ones(N, device=META)}, ValueError, "token_weight: .*meta"),
     "token weights complex": ({"token_weight": torch.ones(N).cfloat()}, TypeError, "token_weight: .*complex64"),
     "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction: .*'avg'"),
+    "reduction in an array": ({"reduction": np.array(["mean", "sum"])}, ValueError, "reduction: expected .*array"),
     "no reduction": ({"reduction": None}, ValueError, "reduction: .*None"),
     "ignore_index 1.5": ({"ignore_index": 1.5}, TypeError, "ignore_index: .*float"),
     "smoothing of 1.1": ({"label_smoothing": 1.1}, ValueError, "label_smoothing: .*1.1"),
@@ -130,6 +136,7 @@ LINEAR = {
     "z-loss of -1": ({"z_loss": -1.0}, ValueError, "z_loss: .*-1"),
     "z-loss of nan": ({"z_loss": float("nan")}, ValueError, "z_loss: .*nan"),
     "z-loss of inf": ({"z_loss": float("inf")}, ValueError, "z_loss: .*inf"),
+    "z-loss beyond floats": ({"z_loss": 10**400}, ValueError, "z_loss: expected a finite number.*got 10{400}$"),
     "z-loss of a word": ({"z_loss": "a"}, TypeError, "z_loss: .*str"),
 }
 MIXTURE = {
@@ -200,6 +207,18 @@ def test_a_module_that_is_not_elementwise(module_impl, mixture):
 
 def test_a_class_as_ignore_index_is_fine(impl, mixture):
     assert call(mixture, {"ignore_index": 2, "target": torch.tensor([0, 5, 2, 2]), "impl": impl}).isfinite()
+
+
+def test_numbers_of_any_kind_and_size(impl, mixture):
+    some = arguments(mixture)
+    for name in ("label_smoothing", *([] if mixture else ["z_loss"])):
+        half = call(mixture, {**some, name: 0.5, "impl": impl})
+        assert all(call(mixture, {**some, name: kind(0.5), "impl": impl}) == half for kind in (Fraction, np.float32))
+    whole = call(mixture, {**some, "impl": impl})
+    for name in ("chunk_size", "memory_budget"):
+        torch._dynamo.reset()
+        step = torch.compile(lambda name=name: call(mixture, {**some, name: 10**30, "impl": impl}), backend="eager")
+        torch.testing.assert_close(step(), whole)
 
 
 def test_everything_after_target_is_keyword_only():

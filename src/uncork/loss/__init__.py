@@ -102,7 +102,7 @@ def linear_cross_entropy(
 
     The names are those of torch.nn.functional.linear_cross_entropy. Ganea et al. 2019, arXiv 1902.08077.
     """
-    check_reduction(reduction, z_loss)
+    z_loss = check_reduction(reduction, z_loss)
     call, leading = build_call(
         input,
         linear_weight,

@@ -41,6 +41,9 @@ def multiplies_bfloat16() -> bool:
     return _BFLOAT16_INSTRUCTIONS
 
 
+LIMIT = 2**63  # of int64, the whole numbers of torch
+
+
 @dataclass(frozen=True)
 class Call:
     """Flattened arguments. N tokens, D features, K components, V vocabulary."""
@@ -273,7 +276,8 @@ def checked_chunk(chunk_size: int | None, memory_budget: int | None) -> tuple[in
         _expect(size is None or whole, key, f"a whole number of at least 1 ({unit}), or None", repr(size))
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(f"memory_budget: expected None beside chunk_size={chunk_size}, got {memory_budget}")
-    return None if chunk_size is None else int(chunk_size), None if memory_budget is None else int(memory_budget)
+    rows, size = (None if given is None else min(int(given), LIMIT - 1) for given in (chunk_size, memory_budget))
+    return rows, size
 
 
 def check_scores_dtype(asked: object, input: Tensor) -> None:
@@ -333,9 +337,11 @@ def build_call(
     check_function(logit_function)
     ignore_index = -100 if ignore_index is None else ignore_index
     check_number("ignore_index", ignore_index, Integral)
+    _expect(-LIMIT <= ignore_index < LIMIT, "ignore_index", "a number of 64 bits (int64)", ignore_index)
     ignore_index = int(ignore_index)
     check_number("label_smoothing", label_smoothing)
     _expect(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    label_smoothing = float(label_smoothing)
     chunk_size, memory_budget = checked_chunk(chunk_size, memory_budget)
     leading = tuple(input.shape[:-1])
     if prior_logits is not None:

@@ -38,7 +38,7 @@ def cross_entropy(
     Args:
         reason: why all logits are computed, for the error if `impl` names an implementation that does not compute them.
     """
-    check_reduction(reduction, z_loss)
+    z_loss = check_reduction(reduction, z_loss)
     _check_impl(impl, reason)
     call, leading = _call(logits, target, reason, **options)
     given = _Given(logits.reshape(-1, logits.shape[-1]))

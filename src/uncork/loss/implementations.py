@@ -30,7 +30,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 def check_name(impl: str | None) -> None:
     """Raises a ValueError that lists the names unless this is one of them, or None."""
-    if impl is not None and impl not in IMPLEMENTATIONS:
+    if impl is not None and not (isinstance(impl, str) and impl in IMPLEMENTATIONS):
         raise ValueError(f"impl: expected one of {sorted(IMPLEMENTATIONS)} or None, got {impl!r}")
 
 

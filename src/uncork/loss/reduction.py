@@ -21,13 +21,18 @@ class TokenStatistics(NamedTuple):
     argmax: Tensor
 
 
-def check_reduction(reduction: str, z_loss: float) -> None:
-    """Raises unless both are values that `linear_cross_entropy` accepts."""
-    if reduction not in ("none", "mean", "sum"):
+def check_reduction(reduction: str, z_loss: float) -> float:
+    """The z_loss as Python's own number; raises unless both are values that `linear_cross_entropy` accepts."""
+    if not isinstance(reduction, str) or reduction not in ("none", "mean", "sum"):
         raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
     check_number("z_loss", z_loss)
-    if not 0 <= z_loss < float("inf"):
+    try:
+        factor = float(z_loss)
+    except OverflowError:  # of an int
+        factor = float("inf")
+    if not 0 <= factor < float("inf"):
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss!r}")
+    return factor
 
 
 def _checked_token_weight(token_weight: Tensor | None, call: Call, leading: tuple[int, ...]) -> Tensor | None:

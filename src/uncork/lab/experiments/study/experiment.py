@@ -35,6 +35,11 @@ def run(settings: Study) -> dict[str, Any]:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise LabError(f"{name}: expected at least 1, got {value}")
+    if settings.plan == Study.plan and not settings.plan.exists():
+        raise LabError(
+            f"plan: {settings.plan} is not here: the default is the plan of uncork's repository, in whose folder the "
+            "command is to be run; --plan FILE names one of your own"
+        )
     plan = Plan.read(settings.plan)
     if not settings.part:
         for name, part in plan.parts.items():

@@ -137,7 +137,7 @@ class Plan(_Read):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Reads a plan from a file. Raises LabError that names the file and the field that is wrong."""
-        with os_errors(path, "cannot be read"):
+        with os_errors(path, "cannot be read", "plan: "):
             data = path.read_bytes()
         try:
             return cls(**tomllib.loads(data.decode()))

@@ -10,7 +10,8 @@ class Study:
 
     A finished run is one line of OUT-DIR/rows.jsonl and is not run again, so the same command continues an interrupted
     part, and parts share runs. Tables and figures are written to OUT-DIR/PART, even if some runs of the part are still
-    missing. The plan of docs/study.md is experiments/study.toml; a plan of your own has the same form.
+    missing. The plan of docs/study.md is experiments/study.toml of uncork's repository; a plan of your own has the same
+    form.
     """
 
     plan: Path = Path("experiments/study.toml")
