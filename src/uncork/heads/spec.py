@@ -357,8 +357,8 @@ _ITEM = re.compile(r'(?:"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[^,])+')
 def parse_text(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the values of name:key=value,key=value, whatever they mean.
 
-    >>> parse_text("plif:init=random,bound=[-99, 48],lr=2e-3")
-    ('plif', {'init': 'random', 'bound': [-99, 48], 'lr': 0.002})
+    >>> parse_text("plif:init=random,bound=48,lr=2e-3")
+    ('plif', {'init': 'random', 'bound': 48, 'lr': 0.002})
 
     Raises:
         ValueError: for any other text, or a key that is given twice.

@@ -70,7 +70,7 @@ def linear_cross_entropy(
         reduction: "none" (the shape of the tokens), "sum", or "mean": the CE part over the sum of the kept targets'
             class weights (over the number of rows for probabilities), the z part over the number of kept tokens.
         label_smoothing: in [0, 1]. z_loss: factor of logsumexp^2, at least 0.
-        impl: "reference", "torch", "native" or None (the fastest that supports the call).
+        impl: "reference", "torch", "native", "triton" or None (the fastest that supports the call).
         chunk_size: rows of scores in memory at once. memory_budget: the same limit in bytes, instead of chunk_size; the
             gradients, and the sums that the function's parameters need, come on top. Without either, `loss.chunk_size`
             decides: on a CPU as many rows as fit into 64 MiB, or half of W's bytes if that is more (5 MiB for D < 64),

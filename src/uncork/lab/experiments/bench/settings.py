@@ -88,6 +88,6 @@ class Bench:
     threads: int | None = None
     """CPU threads. None: all cores."""
     impl: str | None = None
-    """Implementation of ours: native, torch or reference. None: the best that serves the call."""
+    """Implementation of ours: native, torch or reference (triton needs a GPU). None: the best that serves the call."""
     out_dir: Path | None = None
     """Where times.csv, memory.csv, table.csv and provenance.json go. None: only print the table."""
