@@ -132,6 +132,8 @@ def _expect(condition: bool, name: str, expected: str, got: object) -> None:
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense Tensor, got {value.layout}")
     return value
 
 
