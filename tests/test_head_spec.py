@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,8 @@ def test_a_spec_is_printed_and_read_back_with_every_option(name):
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, False, 3, 0.25, 1e-5, "tanh", "null", "true", "3", "a,b", '"', "", "x=y", [-99, 48], "[1"]
+    "value",
+    [None, True, False, 3, 1e-5, "tanh", "null", "true", "True", "None", "3", "a,b", '"', "", "x=y", [-9, 4], "[1"],
 )
 def test_values_survive_their_text(value):
     name, options = parse_text(f"plif:first={value_text(value)},last={value_text(value)}")
@@ -62,6 +64,17 @@ def test_equal_heads_have_one_text():
     assert HeadSpec("softmax", {"scale": 4}) == HeadSpec("softmax", {"scale": 4.0})
     assert HeadSpec("softmax", {"bias": False}).title == "softmax (bias=false)"
     assert HeadSpec("temperature", {"factor": True}).options == {"factor": True}  # is not the default of 1
+
+
+def test_switches_are_read_as_they_are_meant():
+    for text in ("plif:frozen=False", "plif:frozen=false"):
+        assert HeadSpec.parse(text) == HeadSpec("plif")
+    assert HeadSpec.parse("softmax:bias=False").build(D, V).bias is None
+    assert HeadSpec.parse("gss:learnable=True,center=None").options == {"learnable": True}
+    assert str(HeadSpec("plif", {"frozen": np.True_})) == "plif:frozen=true"
+    for text, option in (("plif:frozen=no", "frozen"), ("mos:bias=off", "bias"), ("gss:learnable=1", "learnable")):
+        with pytest.raises(ValueError, match=f"^{option}: expected True or False, got "):
+            HeadSpec.parse(text).build(D, V)
 
 
 def test_the_help_of_build_head_lists_every_head_with_its_options():

@@ -360,6 +360,9 @@ def test_bad_inputs_to_a_head():
         LinearHead(D, V, logit_function=nn.Sequential(nn.Dropout(0.1)))
     with pytest.raises(ValueError, match="spec: expected a name"):
         head_from_spec({"name": "Nosuch"})
+    for name in HEAD_NAMES:
+        with pytest.raises(ValueError, match=r"^bias: expected True or False, got 'False'$"):
+            build_head(name, D, V, bias="False")
     with pytest.raises(ValueError, match="bias_init: expected a head with a bias"):
         build_head("softmax", D, V, bias=False, bias_init=torch.ones(V))
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,11 +105,21 @@ def test_frozen_and_random_starts(make):
         (lambda: ScaledSigmoid(shift=math.nan), "shift"),
         (lambda: GeneralizedSigsoftmax(steepness=0.0), "steepness"),
         (lambda: GeneralizedSigsoftmax(center=math.inf), "center"),
+        *[(lambda v=v: PLIF(frozen=v), "frozen") for v in ("False", "no", 0, None)],
+        (lambda: PLIF(unit_slope="False"), "unit_slope"),
+        (lambda: MonotoneNetwork(frozen="False"), "frozen"),
+        *[(lambda f=f: f(learnable="False"), "learnable") for f in (Scale, AsymmetricSoftcap, GeneralizedSigsoftmax)],
+        (lambda: PLIF.from_function(torch.tanh, frozen="False"), "frozen"),
     ],
 )
 def test_bad_hyper_parameters_are_named(make, argument):
     with pytest.raises((ValueError, TypeError), match=f"^{argument}: expected .* got "):
         make()
+
+
+def test_a_switch_may_be_numpys():
+    assert PLIF(frozen=np.False_).options()["frozen"] is False
+    assert Scale(learnable=np.True_).options()["learnable"] is True
 
 
 def test_compose_takes_logit_functions():

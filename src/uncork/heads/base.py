@@ -16,7 +16,7 @@ from uncork.functional import exporting
 from uncork.heads import hooks
 from uncork.heads.state import SelfDescribing
 from uncork.logit_functions import Identity, LogitFunction
-from uncork.logit_functions.base import positive_int
+from uncork.logit_functions.base import positive_int, switch
 from uncork.loss import TokenStatistics, from_logits, implementations
 from uncork.loss.call import Call, autocast_dtype
 from uncork.loss.chunk_size import rule_of
@@ -87,7 +87,7 @@ class Head(SelfDescribing, ABC):
         self.vocab_size = positive_int("vocab_size", vocab_size)
         self._projected = projected
         self.weight = nn.Parameter(torch.empty(self.vocab_size, projected))
-        self.bias = nn.Parameter(torch.empty(self.vocab_size)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.vocab_size)) if switch("bias", bias) else None
         self.logit_function = logit_function
         self.reset_parameters()
 

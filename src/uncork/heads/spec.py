@@ -27,7 +27,7 @@ from uncork.logit_functions import (
     Sigsoftmax,
     Softcap,
 )
-from uncork.logit_functions.base import positive
+from uncork.logit_functions.base import is_switch, positive
 from uncork.messages import close_to, unknown_options
 
 
@@ -141,7 +141,9 @@ class HeadSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads the command line's form, name or name:key=value,key=value, with JSON values or plain words.
+        """Reads the command line's form, name or name:key=value,key=value.
+
+        Values are JSON's, Python's True, False and None, or plain words.
 
         >>> HeadSpec.parse("mos:latent_activation=null,bias=false").options
         {'latent_activation': None, 'bias': False}
@@ -375,8 +377,17 @@ def parse_text(text: str) -> tuple[str, dict[str, Any]]:
     return name, values
 
 
+_PYTHONS = {"True": True, "False": False, "None": None}
+
+
 def parse_value(text: str) -> Any:
-    """A JSON value, or the text itself where it is none."""
+    """A JSON value or Python's True, False or None; the text itself where it is none.
+
+    >>> parse_value("false"), parse_value("False"), parse_value("no")
+    (False, False, 'no')
+    """
+    if text in _PYTHONS:
+        return _PYTHONS[text]
     try:
         return json.loads(text)
     except ValueError:
@@ -407,9 +418,11 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's, which JSON can hold."""
-    if isinstance(value, bool | int | float) and type(value) in (bool, int, float):
+    """A number or a truth value of numpy's as Python's, which JSON can hold."""
+    if type(value) in (bool, int, float):
         return value
+    if is_switch(value):
+        return bool(value)
     return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 

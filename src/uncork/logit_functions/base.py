@@ -397,6 +397,22 @@ def finite(name: str, value: Any) -> float:
     return float(value)
 
 
+def is_switch(value: Any) -> bool:
+    """Whether it is Python's or numpy's True or False."""
+    numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    return numpys or isinstance(value, bool)
+
+
+def switch(name: str, value: Any) -> bool:
+    """The value as a bool if it is Python's or numpy's True or False; a ValueError that names it otherwise.
+
+    A text is none, since every text but the empty one is true: "False" would switch on.
+    """
+    if not is_switch(value):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
 def positive_int(name: str, value: Any, limit: int | None = None) -> int:
     """The value as an int if it is a whole number of at least 1 (and at most `limit`); else a ValueError that names it.
 

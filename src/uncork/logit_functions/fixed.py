@@ -13,6 +13,7 @@ from uncork.logit_functions.base import (
     finite,
     positive,
     start_at_zero,
+    switch,
     table_dtype,
 )
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
@@ -75,8 +76,8 @@ class Scale(LogitFunction):
 
     def __init__(self, factor: float = 1.0, *, learnable: bool = False) -> None:
         super().__init__()
-        self.factor, self.learnable = positive("factor", factor), bool(learnable)
-        self.log_gain = nn.Parameter(torch.empty(())) if learnable else None
+        self.factor, self.learnable = positive("factor", factor), switch("learnable", learnable)
+        self.log_gain = nn.Parameter(torch.empty(())) if self.learnable else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,8 +158,8 @@ class AsymmetricSoftcap(LogitFunction):
     def __init__(self, lower: float = 30.0, upper: float = 30.0, *, learnable: bool = False) -> None:
         super().__init__()
         self.lower, self.upper = positive("lower", lower), positive("upper", upper)
-        self.learnable = bool(learnable)
-        self.log_gain = nn.Parameter(torch.empty(2)) if learnable else None
+        self.learnable = switch("learnable", learnable)
+        self.log_gain = nn.Parameter(torch.empty(2)) if self.learnable else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -245,12 +246,12 @@ class GeneralizedSigsoftmax(LogitFunction):
 
     def __init__(self, center: float | None = None, steepness: float | None = None, *, learnable: bool = False) -> None:
         super().__init__()
-        start = (0.0, 1.0) if learnable else (-1.5, 2.5)
+        self.learnable = switch("learnable", learnable)
+        start = (0.0, 1.0) if self.learnable else (-1.5, 2.5)
         self.center = start[0] if center is None else finite("center", center)
         self.steepness = start[1] if steepness is None else positive("steepness", steepness)
-        self.learnable = bool(learnable)
-        self.log_gain = nn.Parameter(torch.empty(())) if learnable else None
-        self.shift = nn.Parameter(torch.empty(())) if learnable else None
+        self.log_gain = nn.Parameter(torch.empty(())) if self.learnable else None
+        self.shift = nn.Parameter(torch.empty(())) if self.learnable else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

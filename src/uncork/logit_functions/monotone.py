@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from uncork.functional import monotone_tanh, sech2, tanh
-from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, positive, positive_int, start_at, table_dtype
+from uncork.logit_functions.base import (
+    LIMIT_PARTS,
+    LogitFunction,
+    positive,
+    positive_int,
+    start_at,
+    switch,
+    table_dtype,
+)
 from uncork.logit_functions.operations import Operation, PiecewiseLinear, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 
@@ -77,7 +85,8 @@ class MonotoneNetwork(LogitFunction):
             raise ValueError(f'units: expected "relu" or "tanh", got {units!r}')
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
-        self.units, self.init, self.spread, self.frozen = units, init, positive("spread", spread), bool(frozen)
+        self.units, self.init, self.spread = units, init, positive("spread", spread)
+        self.frozen = switch("frozen", frozen)
         # Thresholds are held as shifts from their start, so that the identity stays one after a cast to half precision.
         for name in ("threshold_shifts", *self._weights()):
             start = torch.empty(self.num_units)

@@ -15,6 +15,7 @@ from uncork.logit_functions.base import (
     positive,
     positive_int,
     start_at,
+    switch,
     table_dtype,
 )
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
@@ -100,15 +101,16 @@ class PLIF(LogitFunction):
         self.num_pieces, self.bound = positive_int("num_pieces", num_pieces, LIMIT_PARTS), positive("bound", bound)
         if init not in ("identity", "random"):
             raise ValueError(f'init: expected "identity" or "random", got {init!r}')
-        self.init, self.spread, self.frozen = init, positive("spread", spread), bool(frozen)
-        self.unit_slope, self.unit_slope_at = bool(unit_slope), finite("unit_slope_at", unit_slope_at)
+        self.init, self.spread, self.frozen = init, positive("spread", spread), switch("frozen", frozen)
+        self.unit_slope = switch("unit_slope", unit_slope)
+        self.unit_slope_at = finite("unit_slope_at", unit_slope_at)
         if abs(self.unit_slope_at) > 0.9 * self.bound:
             raise ValueError(
                 f"unit_slope_at: expected at most 0.9 bound = {0.9 * self.bound:g} in size, got {unit_slope_at}"
             )
         if self.unit_slope_at and not self.unit_slope:
             raise ValueError(f"unit_slope_at: expected 0 without unit_slope=True, got {unit_slope_at}")
-        self.raw_slopes = nn.Parameter(torch.empty(self.num_pieces), requires_grad=not frozen)
+        self.raw_slopes = nn.Parameter(torch.empty(self.num_pieces), requires_grad=not self.frozen)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
