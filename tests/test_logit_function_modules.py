@@ -1,6 +1,7 @@
 """What the modules promise beside their equations: specs, starts, errors that name the argument, a user's class."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from uncork import (
     AsymmetricSoftcap,
     Compose,
     GeneralizedSigsoftmax,
+    LinearHead,
     LogitFunction,
+    MixtureHead,
     MonotoneNetwork,
     Scale,
     ScaledSigmoid,
@@ -57,6 +60,53 @@ def test_an_inverse_outside_the_image_ends():
     inside, outside = Counting().inverse(torch.tensor([1.0, 2.0], dtype=F64)).tolist()
     assert abs(inside - math.tan(1.0)) < 1e-12
     assert not math.isfinite(outside)
+
+
+class TwiceInPlace(LogitFunction):
+    """A user's function that works in place."""
+
+    def transform(self, scores):
+        return scores.mul_(2)
+
+    def options(self):
+        return {}
+
+
+@pytest.mark.parametrize("make", [LinearHead, partial(MixtureHead, num_components=2)])
+@pytest.mark.parametrize("name", ["SELU", "LeakyReLU", "TwiceInPlace", "Compose"])
+def test_a_function_may_work_in_place(name, make):
+    torch.manual_seed(0)
+    functions = {
+        "SELU": nn.SELU(inplace=True),
+        "LeakyReLU": nn.Sequential(nn.LeakyReLU(inplace=True)),
+        "TwiceInPlace": TwiceInPlace(),
+        "Compose": Compose(TwiceInPlace(), PLIF(4)),
+    }
+    head, input, target = make(8, 20, logit_function=functions[name]), 3 * torch.randn(6, 8), torch.arange(6)
+    log_prob = functions[name](head.scores(input).detach().clone()).log_softmax(-1)
+    if isinstance(head, MixtureHead):
+        log_prob = (log_prob + head.prior(input).log_softmax(-1)[..., None]).logsumexp(1)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(head.log_prob(input), log_prob)
+            found, ids = head.topk(input, 3)
+            torch.testing.assert_close(found, log_prob.gather(-1, ids))
+            for impl in ("torch", "reference"):
+                loss = head.loss(input, target, impl=impl)
+                torch.testing.assert_close(loss, nn.functional.nll_loss(log_prob, target))
+                statistics = head.statistics(input, target, impl=impl)
+                torch.testing.assert_close(statistics.log_prob, log_prob[target, target])
+                assert torch.equal(statistics.argmax, ids[:, 0])
+    gradients = [
+        torch.autograd.grad(head.loss(input, target, impl=impl), head.weight)[0] for impl in ("torch", "reference")
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_inverse_of_a_function_that_works_in_place():
+    logits = torch.tensor([1.0, -2.0])
+    assert TwiceInPlace().inverse(logits).tolist() == [0.5, -1.0]
+    assert logits.tolist() == [1.0, -2.0]
 
 
 def test_specs_that_are_not_known_here():

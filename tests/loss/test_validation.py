@@ -208,6 +208,48 @@ def test_a_module_that_is_not_elementwise(module_impl, mixture):
         call(mixture, {"logit_function": NotElementwise(), "impl": module_impl})
 
 
+class Returns(nn.Module):
+    """Returns what another function makes of the logits 2 z."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, scores):
+        return self.made(2 * scores)
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["loss", "statistics"])
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (lambda z: (z, z), "a module that returns a Tensor, got tuple"),
+        (lambda z: z.detach().numpy(), "a module that returns a Tensor, got ndarray"),
+        (lambda z: z.long(), r"a module that returns a floating dtype, got torch\.int64"),
+        (lambda z: z.cfloat(), r"a module that returns a floating dtype, got torch\.complex64"),
+    ],
+)
+def test_a_module_that_returns_no_logits(module_impl, mixture, statistics, made, got):
+    with pytest.raises(TypeError, match=f"^logit_function: expected {got}$"):
+        call(mixture, {"logit_function": Returns(made), "impl": module_impl}, statistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_may_return_another_dtype(module_impl, mixture, dtype):
+    torch.manual_seed(0)
+    given = arguments(mixture)
+    given["linear_weight"].requires_grad_()
+    wanted, found = (
+        call(mixture, {**given, "logit_function": Returns(made), "impl": module_impl})
+        for made in (lambda z: z.to(dtype).float(), lambda z: z.to(dtype))
+    )
+    assert torch.equal(found, wanted)
+    gradients = [torch.autograd.grad(loss, given["linear_weight"])[0] for loss in (wanted, found)]
+    torch.testing.assert_close(*gradients)
+    statistics = call(mixture, {**given, "logit_function": Returns(lambda z: z.to(dtype)), "impl": module_impl}, True)
+    assert statistics.log_prob.dtype == torch.float32
+
+
 def test_a_class_as_ignore_index_is_fine(impl, mixture):
     assert call(mixture, {"ignore_index": 2, "target": torch.tensor([0, 5, 2, 2]), "impl": impl}).isfinite()
 

@@ -178,20 +178,7 @@ class LogitFunction(nn.Module, ABC):
                 "torch.compile(fullgraph=True), torch.export and torch.func cannot follow: call it outside of them, or "
                 "override _inverse() with a closed form"
             )
-        wide = logits.detach().double().nan_to_num(0)
-        with torch.no_grad():
-            reach = wide.abs().clamp(min=1)
-            for _ in range(1000):
-                short = (self(reach) < wide) | (self(-reach) > wide)
-                if not bool(short.any()):
-                    break
-                reach = torch.where(short, 2 * reach, reach)
-            low, high = -reach, reach
-            for _ in range(128):
-                middle = (low + high) / 2
-                above = self(middle) > wide
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            found = torch.where(self(reach) < wide, torch.inf, torch.where(self(-reach) > wide, -torch.inf, middle))
+        found = bisected(self, logits.detach().double().nan_to_num(0))
         return torch.where(logits.isnan(), logits, found.to(logits.dtype))
 
     def spec(self) -> Spec:
@@ -312,6 +299,27 @@ class Compose(LogitFunction):
 
     def extra_repr(self) -> str:
         return ""
+
+
+@torch.no_grad()
+def bisected(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """The scores that an increasing function maps to finite logits, by bisection; +-inf beyond its image.
+
+    The function gets copies, since it may work in place.
+    """
+    reach = logits.abs().clamp(min=1)
+    for _ in range(1000):
+        short = (function(reach.clone()) < logits) | (function(-reach) > logits)
+        if not bool(short.any()):
+            break
+        reach = torch.where(short, 2 * reach, reach)
+    low, high = -reach, reach
+    for _ in range(128):
+        middle = (low + high) / 2
+        above = function(middle.clone()) > logits
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    below, above = function(-reach) > logits, function(reach) < logits
+    return torch.where(above, torch.inf, torch.where(below, -torch.inf, middle))
 
 
 def with_bound(function: LogitFunction) -> tuple[LogitFunction, float] | None:

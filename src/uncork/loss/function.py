@@ -1,7 +1,7 @@
 """The logit function inside the loss: how it is applied, and the tensors that a tile computes gradients for."""
 
 from collections.abc import Container, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +33,44 @@ def check_function(function: nn.Module | None) -> None:
             )
 
 
-def checked_logits(logits: Tensor, scores: Tensor) -> Tensor:
-    """The logits that a module returned; raises unless they have the scores' shape, as of an elementwise module."""
+def checked_logits(logits: Any, scores: Tensor) -> Tensor:
+    """The logits that a module returned, in the dtype of the scores or float32, if that is better.
+
+    Raises unless they are a floating Tensor of the scores' shape, as an elementwise module gives.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logit_function: expected a module that returns a Tensor, got {kind_of(logits)}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logit_function: expected a module that returns a floating dtype, got {logits.dtype}")
     if logits.shape != scores.shape:
         raise ValueError(
             f"logit_function: expected an elementwise module, but it turned shape {tuple(scores.shape)} "
             f"into {tuple(logits.shape)}"
         )
-    return logits
+    return logits.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def apply_function(function: nn.Module | None, scores: Tensor) -> Tensor:
-    """f(scores), where -inf stays and takes no gradient, whatever the function."""
+    """f(scores), where -inf stays and takes no gradient, whatever the function.
+
+    A function that is not this package's gets a copy, since it may work in place.
+    """
+    if function is None:
+        return pass_impossible(at_least_float32, scores)
+    copies = not _is_ours(function)
     if isinstance(function, LogitFunction) and function.operations() != ():  # it handles -inf itself
-        return checked_logits(function(scores), scores)
-    f = nn.Identity() if function is None else function
-    return pass_impossible(lambda finite: checked_logits(f(at_least_float32(finite)), finite), scores)
+        return checked_logits(function(scores.clone() if copies else scores), scores)
+
+    def transform(finite: Tensor) -> Tensor:
+        wide = at_least_float32(finite)
+        return checked_logits(function(wide.clone() if copies and wide is scores else wide), finite)
+
+    return pass_impossible(transform, scores)
+
+
+def _is_ours(function: nn.Module) -> bool:
+    package = __name__.partition(".")[0]
+    return all(type(module).__module__.partition(".")[0] == package for module in function.modules())
 
 
 def operations_of(function: nn.Module) -> Sequence[Operation] | None:

@@ -120,8 +120,9 @@ class ModuleRunner:
     def forward(self, scores: Tensor) -> tuple[Tensor, Any]:
         impossible = scores == -torch.inf
         with torch.enable_grad():
-            leaf = scores.masked_fill(impossible, 0).requires_grad_()
-            logits = checked_logits(functional_call(self.module, self.state, (leaf,)), leaf)
+            leaf = scores.detach().requires_grad_()
+            finite = leaf.masked_fill(impossible, 0)  # a copy, in which the module may work
+            logits = checked_logits(functional_call(self.module, self.state, (finite,)), scores)
         return logits.detach().masked_fill(impossible, -torch.inf), (impossible, leaf, logits)
 
     def backward(self, context: Any, grad: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
