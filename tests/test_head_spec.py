@@ -1,4 +1,4 @@
-"""What a head is called: text and back, one table for names, options, titles, colours and controls."""
+"""What a head is called: text and back, one table for names, options, titles, colours and controls; its bias prior."""
 
 import re
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import uncork
 from uncork import HEAD_NAMES, LinearHead, build_head
-from uncork.heads import HeadSpec
+from uncork.heads import HeadSpec, start_at_unigram
 from uncork.heads import spec as specs
 from uncork.heads.spec import parse_text, titled, value_text
 from uncork.logit_functions.base import _REGISTRY
@@ -151,3 +153,49 @@ def test_titles_and_texts_of_settings_that_are_not_the_heads():
     assert titled("softmax", {"bias_prior": False, "output_lr_scale": 1.0}) == (
         "softmax (bias_prior=false, output_lr_scale=1)"
     )
+
+
+class Elementwise(nn.Module):
+    """A user's module."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, scores):
+        return self.f(scores)
+
+
+COUNTS = torch.tensor([1000, 100, 10, 5, 1])  # 6.9 logits apart
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        uncork.ScaledSigmoid(),
+        uncork.AsymmetricSoftcap(2.0, 50.0),
+        uncork.AsymmetricSoftcap(50.0, 2.0),
+        uncork.Compose(uncork.ScaledSigmoid(), uncork.PLIF()),
+        uncork.Softcap(3.46),
+        Elementwise(lambda z: 4 * z),
+        Elementwise(lambda z: z.mul_(2)),
+        Elementwise(torch.exp),
+        Elementwise(lambda z: 7 * torch.sigmoid(z)),
+        nn.Softplus(),
+        nn.LeakyReLU(inplace=True),
+    ],
+)
+def test_bias_starts_at_the_log_unigram_under_any_function(function):
+    head = LinearHead(2, 5, logit_function=function)
+    start_at_unigram(head, COUNTS)
+    found = head.log_prob(torch.zeros(2)).exp()
+    torch.testing.assert_close(found, COUNTS / COUNTS.sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function", [uncork.Softcap(3.45), nn.Sequential(nn.Tanh()), Elementwise(torch.neg), Elementwise(lambda z: 0 * z)]
+)
+def test_counts_that_the_function_cannot_reach_are_refused(function):
+    head = LinearHead(2, 5, logit_function=function)
+    with pytest.raises(ValueError, match=r"^bias_init: expected counts whose log.* increasing .*, got 6\.91 apart$"):
+        start_at_unigram(head, COUNTS)

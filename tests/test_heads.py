@@ -289,6 +289,10 @@ def test_a_bad_scale_is_named(scale):
 def test_bad_counts(counts, match):
     with pytest.raises(ValueError, match=match):
         build_head("softmax", D, V, bias_init=counts)
+    with pytest.raises(TypeError, match=r"^bias_init: expected real counts, got torch\.complex64$"):
+        build_head("softmax", D, V, bias_init=counts.cfloat())
+    with pytest.raises(TypeError, match=r"^head: expected a Head of uncork, got Linear$"):
+        uncork.heads.start_at_unigram(nn.Linear(D, V), counts)
 
 
 def test_the_frozen_control_has_random_slopes_that_do_not_train():

@@ -13,7 +13,7 @@ from uncork.lab.models import AWDLSTMConfig, build_model
 from uncork.lab.run.store import RunStore
 from uncork.lab.settings import Compare
 from uncork.lab.train import checkpoints as ckpt
-from uncork.lab.train.checkpoints import build_untrained, load_trained
+from uncork.lab.train.checkpoints import build_untrained, check_head, load_trained
 from uncork.lab.train.config import Training, text_record
 from uncork.lab.train.evaluation import evaluate
 from uncork.lab.train.head import parse_head
@@ -126,6 +126,14 @@ def test_the_start_depends_on_the_seed_and_the_backbone_not_on_the_head(tiny_cor
         start(head="plif", head_options={"cap": 3})
     with pytest.raises(LabError, match=r"head mos: .*num_components"):
         start(head="mos", head_options={"num_components": 0})
+    with pytest.raises(
+        LabError, match=r"^head softcap: bias_prior: expected counts .*; softcap:cap=0\.01,bias_prior=fal"
+    ):
+        start(head="softcap", head_options={"cap": 0.01}, bias_prior=True)
+    with pytest.raises(
+        LabError, match=r"^head softmax: bias_prior: .* bias=False; softmax:bias=false,bias_prior=false"
+    ):
+        check_head(tiny_config(head_options={"bias": False}, bias_prior=True))
 
 
 def test_every_head_of_a_comparison_starts_near_the_unigram(tiny_corpus, tiny_config):

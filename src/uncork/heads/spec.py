@@ -27,8 +27,9 @@ from uncork.logit_functions import (
     Sigsoftmax,
     Softcap,
 )
-from uncork.logit_functions.base import is_switch, positive
-from uncork.messages import close_to, unknown_options
+from uncork.logit_functions.base import bisected, is_switch, positive
+from uncork.loss.function import apply_function
+from uncork.messages import close_to, kind_of, unknown_options
 
 
 def _temperature(factor: float = 1.0) -> LogitFunction:
@@ -300,6 +301,8 @@ def start_at_unigram(head: Head, counts: Tensor) -> None:
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    if not isinstance(head, Head):
+        raise TypeError(f"head: expected a Head of uncork, got {kind_of(head)}")
     if head.weight.is_meta:
         raise ValueError(
             "bias_init: expected a head with values, got one on the meta device, where the prior would be lost: build "
@@ -309,30 +312,43 @@ def start_at_unigram(head: Head, counts: Tensor) -> None:
         raise ValueError("bias_init: expected a head with a bias, got bias=False")
     if not isinstance(counts, Tensor):
         raise TypeError(f"bias_init: expected a Tensor, got {type(counts).__name__}")
+    if counts.is_complex():
+        raise TypeError(f"bias_init: expected real counts, got {counts.dtype}")
     if tuple(counts.shape) != (head.vocab_size,):
         raise ValueError(f"bias_init: expected shape ({head.vocab_size},), got {tuple(counts.shape)}")
     if not bool((counts >= 0).all()) or not bool((counts > 0).any()) or bool(counts.isinf().any()):
         raise ValueError("bias_init: expected finite counts of at least 0 that are not all 0")
     smoothed = counts.double().clamp(min=0.5)
     with torch.no_grad():
-        head.bias.copy_(_scores_for(head.logit_function, (smoothed / smoothed.sum()).log()))
+        head.bias.copy_(_scores_for(head, (smoothed / smoothed.sum()).log()))
 
 
-def _scores_for(function: torch.nn.Module | None, logits: Tensor) -> Tensor:
-    """Scores that the function maps to these logits, up to a constant that softmax cannot see.
+def _scores_for(head: Head, logits: Tensor) -> Tensor:
+    """Scores that the head's function maps to these logits, up to a constant that softmax cannot see.
 
     Raises:
-        ValueError: the logits lie further apart than the function's image.
+        ValueError: the logits lie further apart than the function's image, or the function does not increase.
     """
-    if not isinstance(function, LogitFunction):
+    function, dtype = head.logit_function, torch.promote_types(head.weight.dtype, torch.float32)
+    if function is None:
         return logits
-    # Centred at 0, so that the logits fit into a bounded image around 0 if any shift does.
-    middle = 0.0 if function.unbounded else (logits.max() + logits.min()) / 2
-    scores = function.inverse(logits - middle)
-    if not bool(scores.isfinite().all()):
-        apart = float(logits.max() - logits.min())
+
+    def f(scores: Tensor) -> Tensor:
+        return apply_function(function, scores.to(head.weight.device, dtype)).to(logits)
+
+    wanted, apart = logits, logits.max() - logits.min()
+    if not (isinstance(function, LogitFunction) and function.unbounded):
+        # Centred at 0, or as near to it as leaves half of their range free on either side, if the image has so much.
+        lowest, highest = f(logits.new_tensor([-1e30, 1e30]))
+        roomy = bool(lowest + apart <= highest - apart)
+        middle = torch.zeros_like(apart).clamp(lowest + apart, highest - apart) if roomy else (lowest + highest) / 2
+        wanted = logits - (logits.max() + logits.min()) / 2 + middle
+    scores = function.inverse(wanted) if isinstance(function, LogitFunction) else bisected(f, wanted)
+    # A module may be none that increases; one that computes in half precision misses by hundredths.
+    if not bool(scores.isfinite().all()) or not bool(((f(scores) - wanted).abs() < 0.1).all()):
         raise ValueError(
-            f"bias_init: expected counts whose logarithms lie within the image of {function}, got {apart:.3g} apart"
+            "bias_init: expected counts whose logarithms lie within the image of the head's increasing function "
+            f"{' '.join(str(function).split())}, got {apart:.3g} apart"
         )
     return scores
 

@@ -87,7 +87,8 @@ def build_untrained(config: TrainConfig, corpus: Corpus) -> LanguageModel:
 
 
 def check_head(config: TrainConfig) -> None:
-    """Raise LabError for a head option that does not exist or does not fit, before a run is made or trained."""
+    """Raise LabError for a head option that does not exist or does not fit, or a prior of a bias that is not there; to
+    be called before a run is made or trained."""
     config.head_record()
 
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 import uncork
+from uncork.heads import HeadSpec
 from uncork.lab.data.corpora import Corpus, load_corpus
 from uncork.lab.errors import LabError
 from uncork.lab.models import LookupConfig, ModelConfig, TransformerConfig
@@ -256,11 +257,23 @@ class TrainConfig(Training, Text):
         return {**spec, "options": options}
 
     def build_head(self, vocab_size: int, **prior: Any) -> Any:
-        """The output layer at its start. Raises LabError for a head option that does not exist or does not fit."""
+        """The output layer at its start.
+
+        Raises LabError for a head option that does not exist or does not fit, or a `bias_prior` that the head cannot
+        start from.
+        """
         try:
-            return uncork.build_head(self.head, self.in_features, vocab_size, **prior, **self.head_options)
+            head = uncork.build_head(self.head, self.in_features, vocab_size, **prior, **self.head_options)
+            if self.bias_prior and head.bias is None:  # said before a run is made, where there are no counts yet
+                raise ValueError("bias_init: expected a head with a bias, got bias=False")
         except (TypeError, ValueError) as error:
-            raise LabError(f"head {self.head}: {error}") from error
+            said = str(error)
+            if said.startswith("bias_init: "):
+                text = str(HeadSpec(self.head, self.head_options))
+                without = f"{text}{',' if ':' in text else ':'}bias_prior=false"
+                said = f"{said.replace('bias_init', 'bias_prior')}; {without} starts without the log unigram"
+            raise LabError(f"head {self.head}: {said}") from error
+        return head
 
     def stored(self, text: dict[str, Any]) -> dict[str, Any]:
         """What a run's config.json holds: every setting, and the record of what decides its numbers."""
