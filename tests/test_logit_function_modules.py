@@ -20,6 +20,7 @@ from uncork import (
     Scale,
     ScaledSigmoid,
     Softcap,
+    head_from_spec,
 )
 from uncork.logit_functions.base import examples
 
@@ -114,6 +115,41 @@ def test_specs_that_are_not_known_here():
         LogitFunction.from_spec({"name": "Nothing", "version": 1, "options": {}})
     with pytest.raises(ValueError, match="spec: PLIF is at version 1 here, got version 99"):
         LogitFunction.from_spec({**PLIF().spec(), "version": 99})
+
+
+@pytest.mark.parametrize("damage", [None, "plif", 3, PLIF])
+def test_a_spec_is_a_dict(damage):
+    with pytest.raises(TypeError, match=r"^spec: expected the dict that a function's spec.* gives, got "):
+        LogitFunction.from_spec(damage)
+    with pytest.raises(TypeError, match=r"^spec: expected the dict that .* gives, got "):
+        head_from_spec(damage)
+    if damage is not None:
+        with pytest.raises(TypeError, match=r"^spec: expected the dict that a function's spec.* gives, got "):
+            head_from_spec({**LinearHead(2, 3, logit_function=PLIF()).spec(), "logit_function": damage})
+
+
+def test_options_that_a_spec_lacks_or_has_too_many_are_named():
+    function, head = Softcap(3.0).spec(), LinearHead(2, 3).spec()
+    composed = Compose(Softcap(3.0)).spec()
+    for from_spec, spec, options, message in (
+        (LogitFunction.from_spec, function, {"cup": 3.0}, "options of Softcap, .* unexpected keyword argument 'cup'"),
+        (LogitFunction.from_spec, composed, {}, "functions, a list of specs, as the option of Compose, got {}"),
+        (LogitFunction.from_spec, composed, {"functions": "plif"}, "functions, a list of specs, as the option"),
+        (LogitFunction.from_spec, composed, {**composed["options"], "more": 1}, "functions, a list of specs, as the"),
+        (head_from_spec, head, {"in_features": 2}, "options of LinearHead, .* missing .* 'vocab_size'"),
+        (
+            head_from_spec,
+            head,
+            {**head["options"], "logit_function": None},
+            "options of LinearHead, .* 'logit_f",
+        ),
+        (head_from_spec, head, {**head["options"], "num_pieces": 3}, "options of LinearHead, .* 'num_pieces'"),
+    ):
+        with pytest.raises(ValueError, match=f"^spec: expected (the )?{message}"):
+            from_spec({**spec, "options": options})
+    for name in (["LinearHead"], None):
+        with pytest.raises(ValueError, match=r"^spec: expected a name among "):
+            head_from_spec({**head, "name": name})
 
 
 def test_repr_says_the_hyper_parameters():

@@ -89,6 +89,27 @@ def test_from_function_refuses_what_does_not_rise(function):
         PLIF.from_function(function, 50)
 
 
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda z: 3.0, TypeError, "expected one that returns a Tensor, got float"),
+        (lambda z: z.numpy(), TypeError, "expected one that returns a Tensor, got ndarray"),
+        (lambda z: z.cfloat(), TypeError, r"expected one that returns real numbers, got torch\.complex64"),
+        (lambda z: z[:3], ValueError, r"expected an elementwise one, but it turned shape \(101,\) into \(3,\)"),
+        (lambda z: z.sum(), ValueError, r"expected an elementwise one, but it turned shape \(101,\) into \(\)"),
+    ],
+)
+def test_from_function_says_what_the_function_has_to_return(function, error, message):
+    with pytest.raises(error, match=f"^function: {message}$"):
+        PLIF.from_function(function)
+
+
+def test_from_function_takes_a_function_that_works_in_place():
+    wanted, found = PLIF.from_function(lambda z: z * 2), PLIF.from_function(lambda z: z.mul_(2))
+    assert torch.equal(found.raw_slopes, wanted.raw_slopes)
+    assert found.fit_error == wanted.fit_error
+
+
 @pytest.mark.parametrize("function", [torch.relu, lambda z: z.clamp(-3, 3), lambda z: 2 * torch.tanh(z / 2)])
 def test_from_function_gives_a_flat_stretch_the_smallest_slope(function):
     plif = PLIF.from_function(function, 2000)

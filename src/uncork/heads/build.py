@@ -7,6 +7,7 @@ from torch import Tensor
 from uncork.heads.base import Head
 from uncork.heads.spec import HeadSpec, layer_classes, options_table
 from uncork.logit_functions import LogitFunction
+from uncork.logit_functions.base import from_options
 
 
 def build_head(
@@ -58,6 +59,10 @@ def head_from_spec(spec: dict[str, Any]) -> Head:
 
     >>> head_from_spec(build_head("mos", 8, 100, num_components=2).spec()).num_components
     2
+
+    Raises:
+        TypeError: if it is no dict, or its logit_function none.
+        ValueError: if a name, a version or an option is not known here, or an option is missing.
     """
     if not isinstance(spec, dict):
         raise TypeError(
@@ -65,10 +70,10 @@ def head_from_spec(spec: dict[str, Any]) -> Head:
             "state_dict, whose head_spec holds the function alone, without the sizes"
         )
     classes = layer_classes()
-    if spec.get("name") not in classes:
+    if str(spec.get("name")) not in classes:
         raise ValueError(f"spec: expected a name among {sorted(classes)}, got {spec.get('name')!r}")
     if not isinstance(spec.get("options"), dict):
         raise ValueError(f"spec: expected options, got {spec!r}")
     function = spec.get("logit_function")
     made = None if function is None else LogitFunction.from_spec(function)
-    return classes[spec["name"]](**spec["options"], logit_function=made)
+    return from_options(classes[spec["name"]], spec["options"], logit_function=made)

@@ -1,12 +1,13 @@
 """What every logit function is: elementwise, increasing, continuous, one for all words."""
 
+import inspect
 import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from uncork.messages import kind_of
 __all__ = ["Compose", "LogitFunction"]
 
 Spec = dict[str, Any]
+Made = TypeVar("Made")
 _REGISTRY: dict[str, type["LogitFunction"]] = {}
 # A subclass that defines none of these computes the same function as its parent.
 _DEFINITION = {"__init__", "transform", "forward", "derivative", "operations", "tables", "options"}
@@ -200,8 +202,11 @@ class LogitFunction(nn.Module, ABC):
         Softcap(cap=30.0)
 
         Raises:
-            ValueError: if the name or the version is not known here.
+            TypeError: if it is no dict.
+            ValueError: if the name, the version or an option is not known here, or an option is missing.
         """
+        if not isinstance(spec, Mapping):
+            raise TypeError(f"spec: expected the dict that a function's spec() gives, got {kind_of(spec)}")
         name, version = spec.get("name"), spec.get("version")
         cls = _REGISTRY.get(str(name))
         if not isinstance(spec.get("options"), dict):
@@ -214,7 +219,7 @@ class LogitFunction(nn.Module, ABC):
 
     @classmethod
     def _from_options(cls, options: dict[str, Any]) -> "LogitFunction":
-        return cls(**options)
+        return from_options(cls, options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self.options().items())
@@ -295,10 +300,22 @@ class Compose(LogitFunction):
 
     @classmethod
     def _from_options(cls, options: dict[str, Any]) -> "LogitFunction":
+        if options.keys() != {"functions"} or not isinstance(options["functions"], list | tuple):
+            raise ValueError(f"spec: expected functions, a list of specs, as the option of Compose, got {options!r}")
         return cls(*(LogitFunction.from_spec(spec) for spec in options["functions"]))
 
     def extra_repr(self) -> str:
         return ""
+
+
+def from_options(make: Callable[..., Made], options: dict[str, Any], **more: Any) -> Made:
+    """make(**options, **more), where options of a spec that it does not take, or that are missing, are a ValueError."""
+    try:
+        inspect.signature(make).bind(**options, **more)
+    except TypeError as error:
+        name = getattr(make, "__name__", str(make))
+        raise ValueError(f"spec: expected the options of {name}, got {options!r}: {error}") from None
+    return make(**options, **more)
 
 
 @torch.no_grad()

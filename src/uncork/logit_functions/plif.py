@@ -19,6 +19,7 @@ from uncork.logit_functions.base import (
     table_dtype,
 )
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
+from uncork.messages import kind_of
 
 __all__ = ["PLIF"]
 
@@ -39,6 +40,21 @@ def piecewise_inverse(logits: Tensor, knots: Tensor, values: Tensor, slopes: Ten
     heights = knots + values
     index = torch.bucketize(logits.contiguous(), heights[1:].contiguous(), right=True)
     return knots[index] + (logits - heights[index]) / (1 + slopes[index])
+
+
+def _values(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """function(points) in float64; it gets a copy, since it may work in place."""
+    values: Any = function(points.clone())
+    if not isinstance(values, Tensor):
+        raise TypeError(f"function: expected one that returns a Tensor, got {kind_of(values)}")
+    if values.is_complex():
+        raise TypeError(f"function: expected one that returns real numbers, got {values.dtype}")
+    if values.shape != points.shape:
+        raise ValueError(
+            f"function: expected an elementwise one, but it turned shape {tuple(points.shape)} into "
+            f"{tuple(values.shape)}"
+        )
+    return values.double()
 
 
 class PLIF(LogitFunction):
@@ -130,7 +146,8 @@ class PLIF(LogitFunction):
             function: increasing, elementwise; called on float64 points of [-bound, bound].
 
         Raises:
-            ValueError: if the function is not finite, falls anywhere, or rises nowhere.
+            TypeError: if the function returns no Tensor of real numbers.
+            ValueError: if it is not elementwise, not finite, falls anywhere, or rises nowhere.
 
         >>> from uncork import Softcap
         >>> f = PLIF.from_function(Softcap(30.0), num_pieces=100)
@@ -140,7 +157,7 @@ class PLIF(LogitFunction):
         plif = cls(num_pieces, bound, frozen=frozen)
         with torch.no_grad():
             knots = torch.linspace(-plif.bound, plif.bound, plif.num_pieces + 1, dtype=torch.float64)
-            heights = function(knots).double()
+            heights = _values(function, knots)
             rises = heights.diff()
             if not bool(heights.isfinite().all() & (rises >= 0).all()) or heights[-1] == heights[0]:
                 worst = int((heights.isfinite()[1:] & (rises >= 0)).int().argmin())
@@ -153,8 +170,8 @@ class PLIF(LogitFunction):
             raw = slopes + torch.log(-torch.expm1(-slopes))  # softplus inverted
             plif.raw_slopes.copy_(raw - SOFTPLUS_ONE)
             points = torch.linspace(-plif.bound, plif.bound, 16 * plif.num_pieces + 1, dtype=torch.float64)
-            origin = function(torch.zeros(1, dtype=torch.float64)).double()
-            plif.fit_error = float((plif(points) - (function(points).double() - origin)).abs().max())
+            origin = _values(function, torch.zeros(1, dtype=torch.float64))
+            plif.fit_error = float((plif(points) - (_values(function, points) - origin)).abs().max())
         return plif
 
     @property
