@@ -235,7 +235,14 @@ class Head(SelfDescribing, ABC):
         return apply_function(function, scores)
 
     def scores(self, input: Tensor) -> Tensor:
-        """W h + b before the function: (..., V), of a mixture (..., K, V). No forward hook changes them."""
+        """W h + b before the function: (..., V), of a mixture (..., K, V). No forward hook changes them.
+
+        >>> from uncork import LinearHead, Softcap
+        >>> head = LinearHead(1, 3, bias=False, logit_function=Softcap(2.0))
+        >>> head.weight = nn.Parameter(torch.tensor([[1.0], [3.0], [2.0]]))
+        >>> head.scores(torch.ones(1)).detach(), head(torch.ones(1)).detach()
+        (tensor([1., 3., 2.]), tensor([0.9242, 1.8103, 1.5232]))
+        """
         if type(self).forward is not Head.forward or "forward" in self.__dict__:
             return cast(Tensor, Head.forward(self, input, answer=self._scores))
         found: list[Tensor] = []
@@ -294,6 +301,13 @@ class Head(SelfDescribing, ABC):
             input: (..., D). target: (...) indices, (..., V) probabilities, or None.
             options: ignore_index, impl, chunk_size, memory_budget, scores_dtype of `uncork.token_statistics`, which
                 says what is returned (of an ignored token a log_prob of 0).
+
+        >>> from uncork import LinearHead
+        >>> head = LinearHead(1, 3, bias=False)
+        >>> head.weight = nn.Parameter(torch.tensor([[1.0], [3.0], [2.0]]))
+        >>> log_prob, logsumexp, entropy, argmax = head.statistics(torch.ones(2, 1), torch.tensor([0, 1]))
+        >>> log_prob.detach(), argmax
+        (tensor([-2.4076, -0.4076]), tensor([1, 1]))
         """
         self._check_options("statistics", options, _SHARED)
         return self._answer(
@@ -307,6 +321,11 @@ class Head(SelfDescribing, ABC):
 
         In "reference (...)" the brackets say why the loss is computed from `head(input)`. The head is called with an
         input of no tokens to find out.
+
+        >>> from uncork import LinearHead
+        >>> head = LinearHead(8, 100, logit_function=nn.Hardtanh())  # of your own: no other knows it
+        >>> head.implementation()
+        'torch'
         """
         if reason := self._seen_by():
             return f"reference ({reason})"
@@ -323,6 +342,12 @@ class Head(SelfDescribing, ABC):
 
         Args:
             input: (..., D).
+
+        >>> from uncork import LinearHead
+        >>> head = LinearHead(1, 3, bias=False)
+        >>> head.weight = nn.Parameter(torch.tensor([[1.0], [3.0], [2.0]]))
+        >>> head.log_prob(torch.ones(1)).detach()
+        tensor([-2.4076, -0.4076, -1.4076])
         """
         return self._answer(input, self._log_prob_chunked, lambda logits, _: _log_softmax(logits))
 
@@ -339,6 +364,12 @@ class Head(SelfDescribing, ABC):
 
         Args:
             input: (..., D).
+
+        >>> from uncork import LinearHead
+        >>> head = LinearHead(1, 3, bias=False)
+        >>> head.weight = nn.Parameter(torch.tensor([[1.0], [3.0], [2.0]]))
+        >>> head.predict(torch.tensor([[1.0], [-1.0]]))
+        tensor([1, 0])
         """
         return self._answer(input, self._predict, lambda logits, _: logits.argmax(-1))
 
@@ -438,6 +469,13 @@ class Head(SelfDescribing, ABC):
 
         Raises:
             TypeError: if the function is no LogitFunction and so has no spec.
+
+        >>> from uncork import build_head
+        >>> spec = build_head("softcap", 8, 100).spec()
+        >>> spec["name"], spec["options"]
+        ('LinearHead', {'in_features': 8, 'vocab_size': 100, 'bias': True})
+        >>> spec["logit_function"]
+        {'name': 'Softcap', 'version': 1, 'options': {'cap': 30.0}}
         """
         function = self.logit_function
         if function is not None and not isinstance(function, LogitFunction):

@@ -59,6 +59,20 @@ class LogitFunction(nn.Module, ABC):
     - nonlinear: a linear function leaves the rank of the log-probabilities at d + 1.
 
     Every function is differentiable but at finitely many points, where `derivative` is that of one side.
+
+    One of your own, which autograd differentiates and bisection inverts::
+
+        class Arctan(LogitFunction):
+            unbounded = False  # its image ends at +-1.57
+
+            def transform(self, scores):
+                return torch.atan(scores)
+
+            def options(self):
+                return {}
+
+        Arctan()(torch.tensor([-100.0, 1.0]))  # tensor([-1.5608,  0.7854])
+        Arctan().inverse(torch.tensor([0.7854]))  # tensor([1.0000])
     """
 
     increasing: ClassVar[bool] = True
