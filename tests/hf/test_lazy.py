@@ -173,10 +173,39 @@ def test_a_step_of_the_optimiser_between_is_said():
     outputs.loss.backward()
     optimizer.step()
     for reading in (lambda z: z + 0, lambda z: z.argmax(-1), lambda z: z[0].exp(), lambda z: z.detach().numpy()):
-        with pytest.raises(RuntimeError, match=r"outputs.logits: expected to be read before the head's weight changes"):
+        with pytest.raises(RuntimeError, match=r"outputs.logits: .* read before the head's parameters change"):
             reading(outputs.logits)
     assert torch.equal(early + 0, value)
     assert outputs.logits.shape == (2, 7, VOCAB)
+
+
+HEADS = {
+    "fused": (lambda model: fuse_loss(model), ["weight", "bias"]),
+    "temperature": (lambda model: attach_head(model, "temperature"), ["logit_function"]),
+    "plif": (lambda model: attach_head(model, "plif"), ["logit_function"]),
+    "mos": (lambda model: attach_head(model, "mos", num_components=2), ["latent", "prior"]),
+}
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, (_, parts) in HEADS.items() for part in parts])
+def test_a_step_of_any_part_of_the_head_is_said(name, part):
+    model = HEADS[name][0](build("PhiForCausalLM"))  # with a bias
+    parameters = [p for key, p in model.lm_head.named_parameters() if key.startswith(part)]
+    outputs = model(**batch())
+    outputs.loss.backward()
+    assert torch.isfinite(outputs.logits[:, -1]).all()  # before the step, and after the backward pass
+    torch.optim.SGD(parameters, lr=0.1).step()
+    for reading in (lambda z: z + 0, lambda z: z.argmax(-1), lambda z: z.statistics(), lambda z: z[0].exp()):
+        with pytest.raises(RuntimeError, match="before the head's parameters change"):
+            reading(outputs.logits)
+
+
+def test_another_parameter_in_place_of_the_head_s_is_said():
+    _, fused = pair("bias")
+    logits = fused(**batch()).logits
+    fused.lm_head.bias = torch.nn.Parameter(fused.lm_head.bias.detach() + 1)
+    with pytest.raises(RuntimeError, match="before the head's parameters change"):
+        logits.argmax(-1)
 
 
 class _Largest(TorchDispatchMode):
@@ -272,7 +301,7 @@ def test_statistics_of_wrong_targets_and_changed_weights():
         logits.statistics(batch()["labels"][:, 1:])
     with torch.no_grad():
         fused.lm_head.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="before the head's weight changes"):
+    with pytest.raises(RuntimeError, match="before the head's parameters change"):
         logits.statistics()
 
 

@@ -134,7 +134,7 @@ def test_logits_from_before_are_not_computed_with_the_new_weight(name):
     model = attach_head(MODELS[name](), "plif")
     logits = model(**batch()).logits
     resize(model, VOCAB + 8)
-    with pytest.raises(RuntimeError, match="expected to be read before the head's weight changes"):
+    with pytest.raises(RuntimeError, match="expected to be read before the head's parameters change"):
         logits + 0
 
 

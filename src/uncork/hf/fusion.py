@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from uncork.heads import Head, hooks
 from uncork.hf.lazy import LazyLogits
-from uncork.hf.record import Record, RecordedLogits, Step, function_of
+from uncork.hf.record import Record, RecordedLogits, Step, Version, function_of
 from uncork.logit_functions import LogitFunction
 from uncork.loss import TokenStatistics, linear_cross_entropy, token_statistics
 from uncork.loss.call import autocast_dtype
@@ -241,10 +241,14 @@ class Fusion:
         with torch.no_grad():
             return self.statistics(record, None).argmax
 
-    def version(self) -> tuple[int, int]:
-        """Changes whenever the head's weight is written or replaced; one made under inference_mode has no count."""
-        weight = cast(Tensor, self.head.weight)
-        return self.layers, 0 if weight.is_inference() else weight._version
+    def version(self) -> Version:
+        """Changes whenever one of the head's parameters is written or replaced.
+
+        One made under inference_mode has no count; offloading makes another one on the meta device after every call.
+        """
+        return self.layers, tuple(
+            (0 if p.is_meta else id(p), 0 if p.is_inference() else p._version) for p in self.head.parameters()
+        )
 
     def function_of(self, record: Record) -> LogitFunction | None:
         """The logit function that the model's forward applied."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from uncork.hf.record import Fused, NotRecordable, Record, RecordedLogits
+from uncork.hf.record import Fused, NotRecordable, Record, RecordedLogits, Version
 from uncork.loss import TokenStatistics
 from uncork.loss.call import autocast_dtype, without_autocast
 
@@ -26,9 +26,9 @@ _SELECTING = {"__getitem__", "view", "reshape", "flatten", "split", "squeeze", "
 
 @dataclass(frozen=True)
 class _Moment:
-    """How the model's forward ran: the version of the head's weight, whether with a graph, and under which autocast."""
+    """How the model's forward ran: with which parameters of the head, whether with a graph, under which autocast."""
 
-    version: tuple[int, int]
+    version: Version
     graph: bool
     autocast: torch.dtype | None
 
@@ -60,7 +60,7 @@ class LazyLogits(Tensor):
         """The logits, computed now if they have not been.
 
         Raises:
-            RuntimeError: the head's weight has changed since the model's forward.
+            RuntimeError: a parameter of the head has changed since the model's forward.
         """
         if self._computed is None:
             with self._as_made(), torch.set_grad_enabled(self._made.graph):
@@ -78,7 +78,7 @@ class LazyLogits(Tensor):
             target: words, of the logits' shape without V; -100 gives 0. None leaves log_prob out.
 
         Raises:
-            RuntimeError: the head's weight has changed since the model's forward.
+            RuntimeError: a parameter of the head has changed since the model's forward.
             ValueError: a target of another shape or out of range.
         """
         with self._as_made(), torch.set_grad_enabled(self._made.graph and torch.is_grad_enabled()):
@@ -86,10 +86,10 @@ class LazyLogits(Tensor):
 
     @contextlib.contextmanager
     def _as_made(self) -> Iterator[None]:
-        """The autocast of the model's forward. Raises RuntimeError if its weight is not there any more."""
+        """The autocast of the model's forward. Raises RuntimeError if the head's parameters are not there any more."""
         if self.fusion.version() != self._made.version:
             raise RuntimeError(
-                "outputs.logits: expected to be read before the head's weight changes (by an optimiser's step), "
+                "outputs.logits: expected to be read before the head's parameters change (by an optimiser's step), "
                 "they are computed only when they are read; run the model again, or read them earlier"
             )
         dtype = self._made.autocast

@@ -16,6 +16,9 @@ from uncork.loss import TokenStatistics
 Step = tuple[str, float]
 """An elementwise operation with its number: ("mul", 0.5), ("div", 30.0), ("tanh", 0.0)."""
 
+Version = tuple[int, tuple[tuple[int, int], ...]]
+"""Which output layer of its model it is, and which its parameters are and how often each was written."""
+
 
 class NotRecordable(RuntimeError):
     """A model does to its logits what no logit function of this library can express; the message names it."""
@@ -57,7 +60,7 @@ class Fused(Protocol):
 
     def argmax(self, record: Record) -> Tensor: ...
 
-    def version(self) -> tuple[int, int]: ...
+    def version(self) -> Version: ...
 
     def cross_entropy(self, record: Record, target: Tensor, **options: Any) -> Tensor: ...
 
