@@ -386,6 +386,26 @@ def test_the_function_is_read_without_leaving_a_trace():
     assert str(read_logit_function(fuse_loss(model))) == "Softcap(cap=20.0)"
 
 
+TAKES = {
+    "read": read_logit_function,
+    "fuse": fuse_loss,
+    "attach": lambda model: attach_head(model, "mos", num_components=2),
+    "detach": lambda model: detach_head(attach_head(model, "plif")),
+}
+
+
+@pytest.mark.parametrize("take", TAKES)
+def test_each_part_of_the_model_stays_in_its_mode(take):
+    model = build("PhiForCausalLM").train()
+    model.model.eval()
+    TAKES[take](model)
+    assert (model.training, model.lm_head.training, model.model.training) == (True, True, False)
+    assert not any(module.training for module in model.model.modules())
+    model = build("PhiForCausalLM")  # all of it in evaluation mode
+    TAKES[take](model)
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_change_of_the_configuration_is_followed():
     model, fused = pair()
     for cap in (5.0, None, 40.0):

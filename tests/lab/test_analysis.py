@@ -128,7 +128,11 @@ def test_the_histogram_counts_every_score(name, components, tokens, counts):
 
 
 def test_a_short_text_and_one_context(counts):
-    assert analyse(model_of("plif"), torch.arange(4), counts, **SETTINGS)["rank"]["contexts"] == 3
+    model = model_of("plif").train()
+    model.head.eval()
+    modes = [module.training for module in model.modules()]
+    assert analyse(model, torch.arange(4), counts, **SETTINGS)["rank"]["contexts"] == 3
+    assert [module.training for module in model.modules()] == modes
     assert analyse(model_of("plif"), torch.arange(2), counts, **SETTINGS)["rank"]["numerical"] == 1
 
 

@@ -76,9 +76,11 @@ def test_bptt_does_not_matter_to_an_lstm_and_windows_do_to_a_transformer():
 
 def test_dropout_is_off_and_the_mode_comes_back():
     model = make_model().train()
+    model.head.eval()
+    modes = [module.training for module in model.modules()]
     numbers = {evaluate(model, text(), batch_size=2, bptt=9).cross_entropy for _ in range(2)}
     assert len(numbers) == 1
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -1,7 +1,11 @@
-"""Finds what may see or change a module's output: hooks, replaced forwards, parametrisations, subclasses."""
+"""Finds what may see or change a module's output: hooks, replaced forwards, parametrisations, subclasses.
+
+And what runs a model in evaluation mode puts its modes back by `modes_kept`.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -123,6 +127,24 @@ def function_changed_by(function: nn.Module) -> str:
         for kind, hook in _local(module):
             return f"{_named(kind, hook)} stands on {type(module).__name__} in logit_function"
     return ""
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module of a model is in the mode that it was in: `model.train()` would put all into the same.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
+    >>> with modes_kept(model):
+    ...     _ = model.eval()
+    >>> [module.training for module in model.modules()]
+    [True, True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def check_plain(linear: object) -> nn.Linear:

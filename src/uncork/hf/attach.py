@@ -255,6 +255,7 @@ def _install(model: PreTrainedModel, linear: nn.Linear, head: Head, steps: tuple
     """Puts a head in the place of a model's own output layer. The model is as it was if that fails."""
     fusion = Fusion(head, owns_function=True, logits=logits)
     fusion.steps, fusion.plain = steps, linear
+    head.train(linear.training)
     model.set_output_embeddings(head)
     try:
         install(model, head, fusion)

@@ -102,14 +102,13 @@ def _place_of_forward(model: PreTrainedModel) -> str:
 
 def probe(model: PreTrainedModel, fusion: Fusion) -> None:
     """Runs the model on two tokens with labels, so that what cannot be recorded is said now."""
-    training = model.training
-    model.eval()
     embedding: Any = model.get_input_embeddings()
     # Where accelerate keeps the weight elsewhere, its hook moves the input to where it will be.
     device = "cpu" if hasattr(embedding, "_hf_hook") else embedding.weight.device
     ids = torch.arange(2, device=device)[None]
     try:
-        with torch.no_grad():
+        with hooks.modes_kept(model), torch.no_grad():
+            model.eval()
             model(input_ids=ids, labels=ids)
     except NotRecordable:
         raise
@@ -119,7 +118,6 @@ def probe(model: PreTrainedModel, fusion: Fusion) -> None:
             f"logits is read: {error}"
         ) from error
     finally:
-        model.train(training)
         for module in model.modules():
             if isinstance(module, FSDPModule):  # a forward without a backward leaves the outermost unsharded
                 module.reshard()

@@ -76,7 +76,7 @@ def plain_layer(fusion: Fusion) -> nn.Linear:
     """The nn.Linear that an attached head stands for, with the head's weight and bias."""
     head, plain = cast(Any, fusion.head), cast(nn.Linear, fusion.plain)
     plain.weight, plain.bias = head.weight, head.bias
-    return plain
+    return plain.train(head.training)
 
 
 def _follow(model: PreTrainedModel, fusion: Fusion) -> None:

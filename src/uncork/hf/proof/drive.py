@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from uncork.heads.hooks import modes_kept
 from uncork.hf.fusion import Fusion
 
 Replace = Callable[[Tensor], Tensor]
@@ -162,18 +163,15 @@ class Drive:
 @contextmanager
 def untouched(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within, parameters require gradients; afterwards modes, requires_grad and random numbers are as before."""
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in parameters]
     generation = vars(model).get("generation_config")
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index for device in devices]):
+    with torch.random.fork_rng(devices=[device.index for device in devices]), modes_kept(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, requires_grad in wanted:
                 parameter.requires_grad_(requires_grad)
             if generation is not None:

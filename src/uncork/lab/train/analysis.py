@@ -14,6 +14,7 @@ from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches, number_of
 from uncork.lab.errors import LabError
 from uncork.lab.models import LanguageModel
 from uncork.lab.run.progress import announce, told
+from uncork.lab.train.evaluation import evaluation_mode
 
 
 def analyse(
@@ -46,21 +47,16 @@ def analyse(
     head = _checked_head(model, counts)
     if contexts < 1:
         raise LabError(f"contexts must be at least 1, got {contexts}")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            features, sampled_target, per_token = _read(model, head, tokens, batch_size, bptt, contexts)
-            announce("computing the rank of the log-probabilities")
-            return {
-                **describe_head(head, features, sampled_target),
-                "deciles": loss_by_frequency(counts, per_token["target"], per_token["log_prob"]),
-                "cross_entropy": -float(per_token["log_prob"].mean()),
-                "entropy": float(per_token["entropy"].mean()),
-                "target_log_prob_quantiles": quantiles_of(per_token["log_prob"]),
-            }
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.no_grad():
+        features, sampled_target, per_token = _read(model, head, tokens, batch_size, bptt, contexts)
+        announce("computing the rank of the log-probabilities")
+        return {
+            **describe_head(head, features, sampled_target),
+            "deciles": loss_by_frequency(counts, per_token["target"], per_token["log_prob"]),
+            "cross_entropy": -float(per_token["log_prob"].mean()),
+            "entropy": float(per_token["entropy"].mean()),
+            "target_log_prob_quantiles": quantiles_of(per_token["log_prob"]),
+        }
 
 
 def _checked_head(model: LanguageModel, counts: Tensor) -> Head:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from uncork.heads.hooks import modes_kept
 from uncork.lab.data.batching import IGNORE_INDEX, evaluation_batches, number_of_batches
 from uncork.lab.data.corpora import encode_text
 from uncork.lab.data.sources import SPLITS, decode_utf8
@@ -162,12 +163,9 @@ def unknown_share(tokens: Tensor, tokenizer: Tokenizer) -> float | None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout off while the block runs."""
-    training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        model.train(training)
 
 
 def evaluate_run(
