@@ -20,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.hf.small import DECODER
+from tests.hf.small import DECODER, build
 from uncork import HEAD_NAMES, Scale, Softcap
 from uncork.hf import (
     attach_head,
@@ -31,6 +31,7 @@ from uncork.hf import (
     read_logit_function,
     unfuse_loss,
 )
+from uncork.hf.load import load_cached
 
 V = 50
 KINDS = {
@@ -253,6 +254,8 @@ def test_the_report_of_a_load_does_not_call_the_head_unexpected(tmp_path, caplog
     assert not [f for name in ("modeling_utils", "utils.loading_report") for f in filters_of(name)]
     with pytest.raises(TypeError, match="output_loading_info: expected to be left out"):
         from_pretrained(tmp_path, output_loading_info=True)
+    with pytest.raises(ValueError, match='logits: expected "lazy" or "none", got None'):
+        from_pretrained(tmp_path, logits=None)
 
 
 def filters_of(name):
@@ -294,6 +297,32 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         from_pretrained(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: {}, r"expected a spec and steps, as attach_head writes them, got \[\]"),
+        (lambda head: "plif", "expected a spec and steps, as attach_head writes them, got 'plif'"),
+        (lambda head: {"spec": head["spec"]}, r"expected a spec and steps, .* got \['spec'\]"),
+        (lambda head: {**head, "spec": "plif"}, "spec: expected the dict that a head's spec"),
+        (lambda head: {**head, "spec": {}}, "spec: expected a name among"),
+        (lambda head: {**head, "spec": {**head["spec"], "options": {"vocab_size": V}}}, "in_features"),
+        (lambda head: {**head, "spec": {**head["spec"], "logit_function": "PLIF"}}, "PLIF|has no attribute"),
+        (lambda head: {**head, "steps": 3}, r"steps: expected a list of \[name, number\], got 3"),
+        (lambda head: {**head, "steps": [["mul"]]}, r"steps: expected a list of \[name, number\]"),
+        (lambda head: {**head, "steps": ["ab"]}, r"steps: expected a list of \[name, number\]"),
+    ],
+)
+def test_a_damaged_description_is_said(change, message, tmp_path):
+    attach_head(make_model("gemma2"), "plif").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "uncork_head": change(config["uncork_head"])}))
+    with pytest.raises(ValueError, match=f"uncork_head in its config.json cannot be read: .*{message}") as raised:
+        from_pretrained(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}: ")
+    with pytest.raises(OSError, match=r"could not be loaded as a causal .*: .*config.json cannot be read"):
+        load_cached(str(tmp_path))
+
+
 def test_half_precision_keeps_the_function_wide(ids, tmp_path):
     model = attach_head(make_model("llama").bfloat16(), "plif")
     assert {p.dtype for p in model.lm_head.logit_function.parameters()} == {torch.float32}
@@ -314,6 +343,31 @@ def test_a_fused_model_takes_a_head(ids):
     detach_head(model)
     with pytest.raises(TypeError, match="fused loss"):
         unfuse_loss(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        ("llama", {"num_pieces": 0}, r"num_pieces: expected a whole number in \[1, 16777216\], got 0"),
+        ("llama", {"name": "spline"}, "name: expected one of softmax"),
+        ("llama", {"name": "mos", "noise": -1.0}, "noise: expected a number of at least 0, got -1.0"),
+        ("llama", {"name": "mos", "noise": "much"}, "noise: expected a finite number, got 'much'"),
+        ("llama", {"pieces": 3}, "plif has no option pieces"),
+        ("llama", {"logits": "lazzy"}, 'logits: expected "lazy" or "none", got \'lazzy\''),
+        ("inkling", {}, "cuts some off"),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_refused_head_leaves_the_model_as_it_was(kind, wrong, message, fused, ids):
+    model = make_model("llama") if kind == "llama" else build("InklingForCausalLM")
+    before = vars(fuse_loss(model, logits="none"))["_uncork"] if fused else None
+    with pytest.raises((ValueError, TypeError), match=message):
+        attach_head(model, **{"name": "plif", **wrong})
+    assert vars(model).get("_uncork") is before
+    outputs = model(ids, labels=ids)
+    assert (outputs.logits is None) == fused
+    assert fused or type(model.lm_head) is nn.Linear
+    torch.testing.assert_close((unfuse_loss(model) if fused else model)(ids, labels=ids).loss, outputs.loss)
 
 
 def test_merge_of_a_scale_and_of_a_softcap(ids):

@@ -24,11 +24,12 @@ from uncork.hf.fuse import (
     require_outermost,
     unfuse_loss,
 )
-from uncork.hf.fusion import CONFIG_FIELD, Fusion, fusion_of, is_fused, require_model
+from uncork.hf.fusion import CONFIG_FIELD, Fusion, checked_kind, fusion_of, is_fused, require_model
 from uncork.hf.methods import plain_layer
 from uncork.hf.record import Step
 from uncork.hf.report import held_report, only_unexpected
 from uncork.logit_functions import Compose, Identity, LogitFunction, Scale, Softcap
+from uncork.logit_functions.base import finite
 
 _ABOUT = (
     "Trained with an output layer of uncork. uncork.hf.from_pretrained loads it. Plain transformers loads the body and "
@@ -66,6 +67,8 @@ def attach_head(
         TypeError, NotRecordable: as `fuse_loss`; an option that the head does not have.
         ValueError: an option out of range, or a model that cuts words off its logits.
 
+    Where it raises, the model is as it was.
+
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
     ...                      num_attention_heads=2)
@@ -81,22 +84,27 @@ def attach_head(
         )
     if compose not in _COMPOSE:
         raise ValueError(f"compose: expected one of {', '.join(_COMPOSE)}, got {compose!r}")
-    if not is_fused(model):
-        fuse_loss(model)
-    own = fusion_of(model)
+    checked_kind(logits)
+    was_fused = is_fused(model)
+    own = fusion_of(model if was_fused else fuse_loss(model))
     if own.owns_function:
         raise TypeError("model: expected one without an attached head, got one that has it; detach_head first")
     unfuse_loss(model)
-    assert own.seen is not None
-    steps, cut = own.seen
-    if cut:
-        raise ValueError(
-            f"model: expected logits of all words, and {type(model).__name__}'s forward cuts some off: a head would "
-            "have to normalise over words that the model leaves out"
-        )
     linear = plain_head(model)
-    head = _head_on(linear, name, own.function if compose == "after" else None, options)
-    _install(model, linear, head, steps, logits)
+    try:
+        assert own.seen is not None
+        steps, cut = own.seen
+        if cut:
+            raise ValueError(
+                f"model: expected logits of all words, and {type(model).__name__}'s forward cuts some off: a head "
+                "would have to normalise over words that the model leaves out"
+            )
+        head = _head_on(linear, name, own.function if compose == "after" else None, options)
+        _install(model, linear, head, steps, logits)
+    except BaseException:
+        if was_fused:
+            install(model, linear, own)
+        raise
     return model
 
 
@@ -134,10 +142,11 @@ def from_pretrained(path: str | Path, *, logits: str = "lazy", **options: Any) -
 
     Raises:
         TypeError: output_loading_info was given.
-        ValueError: tensors of the head are missing.
+        ValueError: tensors of the head are missing, or its description cannot be read.
         RuntimeError: the configuration gives the logits another transform than they had when the head was attached.
         OSError: no such folder.
     """
+    checked_kind(logits)
     if "output_loading_info" in options:
         raise TypeError("output_loading_info: expected to be left out: from_pretrained returns the model alone")
     with held_report() as drop_report:
@@ -147,10 +156,10 @@ def from_pretrained(path: str | Path, *, logits: str = "lazy", **options: Any) -
         if described is None:
             return model
         linear = plain_head(model)
-        with linear.weight.device:
-            head = head_from_spec(described["spec"])
-        head._adopt(linear)
-        _keep_function_wide(head)
+        try:
+            head, steps = _described_on(linear, described)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(f"{path}: {CONFIG_FIELD} in its config.json cannot be read: {error}") from error
         prefix = next(name for name, module in model.named_modules() if module is linear) + "."
         own = set(head.state_dict()) - {"weight", "bias"}
         if only_unexpected(info, {prefix + key for key in own}):
@@ -160,7 +169,7 @@ def from_pretrained(path: str | Path, *, logits: str = "lazy", **options: Any) -
         raise ValueError(f"{path}: its config.json names a head of uncork, and its weights lack {', '.join(missing)}")
     kept = {key: value for key, value in head.state_dict().items() if key not in own}
     head.load_state_dict({**kept, **found})
-    _install(model, linear, head, tuple((name, value) for name, value in described["steps"]), logits)
+    _install(model, linear, head, steps, logits)
     return model
 
 
@@ -273,6 +282,23 @@ def _attached(model: PreTrainedModel) -> Fusion:
     return fusion
 
 
+def _described_on(linear: nn.Linear, described: Any) -> tuple[Head, tuple[Step, ...]]:
+    """The head at its start that a configuration describes, over a model's output layer, and what the forward did."""
+    if not isinstance(described, dict) or not {"spec", "steps"} <= described.keys():
+        found = sorted(described) if isinstance(described, dict) else repr(described)
+        raise ValueError(f"expected a spec and steps, as attach_head writes them, got {found}")
+    steps = described["steps"]
+    if not isinstance(steps, list) or not all(
+        isinstance(step, list) and [type(part) for part in step] in ([str, float], [str, int]) for step in steps
+    ):
+        raise ValueError(f"steps: expected a list of [name, number], got {steps!r}")
+    with linear.weight.device:
+        head = head_from_spec(described["spec"])
+    head._adopt(linear)
+    _keep_function_wide(head)
+    return head, tuple((name, value) for name, value in steps)
+
+
 def _head_on(linear: nn.Linear, name: str, transform: LogitFunction | None, options: dict[str, Any]) -> Head:
     """The head over the parameters of the model's own output layer, at its start."""
     spec = HeadSpec(name)
@@ -283,7 +309,8 @@ def _head_on(linear: nn.Linear, name: str, transform: LogitFunction | None, opti
     taken = {key: value for key, value in {**spec.defaults, **of_mixtures}.items() if key not in _OF_THE_MODEL}
     check_options(name, options, taken)
     given = {**of_mixtures, **options}
-    noise = given.pop("noise", 0.0)
+    if finite("noise", noise := given.pop("noise", 0.0)) < 0:
+        raise ValueError(f"noise: expected a number of at least 0, got {noise!r}")
     spec = HeadSpec(name, given)
     function = spec.build_function()
     if transform is not None:

@@ -13,6 +13,7 @@ from uncork.heads import hooks
 from uncork.hf.fusion import (
     KEY,
     Fusion,
+    checked_kind,
     correct_size,
     fusion_of,
     is_fused,
@@ -166,8 +167,7 @@ def fuse_loss(
     >>> torch.allclose(fuse_loss(model)(ids, labels=ids).loss, before)
     True
     """
-    if logits not in ("lazy", "none"):
-        raise ValueError(f'logits: expected "lazy" or "none", got {logits!r}')
+    checked_kind(logits)
     if scores_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"scores_dtype: expected None, torch.float32 or torch.bfloat16, got {scores_dtype!r}")
     head = plain_head(model)

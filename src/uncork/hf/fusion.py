@@ -130,7 +130,7 @@ class Fusion:
     """
 
     def __init__(self, head: nn.Module, *, owns_function: bool, logits: str) -> None:
-        self.head, self.owns_function, self.logits_as = head, owns_function, logits
+        self.head, self.owns_function, self.logits_as = head, owns_function, checked_kind(logits)
         self.scores_dtype: torch.dtype | None = None  # of the loss and the statistics
         self.recording = False
         self.steps: tuple[Step, ...] = ()
@@ -303,6 +303,13 @@ class Fusion:
         return (
             LazyLogits(value.record, self) if self.logits_as == "lazy" and not torch.compiler.is_compiling() else None
         )
+
+
+def checked_kind(logits: object) -> str:
+    """What `outputs.logits` is to be, "lazy" or "none"; a ValueError that names it otherwise."""
+    if logits not in ("lazy", "none"):
+        raise ValueError(f'logits: expected "lazy" or "none", got {logits!r}')
+    return logits
 
 
 def narrowed(record: Record, rows: Tensor) -> Tensor:
