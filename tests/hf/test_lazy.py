@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import gc
 import io
 import pickle
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -206,6 +209,93 @@ def test_another_parameter_in_place_of_the_head_s_is_said():
     fused.lm_head.bias = torch.nn.Parameter(fused.lm_head.bias.detach() + 1)
     with pytest.raises(RuntimeError, match="before the head's parameters change"):
         logits.argmax(-1)
+
+
+def _in_place(change):
+    """What is read after a change of the first argument in place: the change returns its second."""
+
+    def reading(logits):
+        changed, read = change(logits)
+        changed /= 4
+        return read + 0
+
+    return reading
+
+
+CHANGES: dict[str, Any] = {
+    "the whole": _in_place(lambda z: (z, z[:, :-1])),
+    "a slice": _in_place(lambda z: (z[:, :-1], z)),
+    "a slice of a slice": _in_place(lambda z: (z[:, :-1][:, -1], z)),
+    "another slice": _in_place(lambda z: (z[:, :-1], z[:, 1:])),
+    "words": _in_place(lambda z: (z[..., 2:9], z)),
+    "a view": _in_place(lambda z: (z.view(-1, z.shape[-1]), z)),
+    "a cast to their own dtype": _in_place(lambda z: (z.float().contiguous(), z)),
+    "detached": _in_place(lambda z: (z.detach(), z)),
+    "a copy": _in_place(lambda z: (z[:, :-1].contiguous(), z)),
+    "tokens": _in_place(lambda z: (z, z[batch()["labels"] != -100])),
+    "a cast": _in_place(lambda z: (z.double(), z)),
+    "after a reading": lambda z: (z + z[:, -1:]).sum() + CHANGES["another slice"](z),
+    "an index": lambda z: _after(z, z[:, :-1], lambda z: z.__setitem__((slice(None), 0), -9.0)),
+    "a function": lambda z: _after(z.detach(), z[:, :-1], lambda z: F.relu(z, inplace=True)),
+    "out": lambda z: _after(z.detach(), z[:, :-1], lambda z: torch.mul(z, 2, out=z)),
+    "the likeliest": lambda z: _after(z, z[:, :-1], lambda z: z.neg_()).argmax(-1),
+    "parts": lambda z: _after(z.detach(), z, lambda z: [part.mul_(i + 2) for i, part in enumerate(z.split(1))]) + 0,
+    "an item": lambda z: _after(z, z, lambda z: z[0].fill_(0)) + 0,
+}
+
+
+def _after(changed, read, change):
+    change(changed)
+    return read
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_place_is_seen_in_what_shares_memory(change, inference):
+    with torch.inference_mode(inference):
+        logits, own = lazy()
+        found, wanted = CHANGES[change](logits), CHANGES[change](own)
+        torch.testing.assert_close(found + 0, wanted + 0, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_go_through_a_change_in_place():
+    model, fused = pair()
+    for each in (model, fused):
+        logits = each(**batch()).logits
+        shifted = logits[:, :-1]
+        logits /= 4
+        shifted.logsumexp(-1).sum().backward()
+    for p, q in zip(fused.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+STALE = {
+    "a slice that was read by itself": lambda z, s: [s.exp(), z.div_(4), s + 0],
+    "the whole": lambda z, s: [s.exp(), s.div_(4), z + 0],
+    "the likeliest": lambda z, s: [s.exp().sum(), s.div_(4), z.argmax(-1)],
+    "a copy of what was changed": lambda z, s: [s.exp(), s.div_(4), z[[0]]],
+    "through a transpose": lambda z, s: [s.transpose(0, 1).div_(4), z + 0],
+    "statistics": lambda z, s: [z.div_(4), s.statistics()],
+    "their own statistics": lambda z, s: [z.div_(4), z.statistics()],
+}
+
+
+@pytest.mark.parametrize("reading", STALE)
+def test_a_change_in_place_that_cannot_be_seen_is_said(reading):
+    logits, _ = lazy()
+    with pytest.raises(RuntimeError, match=r"outputs.logits: expected that no logits of the same memory .* clone\(\)"):
+        STALE[reading](logits, logits[:, :-1])
+
+
+def test_detached_logits_keep_neither_graph_nor_matrix():
+    logits, own = lazy()
+    kept = logits.detach()[:, :-1]
+    graph, matrix = weakref.ref(logits), weakref.ref(logits[:, 0].computed())
+    del logits
+    gc.collect()
+    assert graph() is matrix() is None
+    kept /= 4
+    torch.testing.assert_close(kept, own[:, :-1].detach() / 4, rtol=1e-5, atol=1e-5)
 
 
 class _Largest(TorchDispatchMode):
