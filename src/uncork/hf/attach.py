@@ -115,6 +115,13 @@ def detach_head(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: it has none.
         RuntimeError: its forward was replaced by somebody else since, or accelerate has put hooks on the head, which
             the model's own output layer would not have.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> model = attach_head(LlamaForCausalLM(config), "plif", num_pieces=10)
+    >>> [len(list(m.parameters())) for m in (model.lm_head, detach_head(model).lm_head)], type(model.lm_head).__name__
+    ([2, 1], 'Linear')
     """
     fusion = _attached(model)
     require_outermost(model)
@@ -145,6 +152,17 @@ def from_pretrained(path: str | Path, *, logits: str = "lazy", **options: Any) -
         ValueError: tensors of the head are missing, or its description cannot be read.
         RuntimeError: the configuration gives the logits another transform than they had when the head was attached.
         OSError: no such folder.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> model, ids = attach_head(LlamaForCausalLM(config), "softcap", cap=0.1).eval(), torch.arange(12).view(2, 6)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     loaded = from_pretrained(folder)
+    >>> loaded.lm_head.logit_function, torch.equal(loaded(ids).logits, model(ids).logits)
+    (Softcap(cap=0.1), True)
     """
     checked_kind(logits)
     if "output_loading_info" in options:
@@ -184,6 +202,14 @@ def merge_head(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError: no head is attached.
         ValueError: there is no such plain model; the message says why. The model is left as it was.
+
+    >>> from transformers import Gemma2Config, Gemma2ForCausalLM
+    >>> config = Gemma2Config(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                       num_attention_heads=2, num_key_value_heads=1, head_dim=4, final_logit_softcapping=None)
+    >>> model, ids = Gemma2ForCausalLM(config).eval(), torch.arange(12).view(2, 6)
+    >>> before = attach_head(model, "softcap", cap=0.05)(ids).logits
+    >>> torch.allclose(merge_head(model)(ids).logits, before), model.config.final_logit_softcapping
+    (True, 0.05)
     """
     fusion = _attached(model)
     head = fusion.own_head

@@ -189,6 +189,13 @@ def unfuse_loss(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError: its loss is not fused.
         RuntimeError: its forward or the class of its output layer was replaced by somebody else since.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> model, ids = fuse_loss(LlamaForCausalLM(config)), torch.arange(12).view(2, 6)
+    >>> type(model(ids, labels=ids).logits).__name__, type(unfuse_loss(model)(ids, labels=ids).logits).__name__
+    ('LazyLogits', 'Tensor')
     """
     fusion = fusion_of(model)
     if fusion.owns_function:
@@ -232,6 +239,13 @@ def read_logit_function(model: PreTrainedModel) -> LogitFunction | None:
 
     Raises:
         TypeError, NotRecordable: as `fuse_loss`.
+
+    >>> from transformers import Gemma2Config, Gemma2ForCausalLM
+    >>> config = Gemma2Config(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                       num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    >>> f = read_logit_function(Gemma2ForCausalLM(config))
+    >>> f, f(torch.tensor([10.0, 60.0]))
+    (Softcap(cap=30.0), tensor([ 9.6454, 28.9208]))
     """
     if is_fused(model):
         fusion = fusion_of(model)

@@ -60,6 +60,18 @@ class LazyLogits(Tensor):
 
     A change in place is seen in what shares its memory, as in any tensor. Where a slice and what it was taken from were
     computed each by itself, since only they were read, the other one raises RuntimeError when it is read after that.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from uncork.hf import fuse_loss
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                      num_attention_heads=2)
+    >>> model, ids = fuse_loss(LlamaForCausalLM(config)), torch.arange(12).view(2, 6)
+    >>> outputs = model(ids, labels=ids)
+    >>> outputs.logits[:, -1]
+    LazyLogits(shape=(2, 50), dtype=torch.float32, device=cpu)
+    >>> log_prob = outputs.logits[:, :-1].statistics(ids[:, 1:]).log_prob
+    >>> torch.allclose(-log_prob.mean(), outputs.loss)
+    True
     """
 
     record: Record
