@@ -176,7 +176,7 @@ def from_pretrained(path: str | Path, *, logits: str = "lazy", **options: Any) -
         linear = plain_head(model)
         try:
             head, steps = _described_on(linear, described)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {CONFIG_FIELD} in its config.json cannot be read: {error}") from error
         prefix = next(name for name, module in model.named_modules() if module is linear) + "."
         own = set(head.state_dict()) - {"weight", "bias"}
