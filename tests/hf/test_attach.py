@@ -306,7 +306,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         (lambda head: {**head, "spec": "plif"}, "spec: expected the dict that a head's spec"),
         (lambda head: {**head, "spec": {}}, "spec: expected a name among"),
         (lambda head: {**head, "spec": {**head["spec"], "options": {"vocab_size": V}}}, "in_features"),
-        (lambda head: {**head, "spec": {**head["spec"], "logit_function": "PLIF"}}, r"spec: expected the dict that a function's spec"),
+        (lambda head: {**head, "spec": {**head["spec"], "logit_function": "PLIF"}}, "a function's spec"),
         (lambda head: {**head, "steps": 3}, r"steps: expected a list of \[name, number\], got 3"),
         (lambda head: {**head, "steps": [["mul"]]}, r"steps: expected a list of \[name, number\]"),
         (lambda head: {**head, "steps": ["ab"]}, r"steps: expected a list of \[name, number\]"),
