@@ -117,7 +117,8 @@ def test_it_works_elsewhere_than_on_linux(bare, system):
 
 # From the lowest floor to the highest: what a room imports stands below it, never on its own floor.
 FLOORS = [
-    {"functional", "messages"}, {"logit_functions"}, {"loss"}, {"heads"}, {"optim", "diagnose", "hf", "versions"},
+    {"arguments", "functional", "messages"}, {"logit_functions"}, {"loss"}, {"heads"},
+    {"optim", "diagnose", "hf", "versions"},
     {"uncork"},
     {"lab", "lab.errors", "lab.layers", "lab.machine"}, {"lab.terminal", "lab.validated"}, {"lab.run"},
     {"lab.data", "lab.models"}, {"lab.train"},

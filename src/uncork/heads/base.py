@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast, over
 import torch
 from torch import Tensor, nn
 
+from uncork.arguments import positive_int, switch
 from uncork.functional import exporting
 from uncork.heads import hooks
 from uncork.heads.state import SelfDescribing
 from uncork.logit_functions import Identity, LogitFunction
-from uncork.logit_functions.base import positive_int, switch
 from uncork.loss import TokenStatistics, from_logits, implementations
 from uncork.loss.call import Call, autocast_dtype
 from uncork.loss.chunk_size import rule_of

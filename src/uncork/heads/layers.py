@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uncork.arguments import positive_int
 from uncork.functional import mixture_log_softmax
 from uncork.heads.base import OF_LOSSES, Head, Projection
 from uncork.heads.hooks import check_plain
-from uncork.logit_functions.base import positive_int
 from uncork.loss import (
     TokenStatistics,
     linear_cross_entropy,

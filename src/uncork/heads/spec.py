@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from uncork.arguments import is_switch, positive
 from uncork.heads.base import Head
 from uncork.heads.layers import ContextMixtureHead, LinearHead, MixtureHead
 from uncork.logit_functions import (
@@ -27,7 +28,7 @@ from uncork.logit_functions import (
     Sigsoftmax,
     Softcap,
 )
-from uncork.logit_functions.base import bisected, is_switch, positive
+from uncork.logit_functions.base import bisected
 from uncork.loss.function import apply_function
 from uncork.messages import close_to, kind_of, unknown_options
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from uncork.arguments import finite
 from uncork.heads import Head, LinearHead
 from uncork.heads.build import head_from_spec
 from uncork.heads.spec import HEAD_NAMES, HeadSpec, check_options
@@ -29,7 +30,6 @@ from uncork.hf.methods import plain_layer
 from uncork.hf.record import Step
 from uncork.hf.report import held_report, only_unexpected
 from uncork.logit_functions import Compose, Identity, LogitFunction, Scale, Softcap
-from uncork.logit_functions.base import finite
 
 _ABOUT = (
     "Trained with an output layer of uncork. uncork.hf.from_pretrained loads it. Plain transformers loads the body and "

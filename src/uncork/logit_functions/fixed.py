@@ -6,16 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from uncork import functional
-from uncork.logit_functions.base import (
-    LogitFunction,
-    checked_scores,
-    constants,
-    finite,
-    positive,
-    start_at_zero,
-    switch,
-    table_dtype,
-)
+from uncork.arguments import finite, positive, switch
+from uncork.logit_functions.base import LogitFunction, checked_scores, constants, start_at_zero, table_dtype
 from uncork.logit_functions.operations import Affine, Operation, Sigmoid, Softplus, Tanh
 
 __all__ = [

@@ -6,16 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from uncork.arguments import positive, positive_int, switch
 from uncork.functional import monotone_tanh, sech2, tanh
-from uncork.logit_functions.base import (
-    LIMIT_PARTS,
-    LogitFunction,
-    positive,
-    positive_int,
-    start_at,
-    switch,
-    table_dtype,
-)
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, start_at, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear, function_transforms, total
 from uncork.logit_functions.plif import excess_slope, piecewise_inverse
 

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uncork.logit_functions.base import (
-    LIMIT_PARTS,
-    LogitFunction,
-    finite,
-    positive,
-    positive_int,
-    start_at,
-    switch,
-    table_dtype,
-)
+from uncork.arguments import finite, positive, positive_int, switch
+from uncork.logit_functions.base import LIMIT_PARTS, LogitFunction, start_at, table_dtype
 from uncork.logit_functions.operations import Operation, PiecewiseLinear
 from uncork.messages import kind_of
 

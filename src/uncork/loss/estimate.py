@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from uncork.logit_functions.base import positive_int
+from uncork.arguments import positive_int
 from uncork.loss.call import Call, check_scores_dtype, checked_chunk
 from uncork.loss.function import check_function, module_state
 from uncork.loss.implementations import IMPLEMENTATIONS, choose
